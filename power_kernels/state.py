@@ -1,0 +1,211 @@
+"""The chain state that `mh_advance` reads and writes (DESIGN section 5.5), as plain tensors.
+
+C chains, P lanes a chain (lane c*P + p belongs to chain c), H = max_new_tokens, S = the most steps a chain can make.
+Integer fields are packed, one row a chain or lane; the enums below name the columns, and csrc/state.h mirrors them
+(the extension refuses to load when they differ).
+
+Everything here is answer-relative except `BASE` (the prompt's length), `VALID`, `position` and the KV ranges, which
+count from the start of the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+
+
+class ChainField(IntEnum):
+    """Columns of `ChainState.field` int32 [C, 16]."""
+
+    MODE = 0  # a Mode
+    LENGTH = 1  # n, tokens in the current answer
+    OPENED = 2  # the next serial to open
+    LAST = 3  # the last serial of this stage
+    HORIZON = 4  # H_k
+    STAGE = 5  # k = 1, 2, ...
+    FINAL = 6  # 1 while the `final_steps` run
+    BASE = 7  # prompt length
+    CHAIN_ID = 8
+    PROMPT_ID = 9
+    FAULT = 10  # the Status that stopped the chain, 0 while it is healthy
+    CLOSED = 11  # 1 when the current answer ends with an EOS token
+
+
+CHAIN_FIELDS = 16  # row pitch: one 64-byte line a chain
+
+
+class Mode(IntEnum):
+    IDLE = 0
+    START = 1  # admitted: BASE, CHAIN_ID and PROMPT_ID are set, the next launch opens its first lane
+    EXTEND = 2  # lane 0 grows the answer to the stage's horizon
+    PROPOSE = 3  # lanes run Metropolis-Hastings proposals
+    DONE = 4
+    FAULT = 5
+
+
+class LaneField(IntEnum):
+    """Columns of `ChainState.lane_field` int32 [C*P, 8]."""
+
+    STATUS = 0  # a LaneStatus
+    SERIAL = 1
+    DIVERGENCE = 2  # tokens [0, d) are the chain's, [d, pos) the lane's own
+    POSITION = 3  # the position to sample next
+    VALID = 4  # positions of the lane's KV row, from the start of the prompt, that agree with its chain
+    EXCLUDE = 5  # the token that may not be drawn next, -1 for none
+    FAULT = 6
+
+
+LANE_FIELDS = 8
+
+
+class LaneStatus(IntEnum):
+    IDLE = 0
+    RUNNING = 1
+    CLOSED = 2  # passed its acceptance test, waits until it holds the lowest unresolved serial
+    FAULTED = 3  # its logits were bad; stops the chain only if the serial chain would have got there
+
+
+class Outcome(IntEnum):
+    """Entries of `ChainState.outcome` int8 [C, S+1], by serial (entry 0, the extension, is not used)."""
+
+    REJECTED = 0
+    UNCHANGED = 1  # the walk kept every token: a step that changed nothing and cost nothing
+    ACCEPTED = 2
+
+
+class Cost(IntEnum):
+    """Columns of `ChainState.cost` int64 [C, 4], in tokens."""
+
+    EXTENSION = 0  # forwarded while extending
+    PROPOSAL = 1  # forwarded for proposals, lanes that were voided included
+    SAVED_PREFIX = 2  # positions a proposal kept without a forward pass
+    SAVED_EARLY = 3  # positions left to the cap when a proposal was rejected early
+
+
+class Status(IntEnum):
+    """What a row's logits were like. Reported by every op that reads logits or weights, one per row."""
+
+    PENDING = -1  # only as an input of mh_advance: this lane has no sample this time
+    OK = 0
+    NAN = 1
+    POS_INF = 2
+    NO_MASS = 3  # every logit is -inf
+    BAD_TOKEN = 4  # a token outside [0, V)
+    BAD_LENGTH = 5
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of one run (DESIGN section 3). All are host integers, fixed while a run lasts."""
+
+    max_new_tokens: int
+    block_size: int
+    mcmc_steps: int
+    final_steps: int = 0
+    early_rejection: bool = True
+    free_prefix: bool = True
+    karan_du: bool = False
+
+    @property
+    def stages(self) -> int:
+        return -(-self.max_new_tokens // self.block_size)
+
+    @property
+    def max_steps(self) -> int:
+        return self.stages * self.mcmc_steps + self.final_steps
+
+
+_PER_CHAIN = {"field", "token", "logq", "cumw", "outcome", "cost", "commit_range"}
+
+
+@dataclass
+class ChainState:
+    """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then the plan."""
+
+    field: torch.Tensor  # i32 [C, 16]
+    token: torch.Tensor  # i32 [C, H+1]
+    logq: torch.Tensor  # f32 [C, H+1]
+    cumw: torch.Tensor  # f64 [C, H+1], cumw[t] = sum of the first t weights
+    outcome: torch.Tensor  # i8 [C, S+1]
+    cost: torch.Tensor  # i64 [C, 4]
+    lane_field: torch.Tensor  # i32 [C*P, 8]
+    lane_token: torch.Tensor  # i32 [C*P, H+1], valid on [DIVERGENCE, POSITION)
+    lane_logq: torch.Tensor  # f32 [C*P, H+1], the same
+    lane_cumw: torch.Tensor  # f64 [C*P, H+1], valid on (DIVERGENCE, POSITION]
+    lane_theta: torch.Tensor  # f64 [C*P], F(x) + log(1-u), fixed when the proposal opens
+    input_id: torch.Tensor  # i64 [C*P]: the token each lane feeds next
+    position: torch.Tensor  # i64 [C*P]: its position, prompt included
+    counter: torch.Tensor  # i32 [C*P, 4]: the block that draws the next token
+    exclude: torch.Tensor  # i64 [C*P]
+    commit_range: torch.Tensor  # i32 [C, 4]: (chain, lane, start, stop), lane KV -> chain KV
+    open_range: torch.Tensor  # i32 [C*P, 4]: (lane, chain, start, stop), chain KV -> lane KV
+
+    @staticmethod
+    def allocate(chains: int, lanes: int, law: Law, device: torch.device | str = "cpu") -> ChainState:
+        """A state of `chains` idle chains with `lanes` lanes each."""
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rows, width = chains * lanes, law.max_new_tokens + 1
+        return ChainState(
+            field=zeros(chains, CHAIN_FIELDS, dtype=torch.int32),
+            token=zeros(chains, width, dtype=torch.int32),
+            logq=zeros(chains, width, dtype=torch.float32),
+            cumw=zeros(chains, width, dtype=torch.float64),
+            outcome=zeros(chains, law.max_steps + 1, dtype=torch.int8),
+            cost=zeros(chains, len(Cost), dtype=torch.int64),
+            lane_field=zeros(rows, LANE_FIELDS, dtype=torch.int32),
+            lane_token=zeros(rows, width, dtype=torch.int32),
+            lane_logq=zeros(rows, width, dtype=torch.float32),
+            lane_cumw=zeros(rows, width, dtype=torch.float64),
+            lane_theta=zeros(rows, dtype=torch.float64),
+            input_id=zeros(rows, dtype=torch.int64),
+            position=zeros(rows, dtype=torch.int64),
+            counter=zeros(rows, 4, dtype=torch.int32),
+            exclude=zeros(rows, dtype=torch.int64),
+            commit_range=zeros(chains, 4, dtype=torch.int32),
+            open_range=zeros(rows, 4, dtype=torch.int32),
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def chains(self) -> int:
+        return self.field.shape[0]
+
+    @property
+    def lanes(self) -> int:
+        return self.lane_field.shape[0] // max(self.field.shape[0], 1)
+
+    def first(self, chains: int) -> ChainState:
+        """A view of the first `chains` chains and their lanes."""
+        rows = chains * self.lanes
+        return ChainState(
+            **{f.name: getattr(self, f.name)[: chains if f.name in _PER_CHAIN else rows] for f in fields(self)}
+        )
+
+    def admit(self, chain: int, base: int, chain_id: int, prompt_id: int) -> None:
+        """Put a fresh chain into slot `chain`; the next `mh_advance` opens it. Its lanes' KV rows hold nothing."""
+        row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32)
+        row[ChainField.MODE] = Mode.START
+        row[ChainField.BASE] = base
+        row[ChainField.CHAIN_ID] = chain_id
+        row[ChainField.PROMPT_ID] = prompt_id
+        self.field[chain] = row.to(self.field.device)
+        self.outcome[chain] = 0
+        self.cost[chain] = 0
+        self.lane_field[chain * self.lanes : (chain + 1) * self.lanes] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Move the chain of slot `source`, with its lanes, into slot `target`."""
+        lanes = self.lanes
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if f.name in _PER_CHAIN:
+                tensor[target] = tensor[source]
+            else:
+                tensor[target * lanes : (target + 1) * lanes] = tensor[source * lanes : (source + 1) * lanes]

@@ -1,1 +1,45 @@
-"""Exact, fused power sampling: the operators. See README.md; the driver is `power_kernels.api`."""
+"""Exact, fused power sampling: the operators, on your own tensors. The driver is `power_kernels.api`. See README.md."""
+
+from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
+from power_kernels.ops import (
+    AcceptOutput,
+    SampleOutput,
+    ScoreOutput,
+    backend_for,
+    kv_copy_ranges,
+    mh_accept,
+    mh_accept_out,
+    mh_advance,
+    sample_tokens,
+    sample_tokens_out,
+    score_tokens,
+    score_tokens_out,
+    use_backend,
+    workspace_size,
+)
+from power_kernels.state import ChainState, Law, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AcceptOutput",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BackendError",
+    "ChainState",
+    "Law",
+    "SampleOutput",
+    "ScoreOutput",
+    "Status",
+    "backend_for",
+    "kv_copy_ranges",
+    "mh_accept",
+    "mh_accept_out",
+    "mh_advance",
+    "sample_tokens",
+    "sample_tokens_out",
+    "score_tokens",
+    "score_tokens_out",
+    "use_backend",
+    "workspace_size",
+]

@@ -31,6 +31,7 @@ class ChainField(IntEnum):
     PROMPT_ID = 9
     FAULT = 10  # the Status that stopped the chain, 0 while it is healthy
     CLOSED = 11  # 1 when the current answer ends with an EOS token
+    PROMPT_TOKEN = 12  # the prompt's last token, which the first decode of an empty answer feeds
 
 
 CHAIN_FIELDS = 16  # row pitch: one 64-byte line a chain
@@ -188,11 +189,12 @@ class ChainState:
             **{f.name: getattr(self, f.name)[: chains if f.name in _PER_CHAIN else rows] for f in fields(self)}
         )
 
-    def admit(self, chain: int, base: int, chain_id: int, prompt_id: int) -> None:
+    def admit(self, chain: int, prompt: list[int], chain_id: int, prompt_id: int) -> None:
         """Put a fresh chain into slot `chain`; the next `mh_advance` opens it. Its lanes' KV rows hold nothing."""
         row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32)
         row[ChainField.MODE] = Mode.START
-        row[ChainField.BASE] = base
+        row[ChainField.BASE] = len(prompt)
+        row[ChainField.PROMPT_TOKEN] = prompt[-1]
         row[ChainField.CHAIN_ID] = chain_id
         row[ChainField.PROMPT_ID] = prompt_id
         self.field[chain] = row.to(self.field.device)

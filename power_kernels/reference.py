@@ -1,0 +1,271 @@
+"""The executable specification: DESIGN sections 2-4 in float64 numpy, one row and one chain at a time.
+
+Nothing here is fast. Every backend and every test is measured against it. What the operators store in float32
+(logq and weights, DESIGN 5.5) is rounded to float32 here too, so that chains can be compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from power_kernels import rng
+from power_kernels.state import Law, Outcome, Status
+
+# ---------------------------------------------------------------------------------------------------------------
+# One row of logits (section 2)
+
+
+def row_status(z: np.ndarray) -> Status:
+    """What is wrong with a row of logits, if anything. z: [V]."""
+    if np.isnan(z).any():
+        return Status.NAN
+    if (z == np.inf).any():
+        return Status.POS_INF
+    if (z == -np.inf).all():
+        return Status.NO_MASS
+    return Status.OK
+
+
+def rest(z: np.ndarray, beta: float) -> float:
+    """sum_v exp(beta * (z_v - max z)) without the argmax, so that log1p(rest) keeps a peaked row's digits."""
+    mass = np.exp(beta * (z - z.max()))
+    mass[np.argmax(z)] = 0.0
+    return float(mass.sum())
+
+
+@dataclass(frozen=True)
+class TokenQuantities:
+    """What one token contributes to a chain, in nats (section 2)."""
+
+    logp: float
+    logq: float
+    weight: float
+
+
+def token_quantities(z: np.ndarray, token: int, alpha: float, beta: float) -> TokenQuantities:
+    """logp, logq and weight w = alpha*logp - logq of `token` under logits z [V] (a row whose status is OK)."""
+    z = np.asarray(z, np.float64)
+    gap = float(z[token] - z.max())
+    log_norm_p = math.log1p(rest(z, 1.0))  # LSE(z) - max z
+    log_norm_q = math.log1p(rest(z, beta))  # LSE(beta z) - beta max z
+    logp = gap - log_norm_p
+    logq = beta * gap - log_norm_q
+    weight = log_norm_q - beta * log_norm_p
+    if alpha != beta:
+        weight += (alpha - beta) * logp
+    if 1.0 <= beta <= alpha:
+        weight = min(weight, 0.0)
+    return TokenQuantities(logp, logq, weight)
+
+
+def entropy(z: np.ndarray) -> float:
+    """Entropy of softmax(z) in nats. z: [V], status OK."""
+    z = np.asarray(z, np.float64)
+    gap = z - z.max()
+    mass = np.exp(gap)
+    finite = np.where(mass > 0, gap, 0.0)
+    return float(math.log1p(rest(z, 1.0)) - (mass * finite).sum() / mass.sum())
+
+
+def draw_token(z: np.ndarray, beta: float, u: float, exclude: int = -1) -> int:
+    """Inverse CDF of softmax(beta z) in vocabulary order (section 4): the first v whose CDF exceeds u.
+
+    exclude: a token to leave out (section 3.4); it is returned all the same when nothing else has mass.
+    """
+    z = np.asarray(z, np.float64)
+    if exclude >= 0:
+        z = z.copy()
+        z[exclude] = -np.inf
+        if z.max() == -np.inf:
+            return exclude
+    mass = np.exp(beta * (z - z.max()))
+    cdf = np.cumsum(mass)
+    above = np.flatnonzero((cdf > u * cdf[-1]) & (mass > 0))
+    return int(above[0]) if above.size else int(np.flatnonzero(mass)[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One chain (section 3)
+
+
+def leave_probability(logq: float) -> float:
+    """1 - q(x_t) = -expm1(logq), by Kahan's formula, which every backend evaluates in the same way."""
+    x = float(logq)
+    if x >= 0.0:
+        return 0.0
+    e = math.exp(x)
+    if e == 1.0:
+        return -x
+    if e == 0.0:
+        return 1.0
+    return (1.0 - e) * x / math.log(e)
+
+
+def log_table(max_length: int) -> np.ndarray:
+    """log n for n = 0..max_length + 1 (entry 0 is 0): the one table that all backends read (section 3.3)."""
+    return np.log(np.maximum(np.arange(max_length + 2, dtype=np.float64), 1.0))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A state of the chain: n tokens, their logq, and the running float64 sum of their weights (n + 1 entries)."""
+
+    tokens: tuple[int, ...] = ()
+    logq: tuple[float, ...] = ()
+    cumw: tuple[float, ...] = (0.0,)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def prefix(self, n: int) -> Answer:
+        return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1])
+
+    def append(self, token: int, logq: float, weight: float) -> Answer:
+        logq, weight = float(np.float32(logq)), float(np.float32(weight))
+        return Answer((*self.tokens, token), (*self.logq, logq), (*self.cumw, self.cumw[-1] + weight))
+
+
+class ReferenceChain:
+    """One chain, from its first token to its last step.
+
+    next_logits: a function from a tuple of answer tokens to the logits [V] of the next one.
+    lanes: proposals prefetched from the same state (section 3.5); the chain is the same for any number.
+    """
+
+    def __init__(
+        self,
+        next_logits: Callable[[tuple[int, ...]], np.ndarray],
+        law: Law,
+        *,
+        alpha: float,
+        beta: float | None = None,
+        seed: int = 0,
+        eos: Sequence[int] = (),
+        chain_id: int = 0,
+        prompt_id: int = 0,
+        lanes: int = 1,
+    ):
+        self.next_logits = next_logits
+        self.law = law
+        self.alpha = alpha
+        self.beta = alpha if beta is None else beta
+        self.seed = seed
+        self.eos = frozenset(eos)
+        self.ids = (chain_id, prompt_id)
+        self.lanes = lanes
+        self.log_n = log_table(law.max_new_tokens)
+        self.serial = 0  # of the last step made
+        self.outcomes: list[Outcome] = []
+
+    # -- the schedule (3.1)
+
+    def run(self) -> Answer:
+        law, answer = self.law, Answer()
+        for stage in range(1, law.stages + 1):
+            start = len(answer) if law.karan_du else (stage - 1) * law.block_size
+            horizon = min(start + law.block_size, law.max_new_tokens)
+            answer = self.extend(answer, horizon, stage)
+            answer = self.steps(answer, horizon, law.mcmc_steps)
+            if self.ends_with_eos(answer):
+                break
+        return self.steps(answer, law.max_new_tokens, law.final_steps)
+
+    def ends_with_eos(self, answer: Answer) -> bool:
+        return len(answer) > 0 and answer.tokens[-1] in self.eos
+
+    def extend(self, answer: Answer, horizon: int, stage: int) -> Answer:
+        # The published code can extend from the same position twice; those draws must not repeat.
+        serial = -stage if self.law.karan_du else 0
+        while len(answer) < horizon:
+            answer = self.draw(answer, serial)
+            if self.ends_with_eos(answer):
+                break
+        return answer
+
+    def steps(self, answer: Answer, horizon: int, count: int) -> Answer:
+        last = self.serial + count
+        while self.serial < last:
+            prefetched = range(self.serial + 1, min(self.serial + self.lanes, last) + 1)
+            proposals = [self.propose(answer, horizon, serial) for serial in prefetched]
+            for serial, proposal in zip(prefetched, proposals, strict=True):
+                self.serial = serial
+                outcome, answer = self.resolve(answer, proposal)
+                self.outcomes.append(outcome)
+                if outcome is Outcome.ACCEPTED:
+                    break  # every later proposal started from a state that is gone
+        return answer
+
+    def resolve(self, answer: Answer, proposal: Answer | None) -> tuple[Outcome, Answer]:
+        if proposal is None:
+            return Outcome.REJECTED, answer
+        if proposal is answer:
+            return Outcome.UNCHANGED, answer
+        return Outcome.ACCEPTED, proposal
+
+    # -- one step (3.2)
+
+    def propose(self, answer: Answer, horizon: int, serial: int) -> Answer | None:
+        """The outcome of step `serial` from `answer`: a new answer, `answer` itself (unchanged), or None (rejected)."""
+        cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, *self.ids)
+        cap = len(answer) if self.law.karan_du else horizon
+        theta = self.threshold(answer, float(accept_uniform))
+        divergence = self.walk(answer, self.cut(answer, float(cut_uniform)), serial)
+        if divergence == len(answer):
+            return answer
+        proposal, exclude = answer.prefix(divergence), answer.tokens[divergence]
+        while True:
+            drawn = self.draw(proposal, serial, exclude)
+            if drawn.tokens[-1] == exclude:  # nothing else has mass: the token is kept and the walk goes on
+                divergence = self.walk(answer, divergence + 1, serial)
+                if divergence == len(answer):
+                    return answer
+                proposal, exclude = answer.prefix(divergence), answer.tokens[divergence]
+                continue
+            proposal, exclude = drawn, -1
+            closed = len(proposal) == cap or self.ends_with_eos(proposal)
+            if self.rejects(answer, proposal, closed, theta):
+                return None
+            if closed:
+                return proposal
+
+    def cut(self, answer: Answer, u: float) -> int:
+        return min(int(u * len(answer)), len(answer) - 1)
+
+    def walk(self, answer: Answer, start: int, serial: int) -> int:
+        """First position >= start at which the proposal leaves the answer; its length when it never does (3.4)."""
+        for t in range(start, len(answer)):
+            keep = rng.position_uniforms(self.seed, t, serial, *self.ids)[1]
+            if keep < leave_probability(answer.logq[t]):
+                return t
+        return len(answer)
+
+    def draw(self, answer: Answer, serial: int, exclude: int = -1) -> Answer:
+        """`answer` with one more token from q, that token not being `exclude`."""
+        z = self.next_logits(answer.tokens)
+        u = float(rng.position_uniforms(self.seed, len(answer), serial, *self.ids)[0])
+        token = draw_token(z, self.beta, u, exclude)
+        row = token_quantities(z, token, self.alpha, self.beta)  # of the full row, whatever is excluded
+        return answer.append(token, row.logq, row.weight)
+
+    # -- acceptance (3.2, 3.3)
+
+    def log_f(self, answer: Answer) -> float:
+        """F(x) = W(x) - log n."""
+        return answer.cumw[-1] - self.log_n[len(answer)]
+
+    def threshold(self, answer: Answer, u: float) -> float:
+        log_u = math.log(1.0 - u)
+        return log_u if self.law.karan_du else self.log_f(answer) + log_u
+
+    def rejects(self, answer: Answer, proposal: Answer, closed: bool, theta: float) -> bool:
+        """Whether the proposal is known to be rejected: at its last token, or before it when that is exact."""
+        if self.law.karan_du:  # sums over the overlap only, no cut-law ratio
+            return closed and proposal.cumw[-1] - answer.cumw[len(proposal)] < theta
+        if not (closed or self.law.early_rejection):
+            return False
+        length = len(proposal) if closed else len(proposal) + 1
+        return proposal.cumw[-1] - self.log_n[length] < theta

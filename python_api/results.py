@@ -1,0 +1,113 @@
+"""What a chain returns, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
+
+
+@dataclass(frozen=True)
+class TokenAccount:
+    """Tokens forwarded for one answer, by cause, and tokens that the exact shortcuts saved.
+
+    prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, prefetched ones that
+    were voided included. saved_prefix: positions a proposal kept without a forward pass. saved_early: positions left when
+    a proposal was rejected early; None when answers can end early, since nobody knows how long it would have become.
+    """
+
+    prefill: int
+    extension: int
+    proposal: int
+    saved_prefix: int
+    saved_early: int | None
+    answer: int
+
+    @property
+    def forwarded(self) -> int:
+        return self.prefill + self.extension + self.proposal
+
+    @property
+    def ratio(self) -> float:
+        """Tokens forwarded per token of the answer."""
+        return self.forwarded / max(self.answer, 1)
+
+
+@dataclass(frozen=True)
+class PowerResult:
+    """One answer, the last state of one chain.
+
+    tokens: generated ids, EOS included. text: decoded, None without a tokenizer. log_weights: the weight of each token in
+    nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token): Metropolis-Hastings
+    steps. outcomes: each step's. finish: "eos", "length", or "fault" with `status` saying what the logits were like (the
+    answer is then the chain's last good state).
+    """
+
+    prompt_id: int
+    chain_id: int
+    tokens: list[int]
+    text: str | None
+    token_logp: list[float]
+    log_weights: list[float]
+    outcomes: list[Outcome]
+    finish: str
+    status: Status
+    cost: TokenAccount
+
+    @cached_property
+    def logp(self) -> float:
+        """log p of the answer under the base model, in nats."""
+        return float(np.sum(self.token_logp))
+
+    @property
+    def steps(self) -> int:
+        return len(self.outcomes)
+
+    @property
+    def accepted(self) -> int:
+        return sum(o is Outcome.ACCEPTED for o in self.outcomes)
+
+    @property
+    def unchanged(self) -> int:
+        return sum(o is Outcome.UNCHANGED for o in self.outcomes)
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.steps if self.steps else float("nan")
+
+
+def read_result(
+    state: ChainState, chain: int, *, alpha: float, can_end_early: bool, prefill: int, tokenizer
+) -> PowerResult:
+    """The result of a chain that has stopped. alpha: as float32 holds it."""
+    field = state.field[chain].tolist()
+    n = field[ChainField.LENGTH]
+    tokens = state.token[chain, :n].tolist()
+    weights = np.diff(state.cumw[chain, : n + 1].cpu().numpy())
+    logq = state.logq[chain, :n].cpu().numpy().astype(np.float64)
+    outcomes = [Outcome(o) for o in state.outcome[chain, 1 : field[ChainField.OPENED]].tolist()]
+    cost = state.cost[chain].tolist()
+    status = Status(field[ChainField.FAULT])
+    finish = "fault" if status is not Status.OK else "eos" if field[ChainField.CLOSED] else "length"
+    return PowerResult(
+        prompt_id=field[ChainField.PROMPT_ID],
+        chain_id=field[ChainField.CHAIN_ID],
+        tokens=tokens,
+        text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
+        token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
+        log_weights=weights.tolist(),
+        outcomes=outcomes,
+        finish=finish,
+        status=status,
+        cost=TokenAccount(
+            prefill=prefill,
+            extension=cost[Cost.EXTENSION],
+            proposal=cost[Cost.PROPOSAL],
+            saved_prefix=cost[Cost.SAVED_PREFIX],
+            saved_early=None if can_end_early else cost[Cost.SAVED_EARLY],
+            answer=n,
+        ),
+    )

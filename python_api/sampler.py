@@ -1,0 +1,303 @@
+"""PowerSampler: many chains of many prompts in one ragged batch.
+
+Every row of the batch is at its own position and its own Metropolis-Hastings step; a chain that stops leaves its slot to
+the next one at once. The law of the chain lives in `power_kernels.mh_advance`; this file only feeds it.
+
+    admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import power_kernels as pk
+from power_kernels import reference
+from power_kernels.api.config import PowerConfig
+from power_kernels.api.engine import Engine, Sampled
+from power_kernels.api.progress import progress_bar
+from power_kernels.api.results import PowerResult, read_result
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.rng import MAX_PROMPT_ID
+from power_kernels.state import ChainField, Mode, Status
+
+_STOPPED = (Mode.DONE, Mode.FAULT)
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `PowerSampler.generate`. `.results` holds the answers that had finished."""
+
+    def __init__(self, results: list[PowerResult]):
+        super().__init__(f"interrupted after {len(results)} finished answers, which are in .results")
+        self.results = results
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: list[int]
+    prompt_id: int
+    chain_id: int
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Counters of a running call, for a progress bar: steps and accepted of the chains that have stopped."""
+
+    answers: int
+    steps: int
+    accepted: int
+    tokens: int
+
+
+class PowerSampler:
+    """Draws answers from p(x)^alpha of a model.
+
+    model: a transformers causal LM, or any `Engine`. tokenizer: needed for prompts that are strings, and for `.text`.
+    """
+
+    def __init__(self, model, tokenizer=None):
+        if isinstance(model, torch.nn.Module):
+            from power_kernels.api.engines.huggingface import HuggingFaceEngine
+
+            model = HuggingFaceEngine(model)
+        elif not isinstance(model, Engine):
+            raise ArgumentTypeError(
+                f"model is a {type(model).__name__}; it must be a transformers causal LM or a power_kernels.api.Engine"
+            )
+        self.engine: Engine = model
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor,
+        config: PowerConfig | None = None,
+        *,
+        num_chains: int = 1,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        prompt_ids: Sequence[int] | None = None,
+        max_chains: int = 16,
+        progress: bool = False,
+    ) -> list[PowerResult]:
+        """One result per prompt and chain, prompt-major.
+
+        prompts: strings (needs the tokenizer), lists of token ids, or an integer tensor [B, P].
+        num_chains: independent answers per prompt. seed: 64 bits; the same seed gives the same chains, whatever batch
+        they run in. eos_token_id: an int or a sequence; None takes the engine's, [] runs every answer to max_new_tokens.
+        prompt_ids: the prompts' identities in the random-number contract; their index in this call by default.
+        max_chains: chains that run at once; the others wait for a free slot. progress: show a bar.
+
+        A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected.
+        Raises ArgumentError or ArgumentTypeError for bad input before any work, and GenerationInterrupted, which carries
+        the finished answers, on Ctrl-C.
+        """
+        jobs = self._jobs(prompts, num_chains, prompt_ids)
+        order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
+        results: list[PowerResult | None] = [None] * len(jobs)
+        try:
+            for result in self._stream(jobs, config, seed, eos_token_id, max_chains, progress):
+                results[order[result.prompt_id, result.chain_id]] = result
+        except KeyboardInterrupt:
+            raise GenerationInterrupted([r for r in results if r is not None]) from None
+        return results
+
+    def stream(
+        self,
+        prompts,
+        config: PowerConfig | None = None,
+        *,
+        num_chains: int = 1,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        prompt_ids: Sequence[int] | None = None,
+        max_chains: int = 16,
+        progress: bool = False,
+    ) -> Iterator[PowerResult]:
+        """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns."""
+        jobs = self._jobs(prompts, num_chains, prompt_ids)
+        return self._stream(jobs, config, seed, eos_token_id, max_chains, progress)
+
+    # -- input
+
+    def _jobs(self, prompts, num_chains, prompt_ids) -> list[_Job]:
+        rows = self._token_rows(prompts)
+        if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 1:
+            raise ArgumentError(f"num_chains is {num_chains!r}; it must be an integer of at least 1")
+        ids = list(range(len(rows))) if prompt_ids is None else list(prompt_ids)
+        if len(ids) != len(rows) or len(set(ids)) != len(ids):
+            raise ArgumentError(f"prompt_ids is {ids}; it must hold one distinct id for each of {len(rows)} prompts")
+        for i in ids:
+            if not 0 <= i <= MAX_PROMPT_ID:
+                raise ArgumentError(f"prompt_ids holds {i}; ids must lie in [0, {MAX_PROMPT_ID}]")
+        return [_Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)]
+
+    def _token_rows(self, prompts) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ArgumentTypeError("prompts is a str; it must be a list of prompts")
+        if isinstance(prompts, torch.Tensor):
+            if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
+                raise ArgumentTypeError(
+                    f"prompts is a {prompts.dtype} tensor of shape {list(prompts.shape)}; it must be int64 [B, P]"
+                )
+            prompts = prompts.tolist()
+        rows = []
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise ArgumentTypeError(
+                        f"prompts[{i}] is a string and there is no tokenizer; pass PowerSampler(model, tokenizer) or "
+                        "token ids"
+                    )
+                prompt = self.tokenizer(prompt).input_ids
+            row = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            if not row:
+                raise ArgumentError(f"prompts[{i}] is empty; a prompt needs at least one token")
+            for token in row:
+                if isinstance(token, bool) or not isinstance(token, int):
+                    raise ArgumentTypeError(f"prompts[{i}] holds {token!r}; token ids must be integers")
+                if not 0 <= token < self.engine.vocab_size:
+                    raise ArgumentError(
+                        f"prompts[{i}] holds token id {token}; ids must lie in [0, {self.engine.vocab_size})"
+                    )
+            rows.append(row)
+        if not rows:
+            raise ArgumentError("prompts is empty; it must hold at least one prompt")
+        return rows
+
+    def _eos(self, eos_token_id) -> list[int]:
+        if eos_token_id is None:
+            return list(self.engine.eos_token_ids)
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.engine.vocab_size:
+                raise ArgumentError(
+                    f"eos_token_id holds {token!r}; ids must be integers in [0, {self.engine.vocab_size})"
+                )
+        return ids
+
+    # -- the run
+
+    def _stream(self, jobs, config, seed, eos_token_id, max_chains, progress) -> Iterator[PowerResult]:
+        config = PowerConfig() if config is None else config
+        if not isinstance(config, PowerConfig):
+            raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ArgumentError(f"seed is {seed!r}; it must be an integer of 64 bits")
+        if isinstance(max_chains, bool) or not isinstance(max_chains, int) or max_chains < 1:
+            raise ArgumentError(f"max_chains is {max_chains!r}; it must be an integer of at least 1")
+        eos = self._eos(eos_token_id)
+        limit = self.engine.max_context
+        longest = max(jobs, key=lambda job: len(job.prompt))
+        if limit is not None and len(longest.prompt) + config.max_new_tokens > limit:
+            raise ArgumentError(
+                f"prompt {longest.prompt_id} has {len(longest.prompt)} tokens and max_new_tokens is "
+                f"{config.max_new_tokens}; together they must not exceed the model's context of {limit}"
+            )
+        seed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits, as int64 holds them
+        run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
+        return run.results(progress_bar(len(jobs)) if progress else None)
+
+
+class _Run:
+    """One call: fixed slots, chains streaming through them, the active ones always in front."""
+
+    # Reading the modes waits for the device, and a stopped chain's lanes are harmless: look every few steps.
+    POLL_STEPS = 8
+
+    def __init__(self, engine: Engine, jobs: list[_Job], config: PowerConfig, seed: int, eos, slots, tokenizer):
+        self.engine, self.config, self.law, self.tokenizer = engine, config, config.law, tokenizer
+        self.waiting = deque(jobs)
+        self.slots = slots
+        self.seed = seed
+        self.max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
+        self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
+        self.can_end_early = bool(eos)
+        device = engine.device
+        self.seed_tensor = torch.tensor([seed], dtype=torch.int64, device=device)
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
+        self.poll_steps = 1 if device.type == "cpu" else self.POLL_STEPS
+        self.prefill_cost: list[int] = []  # of the chain in each active slot
+
+    def results(self, bar) -> Iterator[PowerResult]:
+        engine, config = self.engine, self.config
+        engine.begin(
+            chains=self.slots,
+            lanes=config.lanes,
+            max_length=self.max_length,
+            alpha=self.alpha,
+            beta=config.beta,
+            seed=self.seed,
+        )
+        try:
+            self.state = pk.ChainState.allocate(self.slots, config.lanes, self.law, engine.device)
+            while self.admit():
+                stopped: list[int] = []
+                while not stopped:
+                    for _ in range(self.poll_steps):
+                        self.advance(engine.step(self.active))
+                    modes = self.active.field[:, ChainField.MODE].tolist()
+                    stopped = [slot for slot, mode in enumerate(modes) if mode in _STOPPED]
+                    if bar is not None:
+                        bar.advance(self.poll_steps * len(modes) * config.lanes)
+                # Last slot first, so that the chain that moves into a free slot is one that still runs.
+                for slot in reversed(stopped):
+                    result = self.retire(slot)
+                    if bar is not None:
+                        bar.finished(result)
+                    yield result
+        finally:
+            engine.end()
+            if bar is not None:
+                bar.close()
+
+    @property
+    def active(self) -> pk.ChainState:
+        return self.state.first(len(self.prefill_cost))
+
+    def admit(self) -> int:
+        """Fill the free slots behind the active ones. Returns how many chains are active now."""
+        first = len(self.prefill_cost)
+        jobs = [self.waiting.popleft() for _ in range(min(self.slots - first, len(self.waiting)))]
+        if jobs:
+            slots = list(range(first, first + len(jobs)))
+            self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
+            for slot, job in zip(slots, jobs, strict=True):
+                self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
+            self.advance(self.nothing_sampled())  # opens the new chains, leaves the others as they are
+        return len(self.prefill_cost)
+
+    def nothing_sampled(self) -> Sampled:
+        rows = len(self.prefill_cost) * self.config.lanes
+        device = self.engine.device
+        values = torch.zeros(rows, dtype=torch.float32, device=device)
+        token = torch.zeros(rows, dtype=torch.int64, device=device)
+        return Sampled(token, values, values, torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device))
+
+    def advance(self, sampled: Sampled) -> None:
+        state = self.active
+        pk.mh_advance(
+            state, self.law, self.log_n, self.seed_tensor, self.eos,
+            sampled.token, sampled.logq, sampled.weight, sampled.status,
+        )  # fmt: skip
+        self.engine.transfer(state.commit_range, state.open_range)
+
+    def retire(self, slot: int) -> PowerResult:
+        last = len(self.prefill_cost) - 1
+        result = read_result(
+            self.state,
+            slot,
+            alpha=self.alpha,
+            can_end_early=self.can_end_early,
+            prefill=self.prefill_cost[slot],
+            tokenizer=self.tokenizer,
+        )
+        if slot != last:
+            self.state.move(last, slot)
+            self.engine.move(last, slot)
+            self.prefill_cost[slot] = self.prefill_cost[last]
+        self.prefill_cost.pop()
+        return result

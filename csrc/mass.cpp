@@ -1,0 +1,130 @@
+// Instances of mass_kernel.h for each instruction set, the choice among them, and the threaded mass pass.
+
+#include "mass.h"
+
+#include <cstdlib>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace power_kernels {
+
+#define PK_ISA 0
+#define PK_WIDTH 4
+namespace baseline {
+#include "mass_kernel.h"
+}
+#undef PK_ISA
+#undef PK_WIDTH
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PK_ISA 2
+#define PK_WIDTH 8
+namespace avx2 {
+#include "mass_kernel.h"
+}
+#undef PK_ISA
+#undef PK_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+#define PK_ISA 5
+#define PK_WIDTH 16
+namespace avx512 {
+#include "mass_kernel.h"
+}
+#undef PK_ISA
+#undef PK_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+namespace {
+
+enum Isa { BASELINE, AVX2, AVX512 };
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  Isa isa = has_avx512 ? AVX512 : has_avx2 ? AVX2 : BASELINE;
+  // For tests and measurements: a lower instruction set than the machine's.
+  if (const char* wish = std::getenv("POWER_KERNELS_CPU")) {
+    if (!std::strcmp(wish, "baseline")) isa = BASELINE;
+    if (!std::strcmp(wish, "avx2") && has_avx2) isa = AVX2;
+  }
+  return isa;
+#else
+  return BASELINE;
+#endif
+}
+
+}  // namespace
+
+const MassKernels& mass_kernels(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  static const Isa isa = detect();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "logits must be float32, float16 or bfloat16");
+  const int index = dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;
+#if defined(__x86_64__)
+  if (isa == AVX512) return avx512::kernels(index);
+  if (isa == AVX2) return avx2::kernels(index);
+#endif
+  return baseline::kernels(index);
+}
+
+Logits::Logits(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) >= 1, "logits must have shape [rows, V] with V >= 1");
+  STD_TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, "logits must have unit stride along the vocabulary");
+  data = static_cast<const char*>(t.data_ptr());
+  rows = t.size(0);
+  V = t.size(1);
+  item_bytes = t.element_size();
+  row_bytes = t.stride(0) * item_bytes;
+  tiles = (V + TILE - 1) / TILE;
+  kernels = &mass_kernels(t.scalar_type());
+}
+
+TileMass* mass_pass(const Logits& logits, const Vector<const float>& beta, bool entropy, const Tensor& workspace) {
+  const int64_t tiles = logits.tiles;
+  STD_TORCH_CHECK(workspace.element_size() == 4 && workspace.is_contiguous() &&
+                      workspace.numel() >= logits.rows * tiles * 4,
+                  "workspace must be contiguous float32 with 4 * ceil(V / 256) elements a row");
+  TileMass* slots = static_cast<TileMass*>(workspace.data_ptr());
+  // Every slot depends on its own tile only, so the split among threads cannot change a result.
+  constexpr int64_t GRAIN = 8;  // tiles; about 5 us, the cost of waking a thread
+  torch::stable::parallel_for(0, logits.rows * tiles, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t b = i / tiles, first = i - b * tiles;
+      const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
+      logits.kernels->mass(logits.row(b), logits.V, first, last, beta[b], entropy, slots + b * tiles);
+      i += last - first;
+    }
+  });
+  return slots;
+}
+
+}  // namespace power_kernels

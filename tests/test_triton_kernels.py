@@ -1,0 +1,383 @@
+"""The Triton kernels against the float64 reference, on CPU tensors in Triton's interpreter (or on a GPU without it)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from power_kernels import reference as ref  # noqa: E402
+from power_kernels import reference_ops, rng  # noqa: E402
+from power_kernels.state import Status  # noqa: E402
+from power_kernels.triton import rng as triton_rng  # noqa: E402
+from power_kernels.triton import sampling, scoring  # noqa: E402
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRET else "cuda"
+pytestmark = [
+    pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="no GPU and no interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, about the hostile values below
+]
+SEED = 0x299F31D0A4093822
+NAN = float("nan")
+INF = float("inf")
+
+
+def on(values, dtype=None) -> torch.Tensor:
+    tensor = values if torch.is_tensor(values) else torch.tensor(values)
+    return tensor.to(device=DEVICE, dtype=dtype)
+
+
+def make_logits(rows: int, vocabulary: int, dtype=torch.float32, scale=3.0, seed=0, pad=0) -> torch.Tensor:
+    """Normal logits [rows, vocabulary] whose rows lie `pad` entries further apart than they are long."""
+    g = torch.Generator().manual_seed(seed)
+    full = torch.full((rows, vocabulary + pad), NAN)
+    full[:, :vocabulary] = torch.randn(rows, vocabulary, generator=g) * scale
+    return full.to(dtype).to(DEVICE)[:, :vocabulary]
+
+
+def make_counters(rows: int, seed: int = 0) -> torch.Tensor:
+    words = np.random.default_rng(seed).integers(0, 2**32, (rows, 4), dtype=np.uint32)
+    return on(torch.from_numpy(words.view(np.int32)))
+
+
+def empty(rows: int, dtype) -> torch.Tensor:
+    return torch.full((rows,), NAN if dtype.is_floating_point else -77, dtype=dtype, device=DEVICE)
+
+
+def sample(module, logits, alpha, beta, counter, exclude=None, entropy=True, seed=SEED):
+    rows, vocabulary = logits.shape
+    out = {
+        "token": empty(rows, torch.int64),
+        "logp": empty(rows, torch.float32),
+        "logq": empty(rows, torch.float32),
+        "weight": empty(rows, torch.float32),
+        "entropy": empty(rows, torch.float32) if entropy else None,
+        "status": empty(rows, torch.int32),
+    }
+    workspace = empty(rows * 4 * -(-vocabulary // 256), torch.float32)
+    module.sample_tokens_out(
+        logits,
+        on(np.broadcast_to(alpha, rows).copy(), torch.float32),
+        on(np.broadcast_to(beta, rows).copy(), torch.float32),
+        on([seed], torch.int64),
+        counter,
+        None if exclude is None else on(exclude, torch.int64),
+        workspace,
+        *out.values(),
+    )
+    return {k: None if v is None else v.cpu() for k, v in out.items()}
+
+
+def boundary_distance(row: torch.Tensor, beta: float, u: float, exclude: int, token: int) -> float:
+    """How far u lies from the interval of the CDF that belongs to `token`, in float64 (0 inside)."""
+    z = row.double().cpu().numpy().copy()
+    if exclude >= 0:
+        z[exclude] = -INF
+    mass = np.exp(beta * (z - z.max()))
+    cdf = np.cumsum(mass) / mass.sum()
+    low = cdf[token - 1] if token else 0.0
+    return max(low - u, u - cdf[token], 0.0) if mass[token] > 0 else INF
+
+
+def check_sample(logits, alpha, beta, counter, exclude=None, tolerance=2e-6):
+    """Quantities within `tolerance` (relative to max(1, value)) of float64; tokens equal, boundaries apart."""
+    rows = logits.shape[0]
+    got = sample(sampling, logits, alpha, beta, counter, exclude)
+    want = sample(reference_ops, logits, alpha, beta, counter, exclude)
+    assert got["status"].tolist() == want["status"].tolist()
+    u = rng.uniforms(counter.cpu().numpy().view(np.uint32), SEED)[:, 0]
+    betas = np.broadcast_to(beta, rows)
+    alphas = np.broadcast_to(alpha, rows)
+    for i in range(rows):
+        token, bad = int(got["token"][i]), int(got["status"][i]) != Status.OK
+        if bad:
+            assert token == -1
+            assert all(torch.isnan(got[k][i]) for k in ("logp", "logq", "weight", "entropy"))
+            continue
+        z = logits[i].double().cpu().numpy()
+        if token != int(want["token"][i]):
+            assert boundary_distance(logits[i], betas[i], u[i], -1 if exclude is None else int(exclude[i]), token) < 1e-6
+        q = ref.token_quantities(z, token, float(np.float32(alphas[i])), float(np.float32(betas[i])))
+        for key, value in (("logp", q.logp), ("logq", q.logq), ("weight", q.weight), ("entropy", ref.entropy(z))):
+            bound = tolerance * max(abs(value), 1.0) * (max(alphas[i], betas[i]) if key == "weight" else 1.0)
+            assert abs(float(got[key][i]) - value) <= bound, (key, i, float(got[key][i]), value)
+    return got, want
+
+
+# ---- random numbers
+
+
+@triton.jit
+def _philox_probe(counter_ptr, seed_ptr, word_ptr, uniform_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    seed = tl.load(seed_ptr)
+    c = counter_ptr + 4 * i
+    c0, c1, c2, c3 = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3)
+    w0, w1, w2, w3 = triton_rng.philox4x32_10(seed, c0, c1, c2, c3)
+    tl.store(word_ptr + 4 * i, w0.to(tl.int32, bitcast=True))
+    tl.store(word_ptr + 4 * i + 1, w1.to(tl.int32, bitcast=True))
+    tl.store(word_ptr + 4 * i + 2, w2.to(tl.int32, bitcast=True))
+    tl.store(word_ptr + 4 * i + 3, w3.to(tl.int32, bitcast=True))
+    u0, u1 = triton_rng.uniforms(seed, c0, c1, c2, c3)
+    tl.store(uniform_ptr + 2 * i, u0)
+    tl.store(uniform_ptr + 2 * i + 1, u1)
+
+
+def philox(counter: np.ndarray, seed: int):
+    rows = len(counter)
+    words = torch.zeros(rows, 4, dtype=torch.int32, device=DEVICE)
+    uniforms = torch.zeros(rows, 2, dtype=torch.float64, device=DEVICE)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    _philox_probe[(1,)](
+        on(torch.from_numpy(counter.view(np.int32))), on([signed], torch.int64), words, uniforms, rows
+    )
+    return words.cpu().numpy().view(np.uint32), uniforms.cpu().numpy()
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    [  # kat_vectors of Random123, philox4x32 with 10 rounds
+        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            SEED,
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_words(counter, seed, words):
+    assert philox(np.array([counter], dtype=np.uint32), seed)[0][0].tolist() == words
+
+
+def test_philox_and_its_uniforms_equal_the_contract_bitwise():
+    counter = make_counters(256).cpu().numpy().view(np.uint32)
+    words, uniforms = philox(counter, SEED)
+    assert (words == rng.philox4x32_10(counter, SEED)).all()
+    assert (uniforms == rng.uniforms(counter, SEED)).all()
+
+
+# ---- sampling
+
+# 1: no rest at all; 2, 3: fewer entries than a thread; 255-257: masks; 2047-2049: the tile's edge; 4097: three tiles
+VOCABULARIES = [1, 2, 3, 255, 256, 999, 1024, 2047, 2048, 2049, 4097]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sampling_agrees_with_float64_at_every_tile_edge(vocabulary, dtype):
+    logits = make_logits(4, vocabulary, dtype, seed=vocabulary, pad=5)
+    check_sample(logits, 4.0, 4.0, make_counters(4, vocabulary))
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 2.5, 0.7])
+@pytest.mark.parametrize("alpha", [4.0, 2.5])
+def test_every_power_branch_agrees_with_float64(alpha, beta):
+    check_sample(make_logits(3, 999, seed=5), alpha, beta, make_counters(3, 5))
+
+
+def test_rows_of_one_batch_may_differ_in_alpha_and_beta():
+    betas = np.array([1.0, 2.0, 3.0, 4.0, 2.5, 8.0, 0.5, 1.25])
+    check_sample(make_logits(8, 300), np.array([1.0, 4.0, 3.0, 4.0, 4.0, 8.0, 2.0, 2.0]), betas, make_counters(8))
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_shift_of_the_logits_changes_nothing(shift):
+    plain = (make_logits(4, 2500).double() * 16).round() / 16  # exact in fp32 after the shift
+    moved = (plain + shift).float()
+    a = sample(sampling, plain.float(), 4.0, 4.0, make_counters(4))
+    b = sample(sampling, moved, 4.0, 4.0, make_counters(4))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_nearly_deterministic_rows_keep_their_digits():
+    logits = make_logits(3, 2100, scale=1.0)
+    logits[0, 7] = 40.0  # R1 about 1e-14: lost if it were a sum minus one
+    logits[1, 2099] = 60.0
+    logits[2, 0] = 25.0
+    got, _ = check_sample(logits, 4.0, 4.0, make_counters(3))
+    for i, token in enumerate((7, 2099, 0)):
+        assert int(got["token"][i]) == token
+        want = ref.token_quantities(logits[i].double().cpu().numpy(), token, 4.0, 4.0)
+        assert float(got["logp"][i]) == pytest.approx(want.logp, rel=1e-5)
+        assert float(got["weight"][i]) == pytest.approx(want.weight, rel=1e-5)
+        assert want.logp < 0.0
+
+
+def test_ties_at_the_maximum_leave_exactly_one_out():
+    logits = on(torch.zeros(3, 4100))
+    logits[1, 1::2] = -INF
+    logits[2] = -INF
+    logits[2, [5, 2050, 4099]] = 3.0
+    got, _ = check_sample(logits, 3.0, 3.0, make_counters(3))
+    assert got["logp"].tolist() == pytest.approx([-np.log(4100), -np.log(2050), -np.log(3)], rel=1e-6)
+
+
+def test_a_bad_row_is_reported_and_spoils_no_other():
+    logits = make_logits(9, 2100)
+    logits[0, 2099] = NAN
+    logits[1, 5] = INF
+    logits[2] = -INF
+    logits[3, 5], logits[3, 6] = INF, NAN  # in one tile: NaN is told first
+    logits[4, 5], logits[4, 2090] = INF, NAN  # in two tiles
+    logits[5] = -INF
+    logits[5, 2048] = -3.0  # one finite token
+    logits[6, ::2] = -INF
+    logits[7] = NAN
+    got, _ = check_sample(logits, 4.0, 4.0, make_counters(9), exclude=[-1] * 9)
+    assert got["status"].tolist() == [
+        Status.NAN,
+        Status.POS_INF,
+        Status.NO_MASS,
+        Status.NAN,
+        Status.NAN,
+        Status.OK,
+        Status.OK,
+        Status.NAN,
+        Status.OK,
+    ]
+    assert int(got["token"][5]) == 2048
+    assert float(got["logp"][5]) == float(got["weight"][5]) == float(got["entropy"][5]) == 0.0
+
+
+@pytest.mark.parametrize("vocabulary", [2, 300, 4097])
+@pytest.mark.parametrize("beta", [4.0, 2.5])
+def test_the_excluded_token_is_never_drawn_and_the_rest_keeps_its_law(vocabulary, beta):
+    rows = 8
+    logits = make_logits(rows, vocabulary, pad=3)
+    exclude = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
+    got, _ = check_sample(logits, 4.0, beta, make_counters(rows, 3), exclude)
+    assert (got["token"] != exclude).all()
+
+
+def test_a_dominant_excluded_token_cannot_underflow_the_rest():
+    logits = make_logits(4, 4200)
+    x = torch.tensor([3, 2047, 2048, 4199])
+    logits[torch.arange(4), x] = 2000.0  # exp(4 * -2000) is 0 in float64, too
+    got, want = check_sample(logits, 4.0, 4.0, make_counters(4), x)
+    assert (got["token"] == want["token"]).all()
+
+
+def test_an_excluded_token_with_all_the_mass_is_returned_itself():
+    logits = on(torch.full((3, 2100), -INF))
+    logits[:, 2060] = 1.0
+    logits[1, 3] = -5.0
+    got, _ = check_sample(logits, 4.0, 4.0, make_counters(3), torch.tensor([2060, 2060, -1]))
+    assert got["token"].tolist() == [2060, 3, 2060]
+
+
+def test_excluding_nothing_and_excluding_a_token_without_mass_are_the_same_bitwise():
+    logits = make_logits(6, 2500)
+    logits[:, 100] = -INF
+    runs = [sample(sampling, logits, 4.0, 4.0, make_counters(6), e) for e in (None, [-1] * 6, [100] * 6)]
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][k], other[k]) for k in runs[0])
+
+
+def test_an_exclusion_past_the_vocabulary_is_a_bad_token():
+    got, _ = check_sample(make_logits(2, 50), 4.0, 4.0, make_counters(2), torch.tensor([50, 2**40]))
+    assert got["status"].tolist() == [Status.BAD_TOKEN] * 2
+
+
+def test_a_row_does_not_depend_on_the_batch_bitwise():
+    logits, counter = make_logits(5, 2100, torch.bfloat16), make_counters(5)
+    whole = sample(sampling, logits, 4.0, 4.0, counter)
+    for i in range(5):
+        alone = sample(sampling, logits[i : i + 1], 4.0, 4.0, counter[i : i + 1])
+        assert all(torch.equal(whole[k][i : i + 1], alone[k]) for k in whole)
+
+
+def test_leaving_entropy_out_changes_nothing_else():
+    logits, counter = make_logits(3, 700), make_counters(3)
+    a = sample(sampling, logits, 4.0, 4.0, counter)
+    b = sample(sampling, logits, 4.0, 4.0, counter, entropy=False)
+    assert b.pop("entropy") is None
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize("exclude", [-1, 4000])
+def test_draws_follow_the_distribution_down_to_a_tail_18_nats_below(exclude):
+    """One token 18 nats above its neighbours, and the few draws of a million that miss it.
+
+    An fp32 scan or a 24-bit uniform gives most of the neighbours zero width.
+    """
+    vocabulary = 4200
+    logits = make_logits(1, vocabulary, scale=0.5)
+    logits[0, 2500] = 18.0 + float(logits[0].max())
+    counter = make_counters(1 << 20, 11)
+    u = rng.uniforms(counter.cpu().numpy().view(np.uint32), SEED)[:, 0]
+    z = logits[0].double().cpu().numpy().copy()
+    if exclude >= 0:
+        z[exclude] = -INF
+    cdf = np.cumsum(np.exp(z - z.max()))
+    cdf /= cdf[-1]
+    tail = np.flatnonzero((u < cdf[2499]) | (u >= cdf[2500]))
+    assert len(tail) >= 5
+    rows = torch.from_numpy(tail).to(DEVICE)
+    got, want = check_sample(
+        logits.expand(len(tail), vocabulary), 4.0, 1.0, counter[rows], torch.full((len(tail),), exclude)
+    )
+    assert (got["token"] == want["token"]).all()
+    assert len(set(got["token"].tolist())) == len(tail)
+
+
+# ---- scoring
+
+
+def score(module, logits, tokens, alpha, beta, entropy=True):
+    rows, vocabulary = logits.shape
+    out = {k: empty(rows, torch.float32) for k in ("logp", "logq", "weight", "entropy")}
+    if not entropy:
+        out["entropy"] = None
+    out["status"] = empty(rows, torch.int32)
+    module.score_tokens_out(
+        logits,
+        on(tokens, torch.int64),
+        on(np.broadcast_to(alpha, rows).copy(), torch.float32),
+        on(np.broadcast_to(beta, rows).copy(), torch.float32),
+        empty(rows * 4 * -(-vocabulary // 256), torch.float32),
+        *out.values(),
+    )
+    return {k: None if v is None else v.cpu() for k, v in out.items()}
+
+
+def check_score(logits, tokens, alpha, beta):
+    got = score(scoring, logits, tokens, alpha, beta)
+    want = score(reference_ops, logits, tokens, alpha, beta)
+    assert got["status"].tolist() == want["status"].tolist()
+    for key in ("logp", "logq", "weight", "entropy"):
+        np.testing.assert_allclose(got[key].numpy(), want[key].numpy(), rtol=1e-5, atol=1e-5, err_msg=key)
+    return got
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 2048, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("alpha", "beta"), [(4.0, 4.0), (4.0, 1.5)])
+def test_scoring_agrees_with_float64(vocabulary, dtype, alpha, beta):
+    tokens = torch.randint(0, vocabulary, (5,), generator=torch.Generator().manual_seed(vocabulary))
+    check_score(make_logits(5, vocabulary, dtype, pad=2), tokens, alpha, beta)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(4.0, 4.0), (4.0, 1.5), (1.5, 4.0)])
+def test_scoring_reports_bad_rows_and_gives_impossible_tokens_minus_infinity(alpha, beta):
+    logits = make_logits(8, 2100)
+    logits[0, 3] = NAN
+    logits[1, 3] = INF
+    logits[2] = -INF
+    logits[3, 9] = -INF
+    got = check_score(logits, [0, 0, 0, 9, -1, 2100, 2**33, 5], alpha, beta)
+    assert got["status"].tolist() == [1, 2, 3, 0, 4, 4, 4, 0]
+    assert [float(got[k][3]) for k in ("logp", "logq", "weight")] == [-INF] * 3
+
+
+def test_scoring_a_sampled_token_gives_its_quantities_bitwise():
+    logits = make_logits(6, 2500)
+    drawn = sample(sampling, logits, 4.0, 2.0, make_counters(6))
+    scored = score(scoring, logits, drawn["token"], 4.0, 2.0)
+    assert all(torch.equal(drawn[k], scored[k]) for k in scored)

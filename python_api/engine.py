@@ -1,0 +1,103 @@
+"""What the driver asks of the stack that runs the model (DESIGN sections 3.5, 6 and 8).
+
+The driver owns the chains (`ChainState`) and decides, an engine owns the model and whatever it keeps of the
+past. The driver never sees a KV cache. It names positions, and each call below says what must hold
+afterwards:
+
+    begin -> (prefill | transfer -> step | move)* -> end
+
+A lane is a row that may be fed; lanes [c*P, (c+1)*P) belong to chain slot c. Before each `step` the driver
+hands over two lists of ranges: `commit_range` (an accepted lane's tokens become its chain's) and
+`open_range` (a lane starts again from a prefix of its chain). An engine that keeps KV rows copies them; one
+that does not (a serving stack with a prefix cache) may take them as notices that a lane's request is void:
+it then submits prompt + prefix as a new request, and reports the lane as PENDING until its first token is
+there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from power_kernels.state import ChainState
+
+
+class UnsupportedModelError(ValueError):
+    """The model holds or computes something that this engine cannot rewind exactly. Raised before any
+    work."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One decode step's draws, a row a lane; what `power_kernels.mh_advance` takes.
+
+    token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
+    `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
+    ignored.
+    """
+
+    token: torch.Tensor
+    logq: torch.Tensor
+    weight: torch.Tensor
+    status: torch.Tensor
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model that can be fed at any position of any lane.
+
+    device: where the tensors of `ChainState` must live. vocab_size: width of the logits. max_context: the
+    most positions a prompt and its answer may take together, or None when the model sets no limit.
+    eos_token_ids: the model's own end-of-sequence tokens, possibly none.
+    """
+
+    device: torch.device
+    vocab_size: int
+    max_context: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, law_alpha: float, beta: float, seed: int
+    ) -> None:
+        """Get ready for `chains` slots of `lanes` lanes each, with all positions below `max_length`.
+
+        max_length: prompt + max_new_tokens of the longest request. law_alpha, beta: the exponents of the
+        target and of the proposal (DESIGN section 2). seed: 64 bits.
+        """
+        ...
+
+    def prefill(self, slots: list[int], prompts: list[list[int]]) -> int:
+        """Make each chain slot hold all but the last token of its prompt; the first decode feeds that one.
+
+        The slots' lanes hold nothing afterwards (LaneField.VALID is 0). Returns the number of tokens
+        forwarded.
+        """
+        ...
+
+    def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
+        """Commit, then open. commit_range int32 [C, 4] rows (chain, lane, start, stop): the chain takes the
+        lane's positions [start, stop). open_range int32 [C*P, 4] rows (lane, chain, start, stop): the lane
+        takes the chain's; positions are absolute, and what either held at `stop` and beyond is void. stop
+        <= start moves nothing.
+        """
+        ...
+
+    def step(self, state: ChainState) -> Sampled:
+        """Feed `state.input_id` at `state.position` on every lane of the `state.chains` first slots, and
+        sample.
+
+        Draws use `state.counter` and `state.exclude`. A lane may answer PENDING; the driver then repeats
+        its input. Lanes that are idle may be fed whatever the state holds for them: nothing at or beyond
+        VALID is trusted.
+        """
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Make slot `target`, with its lanes, hold what slot `source` holds. `source` is void afterwards."""
+        ...
+
+    def end(self) -> None:
+        """Leave the model as `begin` found it and free what the run held. Does nothing when no run is on."""
+        ...

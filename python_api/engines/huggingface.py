@@ -1,0 +1,566 @@
+"""A transformers causal LM as an engine: ragged rows, rollback by copying, no re-prefill (DESIGN section 6).
+
+What changes on the model while a run is on, and is put back by `end()` and whenever a call raises: its
+attention implementation, the training flag of its modules, and rotary schemes that depend on the batch
+(`engines/rope.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+import power_kernels
+from power_kernels.api.engine import Sampled, UnsupportedModelError
+from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
+from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
+from power_kernels.api.engines.rope import PinnedRope
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.state import ChainField, ChainState, Status
+
+_REWINDABLE = frozenset({"full_attention", "sliding_attention", "attention"})
+
+# Root mean square error of the self check, relative to that of the centred logits. A wrong mask or position
+# gives more than a half; rounding through the layers stays well below these.
+_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+
+# How many steps pass between two looks at the longest position on a device; the bound in between grows by
+# one a step.
+_LOOK_EVERY = 16
+_DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distinct shapes small
+
+
+class HuggingFaceEngine:
+    """Runs a transformers causal LM for the driver. See `power_kernels.api.engine.Engine` for what the
+    calls promise.
+
+    model: any decoder-only `PreTrainedModel` on one device whose layers are full or sliding-window
+        attention and go through transformers' attention interface (Llama, Mistral, Qwen2/3, Phi-3, Gemma
+        2/3, OLMo, Granite, Cohere, ...).
+    prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never
+    padded.
+    self_check: compare a small ragged batch with rollbacks to plain forward passes of the untouched model
+    first.
+
+    Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
+    engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, attention
+    sinks, position biases.
+
+    Rotary schemes that depend on the longest sequence are fixed for a run by its max_length (longrope:
+    above original_max_position_embeddings the long factors for every row, below it the short ones), so that
+    a row's law never depends on its batchmates.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, prefill_chunk: int = 1024, self_check: bool = True):
+        if not isinstance(model, PreTrainedModel):
+            raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
+        if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+            raise ArgumentError(f"prefill_chunk is {prefill_chunk!r}; it must be an integer of at least 1")
+        _refuse(model)
+        self.model, self.prefill_chunk = model, prefill_chunk
+        self._config = model.config.get_text_config()
+        self._decoder = model.get_decoder()
+        self.device = next(model.parameters()).device
+        self.dtype = model.dtype
+        self.max_context = getattr(self._config, "max_position_embeddings", None)
+        self.eos_token_ids = _eos_token_ids(model)
+        self._input_vocab = model.get_input_embeddings().weight.shape[0]
+        self._restore: list | None = None
+        self._slabs: KvSlabs | None = None
+        self._layout, self._windows, self.vocab_size = self._probe()
+        _check_windows(self._config, self._windows)
+        if self_check:
+            self._self_check()
+
+    # -- a run
+
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, law_alpha: float, beta: float, seed: int
+    ) -> None:
+        """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and take over the
+        model.
+
+        Raises ArgumentError for sizes or exponents that are not allowed and for max_length above
+        `max_context`.
+        """
+        for name, value in (("chains", chains), ("lanes", lanes), ("max_length", max_length)):
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name, value in (("law_alpha", law_alpha), ("beta", beta)):
+            if not (math.isfinite(value) and value > 0):
+                raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
+        if self.max_context is not None and max_length > self.max_context:
+            raise ArgumentError(
+                f"prompt and answer may take {max_length} positions; the model's context is {self.max_context}"
+            )
+        self.end()
+        with self._restored_on_error():
+            self._take_over(max_length)
+            on_device = self.device.type != "cpu"
+            positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
+            self._slabs = KvSlabs(
+                self._layout, chains=chains, lanes=lanes, positions=positions, device=self.device
+            )
+            self._cache = RaggedCache(self._slabs, len(self._layout.layers))
+            self._max_length, self._chains = max_length, chains
+            rows = chains * lanes
+            self._alpha = torch.full((rows,), law_alpha, dtype=torch.float32, device=self.device)
+            self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
+            seed &= (1 << 64) - 1
+            self._seed = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], device=self.device)
+            self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
+            self._steps = 0
+            self._prompts: list[tuple[int, ...] | None] = [None] * chains
+            # How far a slot's rows may have been written: `base` positions at step number `at`, one more a
+            # step.
+            self._written: list[tuple[int, int] | None] = [None] * chains
+            self._length = _LengthBound(self.device)
+
+    def end(self) -> None:
+        """Restore the model and free the KV. Does nothing when no run is on."""
+        self._slabs = self._cache = None
+        if self._restore is not None:
+            restore, self._restore = self._restore, None
+            for undo in reversed(restore):
+                undo()
+
+    def prefill(self, slots: list[int], prompts: list[list[int]]) -> int:
+        """Write all but the last token of each prompt into its chain slot. Returns the number of tokens
+        forwarded.
+
+        A prompt that another slot of this run already holds is copied from it and costs nothing.
+        Raises ArgumentError, before any work, for slots, lengths or token ids out of range.
+        """
+        self._check_running()
+        self._check_prompts(slots, prompts)
+        with self._restored_on_error():
+            return self._prefill(slots, [tuple(prompt) for prompt in prompts])
+
+    def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
+        """Copy lane -> chain ranges, then chain -> lane ranges. See the protocol; int32 [C, 4] and [C*P,
+        4]."""
+        self._check_running()
+        with self._restored_on_error():
+            self._slabs.commit(commit_range)
+            self._slabs.open(open_range)
+
+    def step(self, state: ChainState) -> Sampled:
+        """Feed and sample every lane of the first `state.chains` slots. No host synchronisation on a
+        device."""
+        self._check_running()
+        with self._restored_on_error():
+            logits = self._decode(state)
+            rows = logits.shape[0]
+            drawn = power_kernels.sample_tokens(
+                logits, self._alpha[:rows], self._beta[:rows], self._seed, state.counter, state.exclude
+            )
+            self._scrub(state.position, drawn.status)
+            return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the used positions of slot `source` and its lanes over slot `target`."""
+        self._check_running()
+        for name, slot in (("source", source), ("target", target)):
+            if not 0 <= slot < self._chains:
+                raise ArgumentError(f"{name} is {slot}; slots lie in [0, {self._chains})")
+        if source == target:
+            return
+        with self._restored_on_error():
+            self._clear(target)
+            self._slabs.move(source, target, self._reach(source))
+            self._prompts[target], self._prompts[source] = self._prompts[source], None
+            self._written[target] = self._written[source]
+
+    # -- decoding
+
+    def _decode(self, state: ChainState) -> torch.Tensor:
+        """Logits [rows, V] of the next position of every row of the state."""
+        position = state.position
+        length = self._length.of(state)
+        if length is None:
+            length = int(position.max()) + 1
+            if length > self._max_length or int(position.min()) < 0:
+                raise ArgumentError(
+                    f"positions span [{int(position.min())}, {length}); the run allows [0, {self._max_length})"
+                )
+        else:
+            length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
+        view = DecodeView(position, length)
+        logits = self._forward(self.model, view, state.input_id[:, None], position[:, None]).logits
+        self._steps += 1
+        return logits[:, -1]
+
+    def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
+        self._cache.attach(view)
+        with attached(view), torch.inference_mode():
+            return module(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True
+            )
+
+    def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
+        """Wipe what rows with bad logits just wrote: a NaN there would reach the lane's next proposal
+        through 0 * NaN.
+
+        Earlier positions are finite, or an earlier step's logits would have been bad: a position always
+        sees itself.
+        """
+        bad = status != Status.OK
+        if self.device.type == "cpu" and not bool(bad.any()):
+            return
+        row, start = self._row[: bad.shape[0]], position.to(torch.int32)
+        self._slabs.scrub_lanes(torch.stack([row, row, start, start + bad], dim=1).to(torch.int32))
+
+    # -- prompts
+
+    def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> int:
+        holders = {held: slot for slot, held in enumerate(self._prompts) if held is not None and slot not in slots}
+        fresh: list[tuple[int, tuple[int, ...]]] = []
+        copies: list[tuple[int, int, int]] = []
+        for slot, prompt in zip(slots, prompts, strict=True):
+            keep = len(prompt) - 1 if self._prompts[slot] == prompt else 0
+            self._clear(slot, keep)
+            if keep == 0 and len(prompt) > 1:
+                if prompt in holders:
+                    copies.append((holders[prompt], slot, len(prompt) - 1))
+                else:
+                    fresh.append((slot, prompt))
+            holders.setdefault(prompt, slot)
+            self._prompts[slot] = None  # until it is written
+            self._written[slot] = (len(prompt), self._steps)
+            self._length.admit(len(prompt))
+        forwarded = 0
+        for chunk in _packed(((slot, prompt[:-1]) for slot, prompt in fresh), self.prefill_chunk):
+            tokens, positions, segments = chunk
+            ids = torch.tensor([tokens], device=self.device)
+            position = torch.tensor([positions], device=self.device)
+            self._forward(self._decoder, PrefillView(segments, position[0]), ids, position)
+            forwarded += len(tokens)
+        for source, target, stop in copies:
+            self._slabs.copy_chain(source, target, stop)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._prompts[slot] = prompt
+        return forwarded
+
+    def _reach(self, slot: int) -> int:
+        """No position of this slot's rows at or beyond this one has been written."""
+        if self._written[slot] is None:
+            return 0
+        base, at = self._written[slot]
+        return min(base + self._steps - at + 1, self._slabs.positions)
+
+    def _clear(self, slot: int, keep: int = 0) -> None:
+        reach = self._reach(slot)
+        self._slabs.clear(slot, lanes_stop=reach, chain_start=keep, chain_stop=reach)
+
+    # -- checks of arguments
+
+    def _check_running(self) -> None:
+        if self._slabs is None:
+            raise ArgumentError("no run is on; call begin() first")
+
+    def _check_prompts(self, slots: list[int], prompts: list[list[int]]) -> None:
+        if len(slots) != len(prompts) or len(set(slots)) != len(slots):
+            raise ArgumentError(f"slots is {slots!r} for {len(prompts)} prompts; it must name one slot each, once")
+        for slot, prompt in zip(slots, prompts, strict=True):
+            if not 0 <= slot < self._chains:
+                raise ArgumentError(f"slot {slot} is out of range; slots lie in [0, {self._chains})")
+            if not 1 <= len(prompt) < self._max_length:
+                raise ArgumentError(
+                    f"a prompt has {len(prompt)} tokens; it must have at least 1 and leave room below {self._max_length}"
+                )
+            low, high = min(prompt), max(prompt)
+            if low < 0 or high >= self._input_vocab:
+                raise ArgumentError(
+                    f"a prompt has token ids in [{low}, {high}]; the model embeds [0, {self._input_vocab})"
+                )
+
+    # -- taking the model over, and putting it back
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
+
+    def _take_over(self, max_length: int) -> None:
+        self._restore = []
+        training = [module for module in self.model.modules() if module.training]
+        self._restore.append(lambda: [setattr(module, "training", True) for module in training])
+        for module in training:
+            module.training = False
+        rope = PinnedRope.pin(self.model, max_length)
+        self._restore.append(rope.restore)
+        configs = _configs(self.model)
+        before = [(config, config._attn_implementation_internal) for config in configs]
+        self._restore.append(
+            lambda: [setattr(config, "_attn_implementation_internal", name) for config, name in before]
+        )
+        for config in configs:
+            config._attn_implementation_internal = NAME
+
+    # -- what the model is like
+
+    def _probe(self) -> tuple[KvLayout, dict[int, int | None], int]:
+        """One token through the model: the shape of each layer's KV, its window, the width of the logits."""
+        layers = self._config.num_hidden_layers
+        recorder, probe = Cache(layers=[_RecorderLayer() for _ in range(layers)]), Probe()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        try:
+            self._take_over(1)
+            with attached(probe), torch.inference_mode():
+                logits = self.model(
+                    input_ids=token, position_ids=token, past_key_values=recorder, use_cache=True
+                ).logits
+        except (UnsupportedModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not take a ragged cache: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self.end()
+        written = [layer.shape for layer in recorder.layers]
+        if None in written or sorted(probe.windows) != list(range(layers)):
+            missing = sorted(set(range(layers)) - set(probe.windows))
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: layers {missing or [i for i, s in enumerate(written) if s is None]} keep no "
+                "keys and values of their own; what they keep cannot be rewound"
+            )
+        dtypes = {layer.dtype for layer in recorder.layers}
+        if len(dtypes) != 1:
+            raise UnsupportedModelError(f"layers cache different dtypes: {sorted(map(str, dtypes))}")
+        return KvLayout(tuple(written), dtypes.pop()), probe.windows, logits.shape[-1]
+
+    def _self_check(self) -> None:
+        """Compare ragged decoding, a commit and a rollback with plain forward passes; a few tokens each."""
+        limit = min(self._input_vocab, self.vocab_size)
+        ids = torch.randint(0, limit, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+        short, long = ids[:3], ids[3:9]
+        # What each row has been fed when it is looked at: then row 0 goes back to its prompt and takes
+        # another way.
+        after = [[*short, ids[9], ids[10]], [*long, ids[11], ids[12]]]
+        again = [[*short, ids[9], ids[13]], [*long, ids[11], ids[12], ids[14]]]
+        max_length = max(map(len, again))
+        if self.max_context is not None and max_length > self.max_context:
+            return
+        try:
+            got = []
+            self.begin(chains=2, lanes=1, max_length=max_length, law_alpha=1.0, beta=1.0, seed=0)
+            self._prefill([0, 1], [tuple(short), tuple(long)])
+            self._open([(0, 0, 0, len(short) - 1), (1, 1, 0, len(long) - 1)])
+            for fed in range(3):
+                at = [len(short) - 1 + fed, len(long) - 1 + fed]
+                logits = self._decode_rows([after[r][at[r]] for r in range(2)], at)
+                got += [(after[r][: at[r] + 1], logits[r]) for r in range(2)]
+            self._commit([(0, 0, len(short) - 1, len(short) + 1), (1, 1, len(long) - 1, len(long) + 1)])
+            self._slabs.clear(0, lanes_stop=max_length, chain_start=max_length, chain_stop=max_length)
+            self._open([(0, 0, 0, len(short) + 1)])
+            at = [len(short) + 1, len(long) + 2]
+            logits = self._decode_rows([again[r][at[r]] for r in range(2)], at)
+            got += [(again[r][: at[r] + 1], logits[r]) for r in range(2)]
+        except (UnsupportedModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} failed the self check: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self.end()
+        self._compare(got, max_length)
+
+    def _compare(self, got: list[tuple[list[int], torch.Tensor]], max_length: int) -> None:
+        rope = PinnedRope.pin(self.model, max_length)
+        training = [module for module in self.model.modules() if module.training]
+        plain: dict[tuple[int, ...], torch.Tensor] = {}
+        errors = []
+        try:
+            for module in training:
+                module.training = False
+            with torch.inference_mode():
+                for tokens, _ in sorted(got, key=lambda pair: -len(pair[0])):
+                    if not any(known[: len(tokens)] == tuple(tokens) for known in plain):
+                        full = torch.tensor([tokens], device=self.device)
+                        plain[tuple(tokens)] = self.model(input_ids=full, use_cache=False).logits[0]
+            for tokens, logits in got:
+                whole = next(known for known in plain if known[: len(tokens)] == tuple(tokens))
+                reference = plain[whole][len(tokens) - 1].double()
+                scale = (reference - reference.mean()).square().mean().sqrt()
+                errors.append(((logits.double() - reference).square().mean().sqrt() / scale).item())
+        finally:
+            rope.restore()
+            for module in training:
+                module.training = True
+        # The median: in half precision one expert's tie may go the other way in one row of a mixture.
+        errors.sort()
+        worst = errors[-1] if self.dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
+        tolerance = _CHECK_TOLERANCE.get(self.dtype, _CHECK_TOLERANCE[torch.bfloat16])
+        if not worst <= tolerance:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} decodes differently through the ragged cache than by itself: relative error "
+                f"{worst:.2g}, allowed {tolerance:.2g} for {self.dtype}"
+            )
+
+    def _decode_rows(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
+        position = torch.tensor(positions, device=self.device)
+        view = DecodeView(position, max(positions) + 1)
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        return self._forward(self.model, view, ids, position[:, None]).logits[:, -1]
+
+    def _open(self, ranges: list[tuple[int, int, int, int]]) -> None:
+        self._slabs.open(torch.tensor(ranges, dtype=torch.int32, device=self.device))
+
+    def _commit(self, ranges: list[tuple[int, int, int, int]]) -> None:
+        self._slabs.commit(torch.tensor(ranges, dtype=torch.int32, device=self.device))
+
+
+class _LengthBound:
+    """Above the longest position of a step, known on the host without waiting for the device.
+
+    With M = max(position + 1, BASE + LENGTH) over chains and lanes, one step raises M by at most one: a
+    lane that runs moves on by one, and a lane that opens starts inside its chain's answer. So the bound is
+    an old M plus the steps since; M itself is fetched now and then by a copy that nobody waits for. On a
+    CPU looking is free and there is no bound.
+    """
+
+    def __init__(self, device: torch.device):
+        self.bound = 0
+        self._since = 0  # steps since the copy in flight was started
+        self._event = None
+        self._on_host = device.type == "cpu"
+        self._asynchronous = device.type == "cuda"
+        if self._asynchronous:
+            self._value = torch.zeros((), dtype=torch.int64, pin_memory=True)
+
+    def admit(self, prompt_length: int) -> None:
+        self.bound = max(self.bound, prompt_length)
+        self._event = None  # a copy in flight does not know this prompt
+
+    def of(self, state: ChainState) -> int | None:
+        """The bound for the step that feeds `state`, or None where the exact value is free to read."""
+        if self._on_host:
+            return None
+        if self._event is not None and self._event.query():
+            self.bound = min(self.bound, int(self._value) + self._since)
+            self._event = None
+        if self._asynchronous and self._event is None and self._since >= _LOOK_EVERY:
+            fields = state.field
+            answers = fields[:, ChainField.BASE] + fields[:, ChainField.LENGTH]
+            longest = torch.maximum(state.position.max() + 1, answers.max().to(torch.int64))
+            self._value.copy_(longest, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._since = 0
+        bound = self.bound
+        self.bound += 1
+        self._since += 1
+        return bound
+
+
+class _RecorderLayer(RaggedLayer):
+    """Keeps nothing but the shape of what its layer would cache."""
+
+    def __init__(self):
+        CacheLayerMixin.__init__(self)
+        self.is_initialized = True
+        self.shape, self.dtype, self._positions = None, None, 1
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.shape = tuple((states.shape[1], states.shape[-1]) for states in (key_states, value_states))
+        self.dtype = key_states.dtype
+        return key_states, value_states
+
+
+def _packed(
+    prompts: Iterable[tuple[int, tuple[int, ...]]], most: int
+) -> Iterator[tuple[list[int], list[int], list[Segment]]]:
+    """Cut (slot, tokens) pairs into forward passes of at most `most` tokens: (tokens, positions,
+    segments)."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    for slot, prompt in prompts:
+        start = 0
+        while start < len(prompt):
+            stop = min(len(prompt), start + most - len(tokens))
+            segments.append(Segment(slot, len(tokens), len(tokens) + stop - start, start))
+            tokens += prompt[start:stop]
+            positions += range(start, stop)
+            start = stop
+            if len(tokens) == most:
+                yield tokens, positions, segments
+                tokens, positions, segments = [], [], []
+    if tokens:
+        yield tokens, positions, segments
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+
+
+def _configs(model: PreTrainedModel) -> list:
+    """Every configuration object that a module of the model reads its attention implementation from."""
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for what the configuration already tells."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    devices = {str(p.device) for p in model.parameters()}
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "is an encoder-decoder"
+    elif not model.can_generate():
+        reason = "is not a causal language model"
+    elif kinds - _REWINDABLE:
+        reason = f"has layers of type {', '.join(sorted(kinds - _REWINDABLE))}, whose state cannot be rewound"
+    elif getattr(model, "_is_stateful", False):
+        reason = "keeps a recurrent state, which cannot be rewound"
+    elif getattr(config, "use_bidirectional_attention", None):
+        reason = "attends to later positions"
+    elif not model._can_set_attn_implementation():
+        reason = "does not use transformers' attention interface"
+    elif len(devices) != 1 or "meta" in devices:
+        reason = f"has its parameters on {', '.join(sorted(devices))}; they must all be on one device"
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} {reason}")
+
+
+def _check_windows(config, windows: dict[int, int | None]) -> None:
+    """Hold the windows that layers ask for to those of the configuration, from which transformers builds
+    its masks.
+
+    The self check is shorter than any real window, so a layer that masks one but does not ask for it would
+    pass.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    for layer, asked in windows.items():
+        sliding = window is not None if kinds is None else kinds[layer] == "sliding_attention"
+        expected = window if sliding else None
+        if asked != expected:
+            raise UnsupportedModelError(
+                f"layer {layer} asks for a window of {asked} where the configuration means {expected}"
+            )

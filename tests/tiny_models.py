@@ -1,0 +1,213 @@
+"""Tiny random transformers models, one a family whose decoding differs. float32, on the CPU, in evaluation mode.
+
+Weights are drawn wider than transformers' default so that attention is far from uniform: with nearly uniform attention a
+wrong mask or position hardly shows. Contexts are short, windows shorter still, so that tests go beyond both.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+VOCAB = 97
+CONTEXT = 96
+WINDOW = 6
+LONGROPE_ORIGINAL = 40
+EOS = 2
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def _build(name: str, seed: int = 0, config: str = "{}Config", **changes) -> transformers.PreTrainedModel:
+    config = getattr(transformers, config.format(name))(**{**_COMMON, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif "norm" in key:
+                parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
+    return model.eval()
+
+
+def llama(**changes):
+    return _build("Llama", **changes)
+
+
+def qwen2(**changes):
+    return _build("Qwen2", **changes)
+
+
+def mixed_qwen2(**changes):
+    """One full layer, then two with a window."""
+    return _build(
+        "Qwen2",
+        **{
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            **changes,
+        },
+    )
+
+
+def qwen3(**changes):
+    return _build("Qwen3", **{"head_dim": 16, **changes})
+
+
+def phi3(**changes):
+    """longrope: short and long factors differ, and so does the law above LONGROPE_ORIGINAL positions."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": LONGROPE_ORIGINAL,
+        "factor": CONTEXT / LONGROPE_ORIGINAL,
+    }
+    return _build(
+        "Phi3",
+        **{"rope_parameters": rope, "original_max_position_embeddings": LONGROPE_ORIGINAL, **changes},
+    )
+
+
+def mistral(**changes):
+    return _build("Mistral", **{"sliding_window": WINDOW, **changes})
+
+
+def gemma2(**changes):
+    """Alternating windows, soft-capped scores and logits."""
+    return _build(
+        "Gemma2",
+        **{
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 10.0,
+            **changes,
+        },
+    )
+
+
+def gemma3(**changes):
+    """Windows and two rotary bases, by layer type."""
+    return _build(
+        "Gemma3",
+        config="{}TextConfig",
+        **{
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "num_hidden_layers": 4,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            **changes,
+        },
+    )
+
+
+def dynamic_llama(**changes):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    return _build("Llama", **{"rope_parameters": rope, **changes})
+
+
+def moe_qwen3(**changes):
+    return _build(
+        "Qwen3Moe",
+        **{
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+            **changes,
+        },
+    )
+
+
+FAMILIES = {
+    model.__name__: model
+    for model in (llama, qwen2, mixed_qwen2, qwen3, phi3, mistral, gemma2, gemma3, dynamic_llama, moe_qwen3)
+}
+
+
+# -- models whose past cannot be rewound, or whose attention is not this engine's
+
+
+def mamba():
+    config = transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2, conv_kernel=4, time_step_rank=4
+    )
+    return transformers.MambaForCausalLM(config).eval()
+
+
+def recurrent_gemma():
+    return _build("RecurrentGemma", lru_width=32, attention_window_size=8, num_hidden_layers=3)
+
+
+def qwen3_next():
+    """Linear attention in three layers of four."""
+    return _build(
+        "Qwen3Next",
+        num_hidden_layers=4,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+
+
+def lfm2():
+    """Short convolutions between attention layers."""
+    return _build("Lfm2", layer_types=["conv", "full_attention"])
+
+
+def gpt_oss():
+    """Attention sinks."""
+    return _build("GptOss", head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW)
+
+
+def llama4():
+    """Chunked attention."""
+    return _build(
+        "Llama4", config="{}TextConfig", num_local_experts=2, intermediate_size_mlp=32, head_dim=8, attention_chunk_size=8,
+        num_hidden_layers=4,
+    )  # fmt: skip
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def bloom():
+    """A position bias added outside the attention interface."""
+    return _build("Bloom", n_layer=2, n_head=4)
+
+
+UNSUPPORTED = {
+    model.__name__: model
+    for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, t5, bloom)
+}

@@ -106,7 +106,7 @@ def _load_extension() -> str | None:
 def state_layout() -> str:
     """The columns and codes that Python and C++ must agree on, as one string."""
     enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status)
-    parts = [f"{enum.__name__}:" + ",".join(f"{m.name}={m.value}" for m in enum) for enum in enums]
+    parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
 
 

@@ -1,0 +1,35 @@
+// The columns and codes of power_kernels/state.py, which explains them. `power_kernels_state_layout` (chain.cpp) spells
+// them out, and the Python side refuses to load an extension that differs.
+#pragma once
+
+#include <cstdint>
+
+namespace power_kernels {
+
+#define PK_CHAIN_FIELDS(X)                                                                                     \
+  X(MODE, 0) X(LENGTH, 1) X(OPENED, 2) X(LAST, 3) X(HORIZON, 4) X(STAGE, 5) X(FINAL, 6) X(BASE, 7)             \
+  X(CHAIN_ID, 8) X(PROMPT_ID, 9) X(FAULT, 10) X(CLOSED, 11) X(PROMPT_TOKEN, 12)
+#define PK_LANE_FIELDS(X) \
+  X(STATUS, 0) X(SERIAL, 1) X(DIVERGENCE, 2) X(POSITION, 3) X(VALID, 4) X(EXCLUDE, 5) X(FAULT, 6)
+#define PK_MODES(X) X(IDLE, 0) X(START, 1) X(EXTEND, 2) X(PROPOSE, 3) X(DONE, 4) X(FAULT, 5)
+#define PK_LANE_STATUSES(X) X(IDLE, 0) X(RUNNING, 1) X(CLOSED, 2) X(FAULTED, 3)
+#define PK_OUTCOMES(X) X(REJECTED, 0) X(UNCHANGED, 1) X(ACCEPTED, 2)
+#define PK_COSTS(X) X(EXTENSION, 0) X(PROPOSAL, 1) X(SAVED_PREFIX, 2) X(SAVED_EARLY, 3)
+#define PK_STATUSES(X) \
+  X(PENDING, -1) X(OK, 0) X(NAN, 1) X(POS_INF, 2) X(NO_MASS, 3) X(BAD_TOKEN, 4) X(BAD_LENGTH, 5)
+
+// NAN and FAULT are macros or repeat, hence the trailing underscore.
+#define PK_ENUMERATOR(name, value) name##_ = value,
+enum class ChainField : int32_t { PK_CHAIN_FIELDS(PK_ENUMERATOR) };
+enum class LaneField : int32_t { PK_LANE_FIELDS(PK_ENUMERATOR) };
+enum class Mode : int32_t { PK_MODES(PK_ENUMERATOR) };
+enum class LaneStatus : int32_t { PK_LANE_STATUSES(PK_ENUMERATOR) };
+enum class Outcome : int8_t { PK_OUTCOMES(PK_ENUMERATOR) };
+enum class Cost : int32_t { PK_COSTS(PK_ENUMERATOR) };
+enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
+#undef PK_ENUMERATOR
+
+constexpr int64_t CHAIN_FIELDS = 16;
+constexpr int64_t LANE_FIELDS = 8;
+
+}  // namespace power_kernels

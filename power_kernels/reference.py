@@ -125,7 +125,6 @@ class Answer:
         return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1])
 
     def append(self, token: int, logq: float, weight: float) -> Answer:
-        logq, weight = float(np.float32(logq)), float(np.float32(weight))
         return Answer((*self.tokens, token), (*self.logq, logq), (*self.cumw, self.cumw[-1] + weight))
 
 
@@ -210,7 +209,7 @@ class ReferenceChain:
 
     def propose(self, answer: Answer, horizon: int, serial: int) -> Answer | None:
         """The outcome of step `serial` from `answer`: a new answer, `answer` itself (unchanged), or None (rejected)."""
-        cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, *self.ids)
+        cut_uniform, accept_uniform = self.step_uniforms(serial)
         cap = len(answer) if self.law.karan_du else horizon
         theta = self.threshold(answer, float(accept_uniform))
         divergence = self.walk(answer, self.cut(answer, float(cut_uniform)), serial)
@@ -238,7 +237,7 @@ class ReferenceChain:
     def walk(self, answer: Answer, start: int, serial: int) -> int:
         """First position >= start at which the proposal leaves the answer; its length when it never does (3.4)."""
         for t in range(start, len(answer)):
-            keep = rng.position_uniforms(self.seed, t, serial, *self.ids)[1]
+            keep = self.position_uniforms(t, serial)[1]
             if keep < leave_probability(answer.logq[t]):
                 return t
         return len(answer)
@@ -246,10 +245,23 @@ class ReferenceChain:
     def draw(self, answer: Answer, serial: int, exclude: int = -1) -> Answer:
         """`answer` with one more token from q, that token not being `exclude`."""
         z = self.next_logits(answer.tokens)
-        u = float(rng.position_uniforms(self.seed, len(answer), serial, *self.ids)[0])
+        u = float(self.position_uniforms(len(answer), serial)[0])
         token = draw_token(z, self.beta, u, exclude)
         row = token_quantities(z, token, self.alpha, self.beta)  # of the full row, whatever is excluded
-        return answer.append(token, row.logq, row.weight)
+        return answer.append(token, self.stored(row.logq), self.stored(row.weight))
+
+    # -- where its numbers come from (tests read them from tables, or enumerate them)
+
+    def step_uniforms(self, serial: int) -> np.ndarray:
+        return rng.step_uniforms(self.seed, serial, *self.ids)
+
+    def position_uniforms(self, position: int, serial: int) -> np.ndarray:
+        return rng.position_uniforms(self.seed, position, serial, *self.ids)
+
+    @staticmethod
+    def stored(value: float) -> float:
+        """logq and weights as the operators return them."""
+        return float(np.float32(value))
 
     # -- acceptance (3.2, 3.3)
 

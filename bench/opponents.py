@@ -67,15 +67,16 @@ class Run:
     """The answers of one call and what they cost.
 
     answers: token ids of each answer. logp: sum of base log-probabilities of each, nats (empty for plain
-    generation). steps, accepted: MH steps made, and those accepted (accepting an identical answer counts, as
-    in the published code). generated: tokens drawn, kept or not. forwarded: see the module's account;
-    forwarded_rows includes padding.
+    generation). steps: MH steps made; accepted: those that changed the answer; unchanged: those that proposed
+    it again. generated: tokens drawn, kept or not. forwarded: see the module's account; forwarded_rows
+    includes padding.
     """
 
     answers: list[list[int]]
     logp: list[float] = field(default_factory=list)
     steps: int = 0
     accepted: int = 0
+    unchanged: int = 0
     generated: int = 0
     forwarded: int = 0
     forwarded_rows: int = 0
@@ -84,6 +85,14 @@ class Run:
 def plain_forwarded(prompt_length: int, answer_length: int) -> int:
     """What drawing one answer forwards at the least: the prompt and the answer but its last token."""
     return prompt_length + answer_length - 1
+
+
+@torch.inference_mode()
+def log_probability(model, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """log p(answer | prompt) in nats, by one forward pass over both."""
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    logp = logits.double().log_softmax(-1)
+    return float(logp.gather(1, torch.tensor(answer)[:, None]).sum())
 
 
 def horizons(max_new_tokens: int, block_size: int | None) -> list[int]:
@@ -210,7 +219,9 @@ def published(
                 run.steps += 1
                 run.generated += len(new)
                 if math.log(1 - rand.random()) <= log_ratio:
-                    run.accepted += 1
+                    changed = tokens[start + cut :] != new
+                    run.accepted += changed
+                    run.unchanged += not changed
                     tokens = tokens[: start + cut] + new
                     logq, target = logq[:cut] + new_logq, target[:cut] + new_target
             answer = tokens[start:]
@@ -329,7 +340,8 @@ def kv_loop(
                 )
                 run.steps += 1
                 if new is not None and not score(new_weights) < floor:
-                    run.accepted += 1
+                    run.accepted += new != tokens
+                    run.unchanged += new == tokens
                     tokens, weights, logps, cache = new, new_weights, new_logps, proposed_cache
             if tokens[-1] == eos_token_id:
                 break

@@ -164,7 +164,7 @@ def _copy_licence(wheel: Path, converted: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Writes the model as fp32 safetensors with its tokenizer: loads in under a second, GGUF in eleven."""
+    """Writes model and tokenizer as fp32 safetensors, which load in under a second; GGUF takes eleven."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,7 +187,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def load(*, dtype=None, verbose: bool = True):
-    """(model, tokenizer), fetched when needed. dtype defaults to torch.float32. Raises ModelUnavailableError."""
+    """(model, tokenizer), fetched when needed; dtype: torch.float32. Raises ModelUnavailableError."""
     directory = ensure_model(verbose=verbose)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

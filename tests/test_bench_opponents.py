@@ -52,13 +52,6 @@ def model():
     return tiny_llama(37, 15.0)
 
 
-def rescored(model, prompt, answer):
-    """Base log-probability of the answer from one forward pass over the whole sequence."""
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
-    return float(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).sum())
-
-
 def test_plain_forwards_prompt_and_answer_but_the_last_token(model):
     run = opponents.plain(model, [PROMPT], max_new_tokens=12, seed=1)
     assert run.forwarded == run.forwarded_rows == opponents.plain_forwarded(5, 12) == 16
@@ -81,7 +74,7 @@ def test_published_account_is_its_closed_form(model):
 
 def test_published_log_probability_is_that_of_its_answer(model):
     run = opponents.published(model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=3, seed=2)
-    assert run.logp[0] == pytest.approx(rescored(model, PROMPT, run.answers[0]), abs=1e-3)
+    assert run.logp[0] == pytest.approx(opponents.log_probability(model, PROMPT, run.answers[0]), abs=1e-3)
 
 
 def test_published_stops_at_an_end_token(model):
@@ -114,7 +107,9 @@ def test_kv_loop_keeps_the_right_cache(model):
             model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=4, seed=seed
         )
         accepted += run.accepted
-        assert run.logp[0] == pytest.approx(rescored(model, PROMPT, run.answers[0]), abs=1e-3)
+        assert run.logp[0] == pytest.approx(
+            opponents.log_probability(model, PROMPT, run.answers[0]), abs=1e-3
+        )
     assert 16 <= accepted <= 8 * 16 - 16
 
 
@@ -127,7 +122,12 @@ def test_early_rejection_changes_the_cost_and_not_the_chain(model, eos_token_id)
         whole = opponents.kv_loop(model, PROMPT, **arguments)
         early = opponents.kv_loop(model, PROMPT, early_rejection=True, **arguments)
         assert early.answers == whole.answers
-        assert (early.steps, early.accepted, early.logp) == (whole.steps, whole.accepted, whole.logp)
+        assert (early.steps, early.accepted, early.unchanged) == (
+            whole.steps,
+            whole.accepted,
+            whole.unchanged,
+        )
+        assert early.logp == whole.logp
         assert early.forwarded <= whole.forwarded
         saved += whole.forwarded - early.forwarded
     assert saved >= 20
@@ -143,7 +143,7 @@ def enumerated_power_law(model, prompt, vocabulary: int, horizon: int, alpha: fl
         for answer in itertools.product(range(vocabulary), repeat=length):
             if EOS in answer[:-1] or (length < horizon and answer[-1] != EOS):
                 continue
-            law[answer] = math.exp(alpha * rescored(model, prompt, list(answer)))
+            law[answer] = math.exp(alpha * opponents.log_probability(model, prompt, list(answer)))
     total = sum(law.values())
     return {answer: mass / total for answer, mass in law.items()}
 

@@ -59,16 +59,16 @@ class Engine(Protocol):
     eos_token_ids: tuple[int, ...]
 
     def begin(
-        self, *, chains: int, lanes: int, max_length: int, law_alpha: float, beta: float, seed: int
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int
     ) -> None:
         """Get ready for `chains` slots of `lanes` lanes each, with all positions below `max_length`.
 
-        max_length: prompt + max_new_tokens of the longest request. law_alpha, beta: the exponents of the
+        max_length: prompt + max_new_tokens of the longest request. alpha, beta: the exponents of the
         target and of the proposal (DESIGN section 2). seed: 64 bits.
         """
         ...
 
-    def prefill(self, slots: list[int], prompts: list[list[int]]) -> int:
+    def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         """Make each chain slot hold all but the last token of its prompt; the first decode feeds that one.
 
         The slots' lanes hold nothing afterwards (LaneField.VALID is 0). Returns the number of tokens
@@ -99,5 +99,5 @@ class Engine(Protocol):
         ...
 
     def end(self) -> None:
-        """Leave the model as `begin` found it and free what the run held. Does nothing when no run is on."""
+        """Free what the run held and leave the model as `begin` found it. Does nothing when no run is on."""
         ...

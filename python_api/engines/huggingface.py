@@ -1,15 +1,13 @@
 """A transformers causal LM as an engine: ragged rows, rollback by copying, no re-prefill (DESIGN section 6).
 
-What changes on the model while a run is on, and is put back by `end()` and whenever a call raises: its
-attention implementation, the training flag of its modules, and rotary schemes that depend on the batch
-(`engines/rope.py`).
+During a forward pass, and only then, the model has another attention implementation, no module in training,
+and rotary frequencies that do not depend on the batch (`engines/patches.py`, `engines/rope.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -17,9 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels
 from power_kernels.api.engine import Sampled, UnsupportedModelError
+from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
-from power_kernels.api.engines.rope import PinnedRope
+from power_kernels.api.engines.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import ChainField, ChainState, Status
 
@@ -58,7 +57,9 @@ class HuggingFaceEngine:
 
     def __init__(self, model: PreTrainedModel, *, prefill_chunk: int = 1024, self_check: bool = True):
         if not isinstance(model, PreTrainedModel):
-            raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
+            raise ArgumentTypeError(
+                f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel"
+            )
         if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
             raise ArgumentError(f"prefill_chunk is {prefill_chunk!r}; it must be an integer of at least 1")
         _refuse(model)
@@ -70,7 +71,6 @@ class HuggingFaceEngine:
         self.max_context = getattr(self._config, "max_position_embeddings", None)
         self.eos_token_ids = _eos_token_ids(model)
         self._input_vocab = model.get_input_embeddings().weight.shape[0]
-        self._restore: list | None = None
         self._slabs: KvSlabs | None = None
         self._layout, self._windows, self.vocab_size = self._probe()
         _check_windows(self._config, self._windows)
@@ -80,7 +80,7 @@ class HuggingFaceEngine:
     # -- a run
 
     def begin(
-        self, *, chains: int, lanes: int, max_length: int, law_alpha: float, beta: float, seed: int
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int
     ) -> None:
         """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and take over the
         model.
@@ -91,76 +91,64 @@ class HuggingFaceEngine:
         for name, value in (("chains", chains), ("lanes", lanes), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
-        for name, value in (("law_alpha", law_alpha), ("beta", beta)):
+        for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value > 0):
                 raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
         if self.max_context is not None and max_length > self.max_context:
-            raise ArgumentError(
-                f"prompt and answer may take {max_length} positions; the model's context is {self.max_context}"
-            )
+            raise ArgumentError(f"max_length is {max_length}; the model's context is {self.max_context}")
         self.end()
-        with self._restored_on_error():
-            self._take_over(max_length)
-            on_device = self.device.type != "cpu"
-            positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
-            self._slabs = KvSlabs(
-                self._layout, chains=chains, lanes=lanes, positions=positions, device=self.device
-            )
-            self._cache = RaggedCache(self._slabs, len(self._layout.layers))
-            self._max_length, self._chains = max_length, chains
-            rows = chains * lanes
-            self._alpha = torch.full((rows,), law_alpha, dtype=torch.float32, device=self.device)
-            self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
-            seed &= (1 << 64) - 1
-            self._seed = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], device=self.device)
-            self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
-            self._steps = 0
-            self._prompts: list[tuple[int, ...] | None] = [None] * chains
-            # How far a slot's rows may have been written: `base` positions at step number `at`, one more a
-            # step.
-            self._written: list[tuple[int, int] | None] = [None] * chains
-            self._length = _LengthBound(self.device)
+        self._patches = self._patched(max_length)
+        on_device = self.device.type != "cpu"
+        positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
+        slabs = KvSlabs(self._layout, chains=chains, lanes=lanes, positions=positions, device=self.device)
+        self._cache = RaggedCache(slabs, len(self._layout.layers))
+        self._max_length, self._chains = max_length, chains
+        rows = chains * lanes
+        self._alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
+        self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
+        seed &= (1 << 64) - 1
+        self._seed = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], device=self.device)
+        self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
+        self._steps = 0
+        self._prompts: list[tuple[int, ...] | None] = [None] * chains
+        # How far a slot's rows may have been written: `base` positions at step number `at`, one more a step.
+        self._written: list[tuple[int, int] | None] = [None] * chains
+        self._length = _LengthBound(self.device)
+        self._slabs = slabs
 
     def end(self) -> None:
-        """Restore the model and free the KV. Does nothing when no run is on."""
-        self._slabs = self._cache = None
-        if self._restore is not None:
-            restore, self._restore = self._restore, None
-            for undo in reversed(restore):
-                undo()
+        """Free the KV. Does nothing when no run is on."""
+        self._slabs = self._cache = self._patches = None
 
-    def prefill(self, slots: list[int], prompts: list[list[int]]) -> int:
-        """Write all but the last token of each prompt into its chain slot. Returns the number of tokens
-        forwarded.
+    def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
+        """Write all but the last token of each prompt into its chain slot. Returns the tokens forwarded for
+        each.
 
         A prompt that another slot of this run already holds is copied from it and costs nothing.
         Raises ArgumentError, before any work, for slots, lengths or token ids out of range.
         """
         self._check_running()
         self._check_prompts(slots, prompts)
-        with self._restored_on_error():
-            return self._prefill(slots, [tuple(prompt) for prompt in prompts])
+        return self._prefill(slots, [tuple(prompt) for prompt in prompts])
 
     def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
         """Copy lane -> chain ranges, then chain -> lane ranges. See the protocol; int32 [C, 4] and [C*P,
         4]."""
         self._check_running()
-        with self._restored_on_error():
-            self._slabs.commit(commit_range)
-            self._slabs.open(open_range)
+        self._slabs.commit(commit_range)
+        self._slabs.open(open_range)
 
     def step(self, state: ChainState) -> Sampled:
         """Feed and sample every lane of the first `state.chains` slots. No host synchronisation on a
         device."""
         self._check_running()
-        with self._restored_on_error():
-            logits = self._decode(state)
-            rows = logits.shape[0]
-            drawn = power_kernels.sample_tokens(
-                logits, self._alpha[:rows], self._beta[:rows], self._seed, state.counter, state.exclude
-            )
-            self._scrub(state.position, drawn.status)
-            return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
+        logits = self._decode(state)
+        rows = logits.shape[0]
+        drawn = power_kernels.sample_tokens(
+            logits, self._alpha[:rows], self._beta[:rows], self._seed, state.counter, state.exclude
+        )
+        self._scrub(state.position, drawn.status)
+        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
 
     def move(self, source: int, target: int) -> None:
         """Copy the used positions of slot `source` and its lanes over slot `target`."""
@@ -170,11 +158,10 @@ class HuggingFaceEngine:
                 raise ArgumentError(f"{name} is {slot}; slots lie in [0, {self._chains})")
         if source == target:
             return
-        with self._restored_on_error():
-            self._clear(target)
-            self._slabs.move(source, target, self._reach(source))
-            self._prompts[target], self._prompts[source] = self._prompts[source], None
-            self._written[target] = self._written[source]
+        self._clear(target)
+        self._slabs.move(source, target, self._reach(source))
+        self._prompts[target], self._prompts[source] = self._prompts[source], None
+        self._written[target] = self._written[source]
 
     # -- decoding
 
@@ -183,11 +170,9 @@ class HuggingFaceEngine:
         position = state.position
         length = self._length.of(state)
         if length is None:
-            length = int(position.max()) + 1
-            if length > self._max_length or int(position.min()) < 0:
-                raise ArgumentError(
-                    f"positions span [{int(position.min())}, {length}); the run allows [0, {self._max_length})"
-                )
+            first, length = int(position.min()), int(position.max()) + 1
+            if first < 0 or length > self._max_length:
+                raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
         else:
             length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
         view = DecodeView(position, length)
@@ -197,7 +182,7 @@ class HuggingFaceEngine:
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
-        with attached(view), torch.inference_mode():
+        with self._patches, attached(view), torch.inference_mode():
             return module(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True
             )
@@ -217,8 +202,10 @@ class HuggingFaceEngine:
 
     # -- prompts
 
-    def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> int:
-        holders = {held: slot for slot, held in enumerate(self._prompts) if held is not None and slot not in slots}
+    def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> list[int]:
+        holders = {
+            held: slot for slot, held in enumerate(self._prompts) if held is not None and slot not in slots
+        }
         fresh: list[tuple[int, tuple[int, ...]]] = []
         copies: list[tuple[int, int, int]] = []
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -233,18 +220,17 @@ class HuggingFaceEngine:
             self._prompts[slot] = None  # until it is written
             self._written[slot] = (len(prompt), self._steps)
             self._length.admit(len(prompt))
-        forwarded = 0
         for chunk in _packed(((slot, prompt[:-1]) for slot, prompt in fresh), self.prefill_chunk):
             tokens, positions, segments = chunk
             ids = torch.tensor([tokens], device=self.device)
             position = torch.tensor([positions], device=self.device)
             self._forward(self._decoder, PrefillView(segments, position[0]), ids, position)
-            forwarded += len(tokens)
         for source, target, stop in copies:
             self._slabs.copy_chain(source, target, stop)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._prompts[slot] = prompt
-        return forwarded
+        forwarded = {slot: len(prompt) - 1 for slot, prompt in fresh}
+        return [forwarded.get(slot, 0) for slot in slots]
 
     def _reach(self, slot: int) -> int:
         """No position of this slot's rows at or beyond this one has been written."""
@@ -265,13 +251,15 @@ class HuggingFaceEngine:
 
     def _check_prompts(self, slots: list[int], prompts: list[list[int]]) -> None:
         if len(slots) != len(prompts) or len(set(slots)) != len(slots):
-            raise ArgumentError(f"slots is {slots!r} for {len(prompts)} prompts; it must name one slot each, once")
+            raise ArgumentError(
+                f"slots is {slots!r} for {len(prompts)} prompts; it must name one slot each, once"
+            )
         for slot, prompt in zip(slots, prompts, strict=True):
             if not 0 <= slot < self._chains:
                 raise ArgumentError(f"slot {slot} is out of range; slots lie in [0, {self._chains})")
             if not 1 <= len(prompt) < self._max_length:
                 raise ArgumentError(
-                    f"a prompt has {len(prompt)} tokens; it must have at least 1 and leave room below {self._max_length}"
+                    f"a prompt has {len(prompt)} tokens; it must have at least 1 and fewer than {self._max_length}"
                 )
             low, high = min(prompt), max(prompt)
             if low < 0 or high >= self._input_vocab:
@@ -279,31 +267,18 @@ class HuggingFaceEngine:
                     f"a prompt has token ids in [{low}, {high}]; the model embeds [0, {self._input_vocab})"
                 )
 
-    # -- taking the model over, and putting it back
+    # -- what changes on the model during a forward pass
 
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.end()
-            raise
-
-    def _take_over(self, max_length: int) -> None:
-        self._restore = []
-        training = [module for module in self.model.modules() if module.training]
-        self._restore.append(lambda: [setattr(module, "training", True) for module in training])
-        for module in training:
-            module.training = False
-        rope = PinnedRope.pin(self.model, max_length)
-        self._restore.append(rope.restore)
-        configs = _configs(self.model)
-        before = [(config, config._attn_implementation_internal) for config in configs]
-        self._restore.append(
-            lambda: [setattr(config, "_attn_implementation_internal", name) for config, name in before]
-        )
-        for config in configs:
-            config._attn_implementation_internal = NAME
+    def _patched(self, max_length: int, *, attention: bool = True) -> Patches:
+        patches = Patches()
+        for module in self.model.modules():
+            if module.training:
+                patches.add(module, "training", False)
+        pin_rope(self.model, max_length, patches)
+        if attention:
+            for config in _configs(self.model):
+                patches.add(config, "_attn_implementation_internal", NAME)
+        return patches
 
     # -- what the model is like
 
@@ -313,8 +288,7 @@ class HuggingFaceEngine:
         recorder, probe = Cache(layers=[_RecorderLayer() for _ in range(layers)]), Probe()
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         try:
-            self._take_over(1)
-            with attached(probe), torch.inference_mode():
+            with self._patched(1), attached(probe), torch.inference_mode():
                 logits = self.model(
                     input_ids=token, position_ids=token, past_key_values=recorder, use_cache=True
                 ).logits
@@ -324,14 +298,12 @@ class HuggingFaceEngine:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does not take a ragged cache: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            self.end()
         written = [layer.shape for layer in recorder.layers]
         if None in written or sorted(probe.windows) != list(range(layers)):
-            missing = sorted(set(range(layers)) - set(probe.windows))
+            missing = [i for i, shape in enumerate(written) if shape is None or i not in probe.windows]
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: layers {missing or [i for i, s in enumerate(written) if s is None]} keep no "
-                "keys and values of their own; what they keep cannot be rewound"
+                f"{type(self.model).__name__}: layers {missing} keep no keys and values of their own; what they keep "
+                "cannot be rewound"
             )
         dtypes = {layer.dtype for layer in recorder.layers}
         if len(dtypes) != 1:
@@ -352,7 +324,7 @@ class HuggingFaceEngine:
             return
         try:
             got = []
-            self.begin(chains=2, lanes=1, max_length=max_length, law_alpha=1.0, beta=1.0, seed=0)
+            self.begin(chains=2, lanes=1, max_length=max_length, alpha=1.0, beta=1.0, seed=0)
             self._prefill([0, 1], [tuple(short), tuple(long)])
             self._open([(0, 0, 0, len(short) - 1), (1, 1, 0, len(long) - 1)])
             for fed in range(3):
@@ -376,35 +348,26 @@ class HuggingFaceEngine:
         self._compare(got, max_length)
 
     def _compare(self, got: list[tuple[list[int], torch.Tensor]], max_length: int) -> None:
-        rope = PinnedRope.pin(self.model, max_length)
-        training = [module for module in self.model.modules() if module.training]
         plain: dict[tuple[int, ...], torch.Tensor] = {}
         errors = []
-        try:
-            for module in training:
-                module.training = False
-            with torch.inference_mode():
-                for tokens, _ in sorted(got, key=lambda pair: -len(pair[0])):
-                    if not any(known[: len(tokens)] == tuple(tokens) for known in plain):
-                        full = torch.tensor([tokens], device=self.device)
-                        plain[tuple(tokens)] = self.model(input_ids=full, use_cache=False).logits[0]
-            for tokens, logits in got:
-                whole = next(known for known in plain if known[: len(tokens)] == tuple(tokens))
-                reference = plain[whole][len(tokens) - 1].double()
-                scale = (reference - reference.mean()).square().mean().sqrt()
-                errors.append(((logits.double() - reference).square().mean().sqrt() / scale).item())
-        finally:
-            rope.restore()
-            for module in training:
-                module.training = True
+        with self._patched(max_length, attention=False), torch.inference_mode():
+            for tokens, _ in sorted(got, key=lambda pair: -len(pair[0])):
+                if not any(known[: len(tokens)] == tuple(tokens) for known in plain):
+                    full = torch.tensor([tokens], device=self.device)
+                    plain[tuple(tokens)] = self.model(input_ids=full, use_cache=False).logits[0]
+        for tokens, logits in got:
+            whole = next(known for known in plain if known[: len(tokens)] == tuple(tokens))
+            reference = plain[whole][len(tokens) - 1].double()
+            scale = (reference - reference.mean()).square().mean().sqrt()
+            errors.append(((logits.double() - reference).square().mean().sqrt() / scale).item())
         # The median: in half precision one expert's tie may go the other way in one row of a mixture.
         errors.sort()
         worst = errors[-1] if self.dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
         tolerance = _CHECK_TOLERANCE.get(self.dtype, _CHECK_TOLERANCE[torch.bfloat16])
         if not worst <= tolerance:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} decodes differently through the ragged cache than by itself: relative error "
-                f"{worst:.2g}, allowed {tolerance:.2g} for {self.dtype}"
+                f"{type(self.model).__name__} decodes differently through the ragged cache than by itself: "
+                f"relative error {worst:.2g}, allowed {tolerance:.2g} for {self.dtype}"
             )
 
     def _decode_rows(self, tokens: list[int], positions: list[int]) -> torch.Tensor:

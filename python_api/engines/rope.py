@@ -7,13 +7,11 @@ choice is made once, from the run's `max_length`: the regime belongs to the call
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from power_kernels.api.engine import UnsupportedModelError
+from power_kernels.api.engines.patches import Patches
 
 # Frequencies that depend on the configuration alone.
 _FIXED = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
@@ -32,63 +30,53 @@ def _long_frequencies(module: torch.nn.Module, layer_type: str | None, device: t
     return ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=length, **extra)[0]
 
 
-@dataclass
-class PinnedRope:
-    """The rotary modules of a model, fixed for a run. `restore` puts back what they held."""
+def pin_rope(model: torch.nn.Module, max_length: int, patches: Patches) -> None:
+    """Add to `patches` what fixes every rotary module of the model for positions below `max_length`.
 
-    _saved: list[tuple[torch.nn.Module, str, Any]] = field(default_factory=list)
+    longrope: the long factors when max_length > original_max_position_embeddings, else the short ones.
+    dynamic: the original frequencies; UnsupportedModelError when max_length does not fit them.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            changes = {key: _frequencies(module, key, value, max_length) for key, value in kind.items()}
+            fixed = dict.fromkeys(kind, "default")
+        elif kind is not None:
+            changes, fixed = {None: _frequencies(module, None, kind, max_length)}, "default"
+        else:
+            continue
+        changes = {key: value for key, value in changes.items() if value is not None}
+        for layer_type, frequencies in changes.items():
+            patches.add(module, f"{_prefix(layer_type)}inv_freq", frequencies)
+        if changes:
+            # "default" is what makes the forward pass use `inv_freq` as it stands.
+            patches.add(module, "rope_type", fixed)
 
-    @classmethod
-    def pin(cls, model: torch.nn.Module, max_length: int) -> PinnedRope:
-        """Fix every scheme for positions below `max_length`.
 
-        longrope: the long factors when max_length > original_max_position_embeddings, else the short ones.
-        dynamic: the original frequencies; UnsupportedModelError when max_length does not fit them.
-        """
-        pinned = cls()
-        try:
-            for module in model.modules():
-                if getattr(module, "rope_type", None) is not None:
-                    pinned._pin_module(module, max_length)
-        except BaseException:
-            pinned.restore()
-            raise
-        return pinned
+def _prefix(layer_type: str | None) -> str:
+    return "" if layer_type is None else f"{layer_type}_"
 
-    def _set(self, module: torch.nn.Module, name: str, value: Any) -> None:
-        self._saved.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
 
-    def _pin_module(self, module: torch.nn.Module, max_length: int) -> None:
-        by_layer_type = isinstance(module.rope_type, dict)
-        kinds = module.rope_type if by_layer_type else {None: module.rope_type}
-        if _FIXED.issuperset(kinds.values()):
-            return
-        for layer_type, kind in kinds.items():
-            if kind in _FIXED:
-                continue
-            prefix = "" if layer_type is None else f"{layer_type}_"
-            current = getattr(module, f"{prefix}inv_freq", None)
-            original = getattr(module, f"{prefix}original_inv_freq", None)
-            if kind not in ("longrope", "dynamic") or current is None or original is None:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} uses the rotary scheme {kind!r}, which this engine cannot fix for a run"
-                )
-            frequencies = original.to(current.device)
-            if kind == "dynamic":
-                limit = int(module.original_max_seq_len)
-                if max_length > limit:
-                    raise UnsupportedModelError(
-                        f"dynamic rotary frequencies change beyond {limit} positions and this run needs {max_length}; "
-                        "no single law holds for all of them"
-                    )
-            elif max_length > _original_length(module, layer_type):
-                frequencies = _long_frequencies(module, layer_type, current.device)
-            self._set(module, f"{prefix}inv_freq", frequencies.to(current.dtype).clone())
-        # "default" is what makes the forward pass use `inv_freq` as it stands.
-        self._set(module, "rope_type", dict.fromkeys(kinds, "default") if by_layer_type else "default")
-
-    def restore(self) -> None:
-        while self._saved:
-            module, name, value = self._saved.pop()
-            setattr(module, name, value)
+def _frequencies(
+    module: torch.nn.Module, layer_type: str | None, kind: str, max_length: int
+) -> torch.Tensor | None:
+    """The inverse frequencies to hold for the run, or None where they depend on the configuration alone."""
+    if kind in _FIXED:
+        return None
+    current = getattr(module, f"{_prefix(layer_type)}inv_freq", None)
+    original = getattr(module, f"{_prefix(layer_type)}original_inv_freq", None)
+    if kind not in ("longrope", "dynamic") or current is None or original is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} uses the rotary scheme {kind!r}, which this engine cannot fix for a run"
+        )
+    frequencies = original
+    if kind == "dynamic":
+        limit = int(module.original_max_seq_len)
+        if max_length > limit:
+            raise UnsupportedModelError(
+                f"dynamic rotary frequencies change beyond {limit} positions, this run needs {max_length}; "
+                "no single law holds for all of them"
+            )
+    elif max_length > _original_length(module, layer_type):
+        frequencies = _long_frequencies(module, layer_type, current.device)
+    return frequencies.to(device=current.device, dtype=current.dtype).clone()

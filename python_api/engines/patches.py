@@ -1,0 +1,33 @@
+"""Attributes that hold other values during a forward pass, and never outside one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Patches:
+    """A context that sets attributes on entry and puts the old values back on exit, exceptions included.
+
+    Between two steps of a run the model is as its owner left it: they may train it, or run it elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, str, Any]] = []
+        self._saved: list[tuple[Any, str, Any]] = []
+
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        self._entries.append((owner, name, value))
+
+    def __enter__(self) -> Patches:
+        try:
+            for owner, name, value in self._entries:
+                self._saved.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, value)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        while self._saved:
+            setattr(*self._saved.pop())

@@ -61,7 +61,7 @@ class ToyEngine:
     def __init__(self, toy: Toy, dtype: torch.dtype = torch.float32):
         self.toy, self.dtype = toy, dtype
         self.device = torch.device("cpu")
-        self.vocab_size = toy.vocab
+        self.vocab_size = 16  # prompts may hold any token, answers only the toy's
         self.max_context = None
         self.eos_token_ids = toy.eos
         self.forwarded = 0

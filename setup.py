@@ -1,8 +1,8 @@
 """Builds the optional C++ backend. Everything else about the package is in pyproject.toml.
 
-The extension uses torch's stable ABI, so one build serves every torch >= 2.11 and every Python >= 3.10. It needs
-torch's headers and a C++20 compiler; where either is missing the pure package is installed instead, and the
-operators fall back to the reference implementation on CPU.
+The extension uses torch's stable ABI and no Python API: one build serves every torch >= 2.11 and every Python. It
+needs torch's headers and a C++20 compiler. Where either is missing the pure package is installed instead, and the
+operators are served by the reference implementation on CPU.
 """
 
 import importlib.util
@@ -13,8 +13,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-WINDOWS = sys.platform == "win32"
-
 
 def announce(message: str) -> None:
     print(f"power_kernels: {message}", file=sys.stderr, flush=True)
@@ -24,7 +22,7 @@ def extensions() -> list[Extension]:
     if os.environ.get("POWER_KERNELS_PURE", "0") == "1":
         announce("POWER_KERNELS_PURE=1: building without the C++ backend")
         return []
-    # Importing torch takes seconds and may fail for reasons that are no concern of a build: only its files matter.
+    # Only torch's files matter: importing it takes seconds and may fail for reasons that are none of a build's.
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         announce(
@@ -34,7 +32,7 @@ def extensions() -> list[Extension]:
         return []
     torch_root = Path(next(iter(spec.submodule_search_locations)))
     announce(f"building the C++ backend against {torch_root} (a failure here still gives a working install)")
-    flags = ["/std:c++20", "/O2"] if WINDOWS else [
+    flags = [
         "-std=c++20",
         "-O3",
         "-fvisibility=hidden",
@@ -43,7 +41,7 @@ def extensions() -> list[Extension]:
         "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header
         "-fno-math-errno",
         "-fno-trapping-math",
-        # The chain's float64 sums must round as the reference's do; the kernels ask for fma where they want it.
+        # The chain's float64 sums must round as the reference's do; kernels ask for fma where they want it.
         "-ffp-contract=off",
     ]
     return [

@@ -86,10 +86,10 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   const auto exclude = has_exclude ? vector_of<const int64_t>(*exclude_, B, "exclude") : Vector<const int64_t>{};
   const auto entropy = has_entropy ? vector_of<float>(*entropy_, B, "entropy") : Vector<float>{};
   STD_TORCH_CHECK(counter_.dim() == 2 && counter_.size(0) == B && counter_.size(1) == 4 &&
-                      counter_.element_size() == 4 && counter_.stride(1) == 1,
-                  "counter must be int32 [rows, 4] with unit inner stride");
+                      counter_.element_size() == 4,
+                  "counter must be int32 [rows, 4]");
   const uint32_t* counter = static_cast<const uint32_t*>(counter_.data_ptr());
-  const int64_t counter_stride = counter_.stride(0);
+  const int64_t row_stride = counter_.stride(0), word_stride = counter_.stride(1);
   STD_TORCH_CHECK(seed_.numel() == 1 && seed_.element_size() == 8, "seed must be int64 [1]");
   const uint64_t seed = *static_cast<const uint64_t*>(seed_.data_ptr());
 
@@ -107,8 +107,9 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
         if (has_entropy) entropy[b] = NAN;
         continue;
       }
-      const uint32_t* words = counter + b * counter_stride;
-      const double u = uniforms({{words[0], words[1], words[2], words[3]}}, seed).u0;
+      Words words;
+      for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
+      const double u = uniforms(words, seed).u0;
       const int64_t x = draw_token(logits, b, row.max, beta[b], u, excluded, slots);
       const TokenScore s = score(row, logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
       token[b] = x;

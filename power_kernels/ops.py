@@ -128,7 +128,8 @@ BACKENDS = ("cpp", "triton", "reference")
 _chosen: str | None = None
 
 
-def _check_backend(name: str) -> None:
+def check_backend(name: str) -> None:
+    """Raises BackendError, saying why, when a backend cannot run here; ArgumentError when there is no such backend."""
     if name not in BACKENDS:
         raise ArgumentError(f"backend is {name!r}; allowed: {', '.join(BACKENDS)}")
     if name == "cpp" and EXTENSION_MISSING:
@@ -145,12 +146,17 @@ def use_backend(name: str) -> Iterator[None]:
     The environment variable POWER_KERNELS_BACKEND does the same for a whole process.
     """
     global _chosen
-    _check_backend(name)
+    check_backend(name)
     previous, _chosen = _chosen, name
     try:
         yield
     finally:
         _chosen = previous
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or POWER_KERNELS_BACKEND names now."""
+    return _chosen
 
 
 def backend_for(device: torch.device | str) -> str:
@@ -626,5 +632,5 @@ for _name in KERNELS:  # they return nothing and only write their arguments
     torch.library.register_fake(f"power_kernels::{_name}", lambda *args: None)
 
 if _environment := os.environ.get("POWER_KERNELS_BACKEND"):
-    _check_backend(_environment)
+    check_backend(_environment)
     _chosen = _environment

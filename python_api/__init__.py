@@ -1,17 +1,21 @@
 """Power sampling of language models: `PowerSampler`, its engines and results. Installed as `power_kernels.api`."""
 
 from power_kernels.api.config import PowerConfig
+from power_kernels.api.custom_generate import power_sample
 from power_kernels.api.engine import Engine, Sampled, UnsupportedModelError
+from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.results import PowerResult, TokenAccount
 from power_kernels.api.sampler import GenerationInterrupted, PowerSampler
 
 __all__ = [
     "Engine",
     "GenerationInterrupted",
+    "HuggingFaceEngine",
     "PowerConfig",
     "PowerResult",
     "PowerSampler",
     "Sampled",
     "TokenAccount",
     "UnsupportedModelError",
+    "power_sample",
 ]

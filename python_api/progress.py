@@ -41,6 +41,3 @@ class ProgressBar:
     def close(self) -> None:
         self.bar.close()
 
-
-def progress_bar(total: int) -> ProgressBar:
-    return ProgressBar(total)

@@ -9,7 +9,7 @@ the next one at once. The law of the chain lives in `power_kernels.mh_advance`; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ import power_kernels as pk
 from power_kernels import reference
 from power_kernels.api.config import PowerConfig
 from power_kernels.api.engine import Engine, Sampled
-from power_kernels.api.progress import progress_bar
+from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.progress import ProgressBar
 from power_kernels.api.results import PowerResult, read_result
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import MAX_PROMPT_ID
@@ -42,16 +43,6 @@ class _Job:
     chain_id: int
 
 
-@dataclass(frozen=True)
-class Activity:
-    """Counters of a running call, for a progress bar: steps and accepted of the chains that have stopped."""
-
-    answers: int
-    steps: int
-    accepted: int
-    tokens: int
-
-
 class PowerSampler:
     """Draws answers from p(x)^alpha of a model.
 
@@ -60,8 +51,6 @@ class PowerSampler:
 
     def __init__(self, model, tokenizer=None):
         if isinstance(model, torch.nn.Module):
-            from power_kernels.api.engines.huggingface import HuggingFaceEngine
-
             model = HuggingFaceEngine(model)
         elif not isinstance(model, Engine):
             raise ArgumentTypeError(
@@ -98,7 +87,7 @@ class PowerSampler:
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
         results: list[PowerResult | None] = [None] * len(jobs)
         try:
-            for result in self._stream(jobs, config, seed, eos_token_id, max_chains, progress):
+            for result in self._stream(jobs, config, seed, eos_token_id, max_chains, progress, len(jobs)):
                 results[order[result.prompt_id, result.chain_id]] = result
         except KeyboardInterrupt:
             raise GenerationInterrupted([r for r in results if r is not None]) from None
@@ -114,11 +103,16 @@ class PowerSampler:
         eos_token_id: int | Sequence[int] | None = None,
         prompt_ids: Sequence[int] | None = None,
         max_chains: int = 16,
+        skip: Collection[tuple[int, int]] = (),
         progress: bool = False,
     ) -> Iterator[PowerResult]:
-        """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns."""
+        """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns.
+
+        skip: (prompt id, chain id) of answers that an earlier call has drawn already.
+        """
         jobs = self._jobs(prompts, num_chains, prompt_ids)
-        return self._stream(jobs, config, seed, eos_token_id, max_chains, progress)
+        wanted = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
+        return self._stream(wanted, config, seed, eos_token_id, max_chains, progress, len(jobs))
 
     # -- input
 
@@ -180,7 +174,7 @@ class PowerSampler:
 
     # -- the run
 
-    def _stream(self, jobs, config, seed, eos_token_id, max_chains, progress) -> Iterator[PowerResult]:
+    def _stream(self, jobs, config, seed, eos_token_id, max_chains, progress, total) -> Iterator[PowerResult]:
         config = PowerConfig() if config is None else config
         if not isinstance(config, PowerConfig):
             raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
@@ -189,6 +183,8 @@ class PowerSampler:
         if isinstance(max_chains, bool) or not isinstance(max_chains, int) or max_chains < 1:
             raise ArgumentError(f"max_chains is {max_chains!r}; it must be an integer of at least 1")
         eos = self._eos(eos_token_id)
+        if not jobs:
+            return iter(())
         limit = self.engine.max_context
         longest = max(jobs, key=lambda job: len(job.prompt))
         if limit is not None and len(longest.prompt) + config.max_new_tokens > limit:
@@ -198,7 +194,7 @@ class PowerSampler:
             )
         seed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits, as int64 holds them
         run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
-        return run.results(progress_bar(len(jobs)) if progress else None)
+        return run.results(ProgressBar(total, total - len(jobs)) if progress else None)
 
 
 class _Run:

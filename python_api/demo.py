@@ -1,0 +1,142 @@
+"""Two questions to a small real model: plain sampling, low temperature and power sampling, side by side.
+
+    python -m power_kernels.api.demo [--question TEXT ...] [--alpha 4] [--seed 0]
+
+All three run through the same engine and keep their log-probabilities from the same kernel, so the figures
+compare: plain is alpha = 1 without steps, low temperature is the proposal law (temperature 1/alpha) without
+steps, power adds the Metropolis-Hastings steps. The same seed gives the last two the same first draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+import time
+
+QUESTIONS = [
+    "Why do leaves change colour in autumn?",
+    "How can I keep a bicycle chain from rusting?",
+]
+COLUMNS = ("plain sampling", "low temperature", "power sampling")
+
+
+def columns(texts: list[str], width: int) -> str:
+    """The texts beside each other, each wrapped in its own column, within `width` characters."""
+    gap = " | "
+    each = (width - len(gap) * (len(texts) - 1)) // len(texts)
+    wrapped = []
+    for text in texts:
+        lines = []
+        for paragraph in text.strip().splitlines():
+            # An empty paragraph is a blank line, not none.
+            lines += textwrap.wrap(paragraph, each) or [""]
+        wrapped.append(lines)
+    height = max(map(len, wrapped))
+    rows = zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
+    return "\n".join(gap.join(f"{cell:{each}}" for cell in row).rstrip() for row in rows)
+
+
+def account(result, prompt_length: int) -> str:
+    """The token account of one power-sampled answer, as text."""
+    cost = result.cost
+    early = "unknown, as answers may end anywhere" if cost.saved_early is None else str(cost.saved_early)
+    plain = prompt_length + len(result.tokens) - 1
+    return (
+        f"{result.steps} steps: {result.accepted} changed the answer, {result.unchanged} proposed it again, "
+        f"{result.steps - result.accepted - result.unchanged} were rejected\n"
+        f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals = "
+        f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})\n"
+        f"tokens saved: {cost.saved_prefix} by the free prefix; by early rejection: {early}"
+    )
+
+
+def report(question: str, results: list, prompt_length: int, width: int) -> str:
+    """One question: the three answers, their log-probabilities, the acceptance rate and the account."""
+    power = results[-1]
+    figures = [
+        f"log p = {result.logp:.1f} nats\n{len(result.tokens)} tokens, {result.logp / len(result.tokens):.2f} a token"
+        for result in results
+    ]
+    rule = "-" * width
+    return "\n".join(
+        [
+            "=" * width,
+            textwrap.fill(f"Question: {question}", width),
+            rule,
+            columns(list(COLUMNS), width),
+            rule,
+            columns([shown(result) for result in results], width),
+            rule,
+            columns(figures, width),
+            rule,
+            f"acceptance rate {(power.accepted + power.unchanged) / power.steps:.2f}"
+            if power.steps
+            else "no steps",
+            account(power, prompt_length),
+        ]
+    )
+
+
+def shown(result) -> str:
+    return result.text.strip() + (" [...]" if result.finish == "length" else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m power_kernels.api.demo",
+        description="Power sampling beside plain sampling, on a small model.",
+    )
+    parser.add_argument("--question", action="append", help="ask this instead; may be given several times")
+    parser.add_argument("--alpha", type=float, default=4.0, help="the power (4)")
+    parser.add_argument("--max-new-tokens", type=int, default=80, help="longest answer (80)")
+    parser.add_argument("--block-size", type=int, default=20, help="tokens of a stage (20)")
+    parser.add_argument("--steps", type=int, default=6, help="steps after each stage (6)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+
+    started = time.perf_counter()
+    import torch
+    from transformers.utils import logging
+
+    from power_kernels import backend_for
+    from power_kernels.api import PowerConfig, PowerSampler, demo_model
+    from power_kernels.errors import ArgumentError
+
+    logging.disable_progress_bar()
+    questions = arguments.question or QUESTIONS
+    common = {"max_new_tokens": arguments.max_new_tokens, "block_size": arguments.block_size}
+    try:
+        configs = [
+            PowerConfig(alpha=1.0, mcmc_steps=0, **common),
+            PowerConfig(alpha=arguments.alpha, mcmc_steps=0, **common),
+            PowerConfig(alpha=arguments.alpha, mcmc_steps=arguments.steps, **common),
+        ]
+        model, tokenizer = demo_model.load()
+    except (ArgumentError, demo_model.ModelUnavailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    sampler = PowerSampler(model, tokenizer)
+    prompts = [demo_model.chat_prompt(tokenizer, question) for question in questions]
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    print(
+        f"{demo_model.NAME}, fp32, {torch.get_num_threads()} threads, kernels: {backend_for('cpu')}. "
+        f"alpha = {arguments.alpha:g}, {arguments.block_size} tokens a stage, {arguments.steps} steps after each, "
+        f"at most {arguments.max_new_tokens} tokens.",
+        flush=True,
+    )
+    answers = []
+    for name, config in zip(COLUMNS, configs, strict=True):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        answers.append(sampler.generate(prompts, config, seed=arguments.seed, progress=True))
+    for index, question in enumerate(questions):
+        print(report(question, [results[index] for results in answers], len(prompts[index]), width))
+    print("=" * width)
+    print("log p is the base model's log-probability of the whole answer; a longer answer has a lower one.")
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

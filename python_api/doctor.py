@@ -1,0 +1,73 @@
+"""`power-kernels doctor`: which backend serves each operator here, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+
+import power_kernels
+from power_kernels import ops
+from power_kernels.errors import BackendError
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "tqdm", "gguf")
+
+
+def report() -> dict:
+    """Everything that `doctor` prints, as plain data."""
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return {
+        "power_kernels": power_kernels.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": {device: _device_name(device) for device in devices},
+        "threads": torch.get_num_threads(),
+        "forced_backend": ops.forced_backend(),
+        "ops": {name: {d: ops.backend_for(d) for d in devices} for name in ops.KERNELS},
+        "missing": _missing(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: str) -> str:
+    return platform.machine() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _missing() -> list[str]:
+    missing = []
+    if ops.EXTENSION_MISSING:
+        missing.append(f"C++ backend: {ops.EXTENSION_MISSING}. CPU tensors are served by the slow reference.")
+        if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+            missing.append("C++ compiler: none was found; install g++ 10 or newer and reinstall with --no-build-isolation")
+    try:
+        ops.check_backend("triton")
+    except BackendError as error:
+        missing.append(f"Triton backend: {error}. GPU tensors cannot be served.")
+    if not torch.cuda.is_available():
+        missing.append("GPU: torch sees none; everything runs on the CPU.")
+    return missing
+
+
+def text(data: dict) -> str:
+    """The report for people."""
+    lines = [f"power_kernels {data['power_kernels']} on Python {data['python']}, {data['threads']} threads"]
+    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in data["packages"].items()]
+    lines += ["", "devices"]
+    lines += [f"  {device:<13} {name}" for device, name in data["devices"].items()]
+    forced = data["forced_backend"]
+    lines += ["", "backend of each op" + (f" (forced to {forced!r})" if forced else "")]
+    lines += [
+        f"  {op:<18} " + ", ".join(f"{device}: {backend}" for device, backend in by_device.items())
+        for op, by_device in data["ops"].items()
+    ]
+    lines += ["", "missing"] + [f"  {line}" for line in data["missing"] or ["nothing"]]
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Builds the optional C++ backend. Everything else about the package is in pyproject.toml.
 
-The extension uses torch's stable ABI and no Python API: one build serves every torch >= 2.11 and every Python. It
-needs torch's headers and a C++20 compiler. Where either is missing the pure package is installed instead, and the
-operators are served by the reference implementation on CPU.
+The extension uses torch's stable ABI and no Python API: one build serves every torch >= 2.11. It needs the
+headers of torch and a C++20 compiler. Where either is missing the pure package is installed instead, and the
+reference implementation serves the operators on CPU.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ def extensions() -> list[Extension]:
     if os.environ.get("POWER_KERNELS_PURE", "0") == "1":
         announce("POWER_KERNELS_PURE=1: building without the C++ backend")
         return []
-    # Only torch's files matter: importing it takes seconds and may fail for reasons that are none of a build's.
+    # Only torch's files matter. Importing it takes seconds, and may fail for reasons of its own.
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         announce(
@@ -61,4 +61,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp311"}})

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not HAVE_CPP, reason="the C++ extension is not b
 INF = float("inf")
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# 255..257: around one 256-wide tile; 999 and 4097: a tail of a tile; 2048, 2049: one tile, then one entry more;
+# 255..257: around one 256-wide tile; 999, 4097: a tail of a tile; 2048, 2049: one tile, and one entry more;
 # 151936: the vocabulary of Qwen
 VOCABULARIES = [1, 2, 3, 255, 256, 257, 999, 1024, 2048, 2049, 4097, 151936]
 # integer powers, one exponential, two exponentials, exponents below 1

@@ -43,8 +43,7 @@ SMALLEST_TILE = 256  # no backend's tile of the vocabulary is narrower, which bo
 TILE_VALUES = 4  # max, rest at 1, rest at beta, entropy partial
 
 _STATE_ARGUMENTS = ", ".join(
-    f"Tensor({chr(ord('a') + i)}!) {name}"
-    for i, name in enumerate(ChainState.__dataclass_fields__)
+    f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(ChainState.__dataclass_fields__)
 )
 
 SCHEMAS = {
@@ -142,8 +141,8 @@ def check_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operator from one backend, whatever the device: 'cpp', 'triton' or 'reference'.
 
-    Triton on CPU tensors needs TRITON_INTERPRET=1 before triton is imported. Raises BackendError when `name` cannot run.
-    The environment variable POWER_KERNELS_BACKEND does the same for a whole process.
+    Triton on CPU tensors needs TRITON_INTERPRET=1 before triton is imported. Raises BackendError when `name` cannot
+    run. The environment variable POWER_KERNELS_BACKEND does the same for a whole process.
     """
     global _chosen
     check_backend(name)
@@ -208,9 +207,7 @@ def _check_tensor(name: str, value, *, dtypes=None, shape=None, like: torch.Tens
 
 def _check_rows(name: str, value: torch.Tensor) -> None:
     if value.shape[-1] > 1 and value.stride(-1) != 1:
-        raise ArgumentError(
-            f"{name} has inner stride {value.stride(-1)}; it must be 1 (call .contiguous())"
-        )
+        raise ArgumentError(f"{name} has inner stride {value.stride(-1)}; it must be 1 (call .contiguous())")
 
 
 def _check_vector(name: str, value: torch.Tensor) -> None:
@@ -445,9 +442,7 @@ class AcceptOutput(NamedTuple):
 def _check_accept(weights_cur, weights_prop, len_cur, len_prop, log_u) -> None:
     _check_tensor("weights_cur", weights_cur, dtypes=(torch.float32,), shape=(None, None))
     rows = (weights_cur.shape[0],)
-    _check_tensor(
-        "weights_prop", weights_prop, dtypes=(torch.float32,), shape=(*rows, None), like=weights_cur
-    )
+    _check_tensor("weights_prop", weights_prop, dtypes=(torch.float32,), shape=(*rows, None), like=weights_cur)
     _check_rows("weights_cur", weights_cur)
     _check_rows("weights_prop", weights_prop)
     _check_vectors(
@@ -525,8 +520,8 @@ def mh_advance(
     """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
 
     state: `ChainState` of C chains with P lanes each, updated in place: what was sampled is appended, proposals are
-    rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then the plan is
-    written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy before it,
+    rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then the plan
+    is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy before it,
     first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
     log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1]. eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
@@ -591,7 +586,9 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
     Errors: as `sample_tokens`.
     """
     _check_tensor("dst", dst, shape=(None,) * 5)
-    _check_tensor("src", src, dtypes=(dst.dtype,), shape=(dst.shape[0], None, dst.shape[2], None, dst.shape[4]), like=dst)
+    _check_tensor(
+        "src", src, dtypes=(dst.dtype,), shape=(dst.shape[0], None, dst.shape[2], None, dst.shape[4]), like=dst
+    )
     _check_vectors(dst, ranges=(ranges, torch.int32, (None, 4)))
     for name, slab in (("dst", dst), ("src", src)):
         _check_rows(name, slab)

@@ -247,6 +247,8 @@ class _Advance:
             return
         lane = min(self.held(), key=lambda row: self.lane(row, LF.SERIAL))
         if self.lane(lane, LF.STATUS) == LaneStatus.FAULTED:
+            if self.field[CF.MODE] == Mode.PROPOSE:  # this step and those prefetched after it were not made
+                self.field[CF.OPENED] = self.lane(lane, LF.SERIAL)
             self.stop(Mode.FAULT, self.lane(lane, LF.FAULT))
         elif self.lane(lane, LF.STATUS) == LaneStatus.CLOSED:
             self.commit(lane)
@@ -268,9 +270,7 @@ class _Advance:
         # The chain's KV lacks its last token; an extension starts there and so must copy it too.
         s["commit_range"][c] = (c, lane, base + min(div, length - 1), base + pos - 1)
         for other in self.mine:
-            self.set_lane(
-                other, STATUS=LaneStatus.IDLE, VALID=min(self.lane(other, LF.VALID), base + div)
-            )
+            self.set_lane(other, STATUS=LaneStatus.IDLE, VALID=min(self.lane(other, LF.VALID), base + div))
         self.set_lane(lane, VALID=base + pos - 1)
         if field[CF.MODE] == Mode.EXTEND:
             field[CF.MODE] = Mode.PROPOSE
@@ -320,9 +320,7 @@ class _Advance:
         field = self.field
         serial, length = int(field[CF.OPENED]), int(field[CF.LENGTH])
         field[CF.OPENED] = serial + 1
-        cut_uniform, accept_uniform = rng.step_uniforms(
-            self.seed, serial, field[CF.CHAIN_ID], field[CF.PROMPT_ID]
-        )
+        cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, field[CF.CHAIN_ID], field[CF.PROMPT_ID])
         log_u = math.log(1.0 - accept_uniform)
         current = float(self.s["cumw"][self.c, length]) - self.log_n[length]
         self.s["lane_theta"][lane] = log_u if self.law.karan_du else current + log_u

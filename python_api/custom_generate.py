@@ -39,20 +39,21 @@ def power_sample(
 ) -> torch.Tensor:
     """A decoding method for `transformers.GenerationMixin.generate` that draws from p(x)^alpha.
 
-    Length and EOS come from the generation config, several answers a prompt from num_return_sequences. The parameters are
-    those of `PowerConfig`, except proposal_temperature, its `temperature`: generate() keeps that name for itself.
+    Length and EOS come from the generation config, several answers a prompt from num_return_sequences. The parameters
+    are those of `PowerConfig`, except proposal_temperature, its `temperature`: generate() keeps that name for itself.
     seed: None draws one from torch's generator, so that torch.manual_seed governs the call.
     power_results: a list that receives the `PowerResult` of each row.
 
     Returns int64 [B, P + longest answer], right-padded, as generate() does.
     Raises ArgumentError for logits processors (leave top_k, top_p, min_p, temperature, repetition penalties unset and
-    do_sample False: the chain targets the model's own distribution) and for stopping criteria other than length and EOS.
+    do_sample False: the chain targets the model's own distribution) and for stopping criteria other than length and
+    EOS.
     """
     if logits_processor:
         names = ", ".join(type(p).__name__ for p in logits_processor)
         raise ArgumentError(
-            f"logits_processor holds {names}; power sampling draws from the model's own distribution, so none is allowed "
-            "(do_sample=False and no top_k, top_p, temperature or penalties in the generation config)"
+            f"logits_processor holds {names}; power sampling draws from the model's own distribution, so none is "
+            "allowed (do_sample=False and no top_k, top_p, temperature or penalties in the generation config)"
         )
     others = [type(c).__name__ for c in stopping_criteria or () if type(c).__name__ not in _OBEYED]
     if others:
@@ -61,7 +62,8 @@ def power_sample(
     limit = generation_config.max_length - length
     if limit < 1:
         raise ArgumentError(
-            f"max_length is {generation_config.max_length} with {length} prompt tokens; it must leave room for an answer"
+            f"max_length is {generation_config.max_length} with {length} prompt tokens; it must leave room for an "
+            "answer"
         )
     config = PowerConfig(
         alpha=alpha,

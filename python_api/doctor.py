@@ -26,7 +26,7 @@ def report() -> dict:
         "devices": {device: _device_name(device) for device in devices},
         "threads": torch.get_num_threads(),
         "forced_backend": ops.forced_backend(),
-        "ops": {name: {d: ops.backend_for(d) for d in devices} for name in ops.KERNELS},
+        "ops": {name.removesuffix("_out"): {d: ops.backend_for(d) for d in devices} for name in ops.KERNELS},
         "missing": _missing(),
     }
 
@@ -47,7 +47,9 @@ def _missing() -> list[str]:
     if ops.EXTENSION_MISSING:
         missing.append(f"C++ backend: {ops.EXTENSION_MISSING}. CPU tensors are served by the slow reference.")
         if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-            missing.append("C++ compiler: none was found; install g++ 10 or newer and reinstall with --no-build-isolation")
+            missing.append(
+                "C++ compiler: none was found; install g++ 10 or newer and reinstall with --no-build-isolation"
+            )
     try:
         ops.check_backend("triton")
     except BackendError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from power_kernels.api.results import PowerResult
 class ProgressBar:
     """A tqdm bar over answers. `advance` is cheap enough for every decode step."""
 
-    INTERVAL = 0.5  # seconds between refreshes
+    INTERVAL = 0.5 if sys.stderr.isatty() else 10.0  # seconds between refreshes
 
     def __init__(self, total: int, initial: int = 0):
         self.bar = tqdm(total=total, initial=initial, unit="answer", dynamic_ncols=True)
@@ -40,4 +41,3 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
-

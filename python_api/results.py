@@ -15,8 +15,9 @@ class TokenAccount:
     """Tokens forwarded for one answer, by cause, and tokens that the exact shortcuts saved.
 
     prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, prefetched ones that
-    were voided included. saved_prefix: positions a proposal kept without a forward pass. saved_early: positions left when
-    a proposal was rejected early; None when answers can end early, since nobody knows how long it would have become.
+    were voided included. saved_prefix: positions a proposal kept without a forward pass. saved_early: positions left
+    when a proposal was rejected early; None when answers can end early, since nobody knows how long it would have
+    become.
     """
 
     prefill: int
@@ -40,10 +41,10 @@ class TokenAccount:
 class PowerResult:
     """One answer, the last state of one chain.
 
-    tokens: generated ids, EOS included. text: decoded, None without a tokenizer. log_weights: the weight of each token in
-    nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token): Metropolis-Hastings
-    steps. outcomes: each step's. finish: "eos", "length", or "fault" with `status` saying what the logits were like (the
-    answer is then the chain's last good state).
+    tokens: generated ids, EOS included. text: decoded, None without a tokenizer. log_weights: the weight of each token
+    in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
+    Metropolis-Hastings steps. outcomes: each step's. finish: "eos", "length", or "fault" with `status` saying what the
+    logits were like (the answer is then the chain's last good state).
     """
 
     prompt_id: int

@@ -1,7 +1,7 @@
 """PowerSampler: many chains of many prompts in one ragged batch.
 
-Every row of the batch is at its own position and its own Metropolis-Hastings step; a chain that stops leaves its slot to
-the next one at once. The law of the chain lives in `power_kernels.mh_advance`; this file only feeds it.
+Every row of the batch is at its own position and its own Metropolis-Hastings step; a chain that stops leaves its slot
+to the next one at once. The law of the chain lives in `power_kernels.mh_advance`; this file only feeds it.
 
     admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
 """
@@ -75,13 +75,13 @@ class PowerSampler:
 
         prompts: strings (needs the tokenizer), lists of token ids, or an integer tensor [B, P].
         num_chains: independent answers per prompt. seed: 64 bits; the same seed gives the same chains, whatever batch
-        they run in. eos_token_id: an int or a sequence; None takes the engine's, [] runs every answer to max_new_tokens.
-        prompt_ids: the prompts' identities in the random-number contract; their index in this call by default.
-        max_chains: chains that run at once; the others wait for a free slot. progress: show a bar.
+        they run in. eos_token_id: an int or a sequence; None takes the engine's, [] runs every answer to
+        max_new_tokens. prompt_ids: the prompts' identities in the random-number contract; their index in this call by
+        default. max_chains: chains that run at once; the others wait for a free slot. progress: show a bar.
 
         A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected.
-        Raises ArgumentError or ArgumentTypeError for bad input before any work, and GenerationInterrupted, which carries
-        the finished answers, on Ctrl-C.
+        Raises ArgumentError or ArgumentTypeError for bad input before any work, and GenerationInterrupted, which
+        carries the finished answers, on Ctrl-C.
         """
         jobs = self._jobs(prompts, num_chains, prompt_ids)
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}

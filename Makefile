@@ -1,0 +1,36 @@
+# Every target makes what it needs, on a fresh Linux machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+# A compiled step of the install; torch first, since the C++ extension is built against it without isolation.
+PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint bench doctor clean
+
+demo: $(READY)  ## power-sample two questions with a real small model
+	$(PY) -m power_kernels.api.demo
+
+test: $(READY)  ## the whole test suite
+	$(PY) -m pytest -q -n 2 tests
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(READY)  ## side-by-side ratios on this machine
+	$(PY) bench/ops.py
+	$(PY) bench/end_to_end.py
+
+doctor: $(READY)
+	$(VENV)/bin/power-kernels doctor
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build power_kernels/_C*.so *.egg-info

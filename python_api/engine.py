@@ -58,9 +58,7 @@ class Engine(Protocol):
     max_context: int | None
     eos_token_ids: tuple[int, ...]
 
-    def begin(
-        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int
-    ) -> None:
+    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
         """Get ready for `chains` slots of `lanes` lanes each, with all positions below `max_length`.
 
         max_length: prompt + max_new_tokens of the longest request. alpha, beta: the exponents of the
@@ -71,8 +69,8 @@ class Engine(Protocol):
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         """Make each chain slot hold all but the last token of its prompt; the first decode feeds that one.
 
-        The slots' lanes hold nothing afterwards (LaneField.VALID is 0). Returns the number of tokens
-        forwarded.
+        The slots' lanes hold nothing afterwards (LaneField.VALID is 0). Returns the number of tokens forwarded for
+        each prompt: 0 where another slot held the same prompt already, or another entry of this call does.
         """
         ...
 

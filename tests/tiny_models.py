@@ -1,7 +1,8 @@
 """Tiny random transformers models, one a family whose decoding differs. float32, on the CPU, in evaluation mode.
 
-Weights are drawn wider than transformers' default so that attention is far from uniform: with nearly uniform attention a
-wrong mask or position hardly shows. Contexts are short, windows shorter still, so that tests go beyond both.
+Weights are drawn wider than transformers' default so that attention is far from uniform: with nearly uniform
+attention a wrong mask or position hardly shows. Contexts are short, windows shorter still, so that tests go
+beyond both.
 """
 
 from __future__ import annotations
@@ -208,6 +209,5 @@ def bloom():
 
 
 UNSUPPORTED = {
-    model.__name__: model
-    for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, t5, bloom)
+    model.__name__: model for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, t5, bloom)
 }

@@ -57,9 +57,7 @@ class HuggingFaceEngine:
 
     def __init__(self, model: PreTrainedModel, *, prefill_chunk: int = 1024, self_check: bool = True):
         if not isinstance(model, PreTrainedModel):
-            raise ArgumentTypeError(
-                f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel"
-            )
+            raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
         if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
             raise ArgumentError(f"prefill_chunk is {prefill_chunk!r}; it must be an integer of at least 1")
         _refuse(model)
@@ -79,9 +77,7 @@ class HuggingFaceEngine:
 
     # -- a run
 
-    def begin(
-        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int
-    ) -> None:
+    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
         """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and take over the
         model.
 
@@ -121,10 +117,9 @@ class HuggingFaceEngine:
         self._slabs = self._cache = self._patches = None
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
-        """Write all but the last token of each prompt into its chain slot. Returns the tokens forwarded for
-        each.
+        """Write all but the last token of each prompt into its chain slot. Returns the tokens forwarded for each.
 
-        A prompt that another slot of this run already holds is copied from it and costs nothing.
+        A prompt that a slot of this run already holds is copied from it and costs nothing.
         Raises ArgumentError, before any work, for slots, lengths or token ids out of range.
         """
         self._check_running()
@@ -183,9 +178,7 @@ class HuggingFaceEngine:
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
         with self._patches, attached(view), torch.inference_mode():
-            return module(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True
-            )
+            return module(input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True)
 
     def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
         """Wipe what rows with bad logits just wrote: a NaN there would reach the lane's next proposal
@@ -203,9 +196,7 @@ class HuggingFaceEngine:
     # -- prompts
 
     def _prefill(self, slots: list[int], prompts: list[tuple[int, ...]]) -> list[int]:
-        holders = {
-            held: slot for slot, held in enumerate(self._prompts) if held is not None and slot not in slots
-        }
+        holders = {held: slot for slot, held in enumerate(self._prompts) if held is not None and slot not in slots}
         fresh: list[tuple[int, tuple[int, ...]]] = []
         copies: list[tuple[int, int, int]] = []
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -251,9 +242,7 @@ class HuggingFaceEngine:
 
     def _check_prompts(self, slots: list[int], prompts: list[list[int]]) -> None:
         if len(slots) != len(prompts) or len(set(slots)) != len(slots):
-            raise ArgumentError(
-                f"slots is {slots!r} for {len(prompts)} prompts; it must name one slot each, once"
-            )
+            raise ArgumentError(f"slots is {slots!r} for {len(prompts)} prompts; it must name one slot each, once")
         for slot, prompt in zip(slots, prompts, strict=True):
             if not 0 <= slot < self._chains:
                 raise ArgumentError(f"slot {slot} is out of range; slots lie in [0, {self._chains})")
@@ -395,35 +384,39 @@ class _LengthBound:
     def __init__(self, device: torch.device):
         self.bound = 0
         self._since = 0  # steps since the copy in flight was started
-        self._event = None
         self._on_host = device.type == "cpu"
         self._asynchronous = device.type == "cuda"
-        if self._asynchronous:
-            self._value = torch.zeros((), dtype=torch.int64, pin_memory=True)
+        self._value = torch.zeros((), dtype=torch.int64, pin_memory=self._asynchronous)
+        self._in_flight = False
 
     def admit(self, prompt_length: int) -> None:
         self.bound = max(self.bound, prompt_length)
-        self._event = None  # a copy in flight does not know this prompt
+        self._in_flight = False  # a copy on its way does not know this prompt
 
     def of(self, state: ChainState) -> int | None:
         """The bound for the step that feeds `state`, or None where the exact value is free to read."""
         if self._on_host:
             return None
-        if self._event is not None and self._event.query():
+        if self._in_flight and self._arrived():
             self.bound = min(self.bound, int(self._value) + self._since)
-            self._event = None
-        if self._asynchronous and self._event is None and self._since >= _LOOK_EVERY:
+            self._in_flight = False
+        if self._asynchronous and not self._in_flight and self._since >= _LOOK_EVERY:
             fields = state.field
             answers = fields[:, ChainField.BASE] + fields[:, ChainField.LENGTH]
-            longest = torch.maximum(state.position.max() + 1, answers.max().to(torch.int64))
-            self._value.copy_(longest, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-            self._since = 0
+            self._start_copy(torch.maximum(state.position.max() + 1, answers.max().to(torch.int64)))
+            self._in_flight, self._since = True, 0
         bound = self.bound
         self.bound += 1
         self._since += 1
         return bound
+
+    def _start_copy(self, longest: torch.Tensor) -> None:
+        self._value.copy_(longest, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def _arrived(self) -> bool:
+        return self._event.query()
 
 
 class _RecorderLayer(RaggedLayer):

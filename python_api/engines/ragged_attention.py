@@ -52,9 +52,7 @@ def attached(view) -> Iterator[None]:
         _active.view = previous
 
 
-def _write_index(
-    rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor, by_row: bool
-) -> torch.Tensor:
+def _write_index(rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor, by_row: bool) -> torch.Tensor:
     """Where the new states go in `slab` [R, heads, S, dim] seen as [R * heads * S, dim].
 
     States come as [rows, heads, 1, dim] (by_row) or [1, heads, tokens, dim]; the result has their order.
@@ -106,9 +104,7 @@ class DecodeView:
     def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None):
         rows, heads, _, dim = query.shape
         kv_heads, group = keys.shape[1], heads // keys.shape[1]
-        if (
-            query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-        ) or softcap is not None:
+        if (query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)) or softcap is not None:
             out = self._attend_matmul(query, keys, values, scale, window, softcap)
         else:
             out = functional.scaled_dot_product_attention(
@@ -237,9 +233,7 @@ class Probe:
 
     windows: dict[int, int | None] = field(default_factory=dict)
 
-    def attend(
-        self, module, query, keys, values, attention_mask, dropout, sliding_window, softcap, is_causal, others
-    ):
+    def attend(self, module, query, keys, values, attention_mask, dropout, sliding_window, softcap, is_causal, others):
         name, layer = type(module).__name__, getattr(module, "layer_idx", None)
         unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
         reason = None

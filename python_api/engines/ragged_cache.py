@@ -55,8 +55,7 @@ class KvSlabs:
                 self._lane_views[i], self._chain_views[i] = pair[0][place], pair[1][place]
         # A slab of zeros that takes no memory: the source of every device-side wipe.
         self._zeros = [
-            torch.zeros(lane.shape[-1], dtype=lane.dtype, device=device).expand(lane.shape)
-            for lane, _ in self.pairs
+            torch.zeros(lane.shape[-1], dtype=lane.dtype, device=device).expand(lane.shape) for lane, _ in self.pairs
         ]
 
     def layer(self, index: int, *, of_chains: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,9 +57,7 @@ def _prefix(layer_type: str | None) -> str:
     return "" if layer_type is None else f"{layer_type}_"
 
 
-def _frequencies(
-    module: torch.nn.Module, layer_type: str | None, kind: str, max_length: int
-) -> torch.Tensor | None:
+def _frequencies(module: torch.nn.Module, layer_type: str | None, kind: str, max_length: int) -> torch.Tensor | None:
     """The inverse frequencies to hold for the run, or None where they depend on the configuration alone."""
     if kind in _FIXED:
         return None

@@ -1,0 +1,552 @@
+"""The transformers engine against plain forward passes of the untouched model (DESIGN section 6).
+
+`Script` plays what `mh_advance` decides: it feeds lanes, opens them at earlier divergences, commits them, admits, moves
+and drops chains, at random, and knows which tokens every row stands for. After each step the logits of all fed rows
+are compared with a full forward pass over those tokens.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import power_kernels as pk
+from power_kernels.api.engine import Engine, UnsupportedModelError
+from power_kernels.api.engines.huggingface import HuggingFaceEngine, _LengthBound
+from power_kernels.api.engines.patches import Patches
+from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
+from power_kernels.api.engines.rope import pin_rope
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.state import ChainState, Law, Status
+from tests import tiny_models
+
+MAX_LENGTH = 32  # five windows; below the longrope threshold
+TOLERANCE = 1e-4  # of the largest logit
+
+
+def run(engine: HuggingFaceEngine, chains: int, lanes: int, max_length: int = MAX_LENGTH) -> ChainState:
+    engine.begin(chains=chains, lanes=lanes, max_length=max_length, alpha=2.0, beta=2.0, seed=7)
+    return ChainState.allocate(chains, lanes, Law(max_new_tokens=max_length, block_size=8, mcmc_steps=1))
+
+
+def plain_logits(model, sequences: list[list[int]], max_length: int) -> torch.Tensor:
+    """Logits after each sequence. All are padded on the right to max_length, which chooses a rotary regime."""
+    ids = torch.tensor([tokens + [0] * (max_length - len(tokens)) for tokens in sequences])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    return torch.stack([logits[i, len(tokens) - 1] for i, tokens in enumerate(sequences)])
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+    assert error <= tolerance, f"relative error {error:.2g}"
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, tiny_models.VOCAB), k=length)
+
+
+class Script:
+    """Chains and lanes as token lists, played on an engine."""
+
+    def __init__(self, engine, reference, *, chains, lanes, max_length=MAX_LENGTH, seed=0, tolerance=TOLERANCE):
+        self.engine, self.reference, self.max_length = engine, reference, max_length
+        self.tolerance = tolerance
+        self.state = run(engine, chains, lanes, max_length)
+        self.lanes, self.random = lanes, random.Random(seed)
+        self.active = 0
+        self.chain: list[list[int]] = [[] for _ in range(chains)]  # all but the last token have K and V
+        self.base = [0] * chains
+        rows = chains * lanes
+        self.fed: list[list[int]] = [[] for _ in range(rows)]  # what each lane's row holds, all with K and V
+        self.valid = [0] * rows
+        self.div = [0] * rows
+        self.running = [False] * rows
+        self.counts = dict.fromkeys(("compared", "open", "commit", "rollback"), 0)
+
+    def token(self) -> int:
+        return self.random.randrange(3, tiny_models.VOCAB)
+
+    def admit(self, prompts: list[list[int]]) -> list[int]:
+        slots = list(range(self.active, self.active + len(prompts)))
+        forwarded = self.engine.prefill(slots, prompts)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.chain[slot], self.base[slot] = list(prompt), len(prompt)
+            for lane in self.lanes_of(slot):
+                self.fed[lane], self.valid[lane], self.running[lane] = [], 0, False
+        self.active += len(prompts)
+        return forwarded
+
+    def lanes_of(self, slot: int) -> range:
+        return range(slot * self.lanes, (slot + 1) * self.lanes)
+
+    def drop(self, slot: int) -> None:
+        """End a chain; the last active one takes its slot."""
+        self.active -= 1
+        if slot == self.active:
+            return
+        self.engine.move(self.active, slot)
+        self.chain[slot], self.base[slot] = self.chain[self.active], self.base[self.active]
+        for target, source in zip(self.lanes_of(slot), self.lanes_of(self.active), strict=True):
+            for values in (self.fed, self.valid, self.div, self.running):
+                values[target] = values[source]
+
+    def play(self) -> None:
+        """One round: some lanes commit, some open, then all are fed and compared."""
+        commits = [[c, 0, 0, 0] for c in range(self.active)]
+        opens = [[lane, lane // self.lanes, 0, 0] for lane in range(self.active * self.lanes)]
+        for slot in range(self.active):
+            ready = [x for x in self.lanes_of(slot) if self.running[x] and len(self.fed[x]) >= self.div[x]]
+            longest = max(ready, key=lambda lane: len(self.fed[lane]), default=None)
+            if ready and self.random.random() < 0.3:
+                commits[slot] = self.commit(slot, self.random.choice([longest, *ready]))
+            for lane in self.lanes_of(slot):
+                full = len(self.fed[lane]) >= self.max_length
+                if not self.running[lane] or full or self.random.random() < 0.2:
+                    opens[lane] = self.open(slot, lane)
+        self.engine.transfer(torch.tensor(commits, dtype=torch.int32), torch.tensor(opens, dtype=torch.int32))
+        self.feed()
+
+    def commit(self, slot: int, lane: int) -> list[int]:
+        tokens, div, length = self.fed[lane], self.div[lane], len(self.chain[slot])
+        self.chain[slot] = [*tokens, self.token()][: self.max_length]
+        for other in self.lanes_of(slot):
+            self.valid[other] = min(self.valid[other], div)
+            self.running[other] = False
+        self.valid[lane] = len(self.chain[slot]) - 1
+        self.counts["commit"] += 1
+        return [slot, lane, min(div, length - 1), len(self.chain[slot]) - 1]
+
+    def open(self, slot: int, lane: int) -> list[int]:
+        div = self.random.randint(self.base[slot], len(self.chain[slot]))
+        start, stop = self.valid[lane], div - 1
+        self.counts["open"] += 1
+        self.counts["rollback"] += len(self.fed[lane]) > stop
+        self.fed[lane], self.div[lane], self.running[lane] = self.chain[slot][:stop], div, True
+        self.valid[lane] = stop
+        return [lane, slot, start, max(start, stop)]
+
+    def feed(self) -> None:
+        rows = range(self.active * self.lanes)
+        for lane in rows:
+            held = len(self.fed[lane])
+            if self.running[lane]:
+                token = self.chain[lane // self.lanes][held] if held < self.div[lane] else self.token()
+                self.fed[lane].append(token)
+                self.state.input_id[lane], self.state.position[lane] = token, held
+            else:  # an idle lane is fed where nothing is trusted
+                self.state.input_id[lane], self.state.position[lane] = 0, self.valid[lane]
+        logits = self.engine._decode(self.state.first(self.active))
+        assert logits.shape == (len(rows), self.engine.vocab_size)
+        compared = [lane for lane in rows if self.running[lane]]
+        want = plain_logits(self.reference, [self.fed[lane] for lane in compared], self.max_length)
+        assert_close(logits[compared], want, self.tolerance)
+        self.counts["compared"] += len(compared)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_ragged_rows_have_the_logits_of_plain_forward_passes(family):
+    """Rollbacks, commits, reused and moved slots, a shrinking batch: whatever happened, a row is its own tokens."""
+    build = tiny_models.FAMILIES[family]
+    script = Script(HuggingFaceEngine(build()), build(), chains=3, lanes=2)
+    # Prompts of one token (nothing to prefill), shorter and longer than a window.
+    script.admit([prompt_of(1, 1), prompt_of(4, 2), prompt_of(13, 3)])
+    for _ in range(14):
+        script.play()
+    script.drop(0)  # the last slot moves to the first, the batch is smaller
+    for _ in range(4):
+        script.play()
+    script.admit([prompt_of(9, 4)])  # a slot that held another chain
+    for _ in range(8):
+        script.play()
+    script.engine.end()
+    counts = script.counts
+    assert counts["compared"] >= 120
+    assert counts["rollback"] >= 10
+    assert counts["commit"] >= 8
+    assert max(map(len, script.chain)) > 2 * tiny_models.WINDOW
+
+
+@pytest.mark.parametrize("max_length", [tiny_models.LONGROPE_ORIGINAL, tiny_models.LONGROPE_ORIGINAL + 1])
+def test_longrope_regime_is_that_of_the_run(max_length):
+    """The frequencies follow max_length, not the longest row: here all rows are short."""
+    model, reference = tiny_models.phi3(), tiny_models.phi3()
+    engine = HuggingFaceEngine(model)
+    short, long = (
+        plain_logits(reference, [prompt_of(5, 1)], n)
+        for n in (tiny_models.LONGROPE_ORIGINAL, tiny_models.LONGROPE_ORIGINAL + 1)
+    )
+    assert (short - long).abs().max() > 0.01 * short.abs().max()
+    script = Script(engine, reference, chains=2, lanes=1, max_length=max_length)
+    script.admit([prompt_of(5, 1), prompt_of(8, 2)])
+    for _ in range(6):
+        script.play()
+
+
+def test_dynamic_rope_is_held_at_the_original_frequencies():
+    model, reference = tiny_models.dynamic_llama(), tiny_models.dynamic_llama()
+    plain_logits(model, [prompt_of(5, 1)], tiny_models.CONTEXT + 8)  # leaves grown frequencies behind
+    rope = model.model.rotary_emb
+    grown = rope.inv_freq
+    assert not torch.equal(grown, rope.original_inv_freq)
+    script = Script(HuggingFaceEngine(model), reference, chains=2, lanes=1)
+    script.admit([prompt_of(5, 1), prompt_of(8, 2)])
+    for _ in range(4):
+        script.play()
+    assert rope.inv_freq is grown
+    assert rope.rope_type == "dynamic"
+    with pytest.raises(UnsupportedModelError, match="change beyond 96 positions"):
+        pin_rope(model, tiny_models.CONTEXT + 1, Patches())
+
+
+def test_rotary_schemes_that_are_not_known_are_refused():
+    model = tiny_models.llama()
+    model.model.rotary_emb.rope_type = "spiral"
+    with pytest.raises(UnsupportedModelError, match="'spiral'"):
+        HuggingFaceEngine(model)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3"])
+def test_prefill_does_not_depend_on_the_chunk(family):
+    """Chunks of one token, chunks that cut prompts anywhere, one chunk for all."""
+    prompts = [prompt_of(n, n) for n in (1, 2, 7, 12, 17)]
+    held = []
+    for chunk in (1, 3, 8, 1000):
+        engine = HuggingFaceEngine(tiny_models.FAMILIES[family](), prefill_chunk=chunk, self_check=False)
+        run(engine, chains=6, lanes=1)
+        assert engine.prefill([5, 0, 3, 1, 2], prompts) == [len(p) - 1 for p in prompts]
+        held.append(engine._slabs.pairs[0][1].clone())
+        assert not held[-1][:, 4].any()  # the slot that was not named
+        for slot, prompt in zip([5, 0, 3, 1, 2], prompts, strict=True):
+            assert not held[-1][:, slot, :, len(prompt) - 1 :].any()
+    for other in held[1:]:
+        assert_close(other, held[0])
+
+
+def test_a_prompt_held_by_another_slot_is_copied():
+    engine = HuggingFaceEngine(tiny_models.llama())
+    script = Script(engine, tiny_models.llama(), chains=6, lanes=1)
+    first, second = prompt_of(6, 1), prompt_of(4, 2)
+    assert script.admit([first, second, first]) == [5, 3, 0]  # twice in one call
+    for _ in range(5):
+        script.play()
+    assert script.admit([second]) == [0]  # from a slot that has gone on since
+    for _ in range(3):
+        script.play()
+    script.active = 0
+    assert script.admit([second, first]) == [0, 0]  # both slots admitted, their prompts held elsewhere
+    script.play()
+    script.active = 1
+    assert script.admit([first]) == [0]  # its own slot holds it
+    for _ in range(3):
+        script.play()
+
+
+def test_a_forgotten_prompt_is_forwarded_again():
+    engine = HuggingFaceEngine(tiny_models.llama())
+    run(engine, chains=1, lanes=1)
+    assert engine.prefill([0], [prompt_of(6, 1)]) == [5]
+    assert engine.prefill([0], [prompt_of(4, 2)]) == [3]
+    assert engine.prefill([0], [prompt_of(6, 1)]) == [5]
+
+
+BAD = 3  # a token whose embedding is NaN
+
+
+def poisoned_llama():
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BAD] = float("nan")
+    return model
+
+
+def test_bad_rows_are_reported_and_leave_nothing_behind():
+    """A NaN stays in its row, and what it wrote cannot reach the lane's next proposal, chain or tenant."""
+    model = poisoned_llama()
+    engine = HuggingFaceEngine(model)
+    state = run(engine, chains=2, lanes=1)
+    prompts = [prompt_of(5, 1), prompt_of(7, 2)]
+    prompts = [[t if t != BAD else 4 for t in prompt] for prompt in prompts]
+    engine.prefill([0, 1], prompts)
+    nothing = torch.zeros(2, 4, dtype=torch.int32)
+    engine.transfer(nothing, torch.tensor([[0, 0, 0, 4], [1, 1, 0, 6]], dtype=torch.int32))
+
+    def step(tokens, positions):
+        state.input_id.copy_(torch.tensor(tokens))
+        state.position.copy_(torch.tensor(positions))
+        state.exclude.fill_(-1)
+        return engine.step(state)
+
+    step([prompts[0][4], prompts[1][6]], [4, 6])
+    drawn = step([BAD, 11], [5, 7])
+    assert drawn.status.tolist() == [Status.NAN, Status.OK]
+    assert drawn.token[0] == -1
+    assert torch.isnan(drawn.weight[0])
+    assert torch.isfinite(drawn.weight[1])
+    # The lane goes back before the bad position: its garbage is masked and finite.
+    assert step([12, 13], [4, 8]).status.tolist() == [Status.OK, Status.OK]
+    state.position.copy_(torch.tensor([5, 9]))
+    logits = engine._decode(state)
+    assert_close(logits, plain_logits(model, [[*prompts[0][:4], 12, 12], [*prompts[1], 11, 13, 13]], MAX_LENGTH))
+    # A bad prompt fills a chain row and then a lane row with NaN; the next tenant sees none of it.
+    engine.prefill([0], [[4, 5, BAD, 6, 7, 8, 9, 10]])
+    engine.transfer(nothing, torch.tensor([[0, 0, 0, 7], [1, 1, 0, 0]], dtype=torch.int32))
+    assert step([10, 14], [7, 10]).status.tolist() == [Status.NAN, Status.OK]
+    engine.move(1, 0)
+    engine.prefill([1], [[4, 5, 6]])
+    engine.transfer(nothing, torch.tensor([[0, 0, 0, 0], [1, 1, 0, 2]], dtype=torch.int32))
+    state.input_id.copy_(torch.tensor([14, 6]))
+    state.position.copy_(torch.tensor([10, 2]))
+    assert_close(engine._decode(state), plain_logits(model, [[*prompts[1], 11, 13, 13, 14], [4, 5, 6]], MAX_LENGTH))
+
+
+def test_step_draws_from_the_logits_with_the_state_s_counters():
+    engine = HuggingFaceEngine(tiny_models.llama())
+    assert isinstance(engine, Engine)
+    state = run(engine, chains=2, lanes=2)
+    prompts = [prompt_of(5, 1), prompt_of(7, 2)]
+    engine.prefill([0, 1], prompts)
+    opens = [[lane, lane // 2, 0, len(prompts[lane // 2]) - 1] for lane in range(4)]
+    engine.transfer(torch.zeros(2, 4, dtype=torch.int32), torch.tensor(opens, dtype=torch.int32))
+    state.input_id.copy_(torch.tensor([prompts[lane // 2][-1] for lane in range(4)]))
+    state.position.copy_(torch.tensor([len(prompts[lane // 2]) - 1 for lane in range(4)]))
+    state.counter.copy_(torch.arange(16, dtype=torch.int32).view(4, 4))
+    state.exclude.copy_(torch.tensor([-1, 5, -1, 9]))
+    logits = engine._decode(state)
+    rate = torch.full((4,), 2.0)
+    want = pk.sample_tokens(logits.clone(), rate, rate, torch.tensor([7]), state.counter, state.exclude)
+    got = engine.step(state)
+    for name in ("token", "logq", "weight", "status"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert not got.weight.is_inference()  # what the driver gets may be changed in place
+    fewer = engine.step(state.first(1))
+    assert fewer.token.tolist() == got.token[:2].tolist()
+
+
+def test_half_precision_goes_through_the_fused_attention():
+    model = tiny_models.mixed_qwen2().to(torch.bfloat16)
+    script = Script(HuggingFaceEngine(model), model, chains=2, lanes=2, tolerance=0.05)
+    script.admit([prompt_of(3, 1), prompt_of(10, 2)])
+    for _ in range(10):
+        script.play()
+
+
+# -- what the engine does to the model
+
+
+def model_state(model) -> list:
+    rope = model.model.rotary_emb
+    return [
+        model.config._attn_implementation,
+        [module.training for module in model.modules()],
+        rope.rope_type,
+        id(rope.inv_freq),
+        rope.inv_freq.tolist(),
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_the_model_is_changed_only_during_a_forward_pass(family):
+    model, reference = tiny_models.FAMILIES[family](), tiny_models.FAMILIES[family]()
+    model.train()
+    model.model.layers[0].mlp.eval()  # a mixture, to be put back as it was
+    before = model_state(model)
+    ids = torch.tensor([prompt_of(6, 1)])
+    script = Script(HuggingFaceEngine(model), reference, chains=1, lanes=1)
+    assert model_state(model) == before
+    script.admit([prompt_of(6, 1)])
+    assert model_state(model) == before
+    script.play()
+    assert model_state(model) == before
+    with torch.no_grad():  # the owner may use it between two steps
+        assert_close(model(ids).logits, reference(ids).logits)
+    assert model_state(model) == before
+
+    def fail(*args):
+        raise RuntimeError("broken")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        script.feed()
+    assert model_state(model) == before
+    handle.remove()
+    script.engine.end()
+    script.engine.end()
+    assert model_state(model) == before
+
+
+def test_two_runs_on_one_model_do_not_meet():
+    model, reference = tiny_models.phi3(), tiny_models.phi3()
+    long = tiny_models.LONGROPE_ORIGINAL + 10
+    scripts = [
+        Script(HuggingFaceEngine(model), reference, chains=1, lanes=1, max_length=n, seed=n) for n in (MAX_LENGTH, long)
+    ]
+    for script in scripts:
+        script.admit([prompt_of(5, script.max_length)])
+    for _ in range(5):
+        for script in scripts:
+            script.play()
+
+
+def test_eos_and_limits_come_from_the_model():
+    model = tiny_models.llama()
+    model.generation_config.eos_token_id = [5, 9]
+    engine = HuggingFaceEngine(model)
+    assert engine.eos_token_ids == (5, 9)
+    assert engine.max_context == tiny_models.CONTEXT
+    assert engine.vocab_size == tiny_models.VOCAB
+    assert engine.device == torch.device("cpu")
+    model.generation_config.eos_token_id = None
+    assert HuggingFaceEngine(model).eos_token_ids == (tiny_models.EOS,)
+    model.config.eos_token_id = None
+    assert HuggingFaceEngine(model).eos_token_ids == ()
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("family", tiny_models.UNSUPPORTED)
+@pytest.mark.parametrize("self_check", [False, True])
+def test_what_cannot_be_rewound_is_refused(family, self_check):
+    model = tiny_models.UNSUPPORTED[family]()
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=type(model).__name__.removesuffix("ForCausalLM")):
+        HuggingFaceEngine(model, self_check=self_check)
+    assert model.config._attn_implementation == before
+
+
+def test_the_self_check_finds_attention_that_is_not_the_registered_one():
+    """A model whose own attention function adds something that the interface's arguments do not tell."""
+
+    def biased(module, query, key, value, attention_mask, **kwargs):
+        bias = torch.arange(key.shape[2]) * 0.5
+        return sdpa_attention_forward(module, query + bias.mean(), key, value * 1.1, attention_mask, **kwargs)
+
+    AttentionInterface.register("biased_for_test", biased)
+    model = tiny_models.llama()
+    model.set_attn_implementation("biased_for_test")
+    with pytest.raises(UnsupportedModelError, match="relative error"):
+        HuggingFaceEngine(model)
+    HuggingFaceEngine(model, self_check=False)
+
+
+def test_a_window_the_layers_do_not_ask_for_is_refused():
+    """Windows are longer than the self check, so the configuration has to agree with what layers ask for."""
+    model = tiny_models.mixed_qwen2()
+    model.model.layers[2].self_attn.sliding_window = None
+    with pytest.raises(UnsupportedModelError, match="layer 2 asks for a window of None"):
+        HuggingFaceEngine(model)
+
+
+def test_arguments_are_checked_before_any_work():
+    with pytest.raises(ArgumentTypeError, match="PreTrainedModel"):
+        HuggingFaceEngine(torch.nn.Linear(2, 2))
+    model = tiny_models.llama()
+    with pytest.raises(ArgumentError, match="prefill_chunk"):
+        HuggingFaceEngine(model, prefill_chunk=0)
+    engine = HuggingFaceEngine(model)
+    with pytest.raises(ArgumentError, match="begin"):
+        engine.prefill([0], [[1, 2]])
+    good = {"chains": 2, "lanes": 1, "max_length": 20, "alpha": 2.0, "beta": 2.0, "seed": 0}
+    for name, value in (
+        ("chains", 0),
+        ("lanes", 0),
+        ("max_length", 0),
+        ("alpha", 0.0),
+        ("beta", float("nan")),
+    ):
+        with pytest.raises(ArgumentError, match=name):
+            engine.begin(**{**good, name: value})
+    with pytest.raises(ArgumentError, match="context is 96"):
+        engine.begin(**{**good, "max_length": 97})
+    engine.begin(**good)
+
+    def forbidden(*args):
+        raise AssertionError("work was done")
+
+    handle = model.register_forward_pre_hook(forbidden)
+    model.model.register_forward_pre_hook(forbidden)
+    for slots, prompts in (
+        ([0], [[]]),
+        ([0], [list(range(20))]),
+        ([0], [[1, -1]]),
+        ([0], [[1, tiny_models.VOCAB]]),
+        ([2], [[1, 2]]),
+        ([-1], [[1, 2]]),
+        ([0, 0], [[1, 2], [3, 4]]),
+        ([0], [[1, 2], [3, 4]]),
+        ([0, 1], [[1, 2], [tiny_models.VOCAB]]),
+    ):
+        with pytest.raises(ArgumentError):
+            engine.prefill(slots, prompts)
+    with pytest.raises(ArgumentError, match="source"):
+        engine.move(2, 0)
+    state = ChainState.allocate(2, 1, Law(max_new_tokens=8, block_size=8, mcmc_steps=1))
+    state.position[1] = 20
+    with pytest.raises(ArgumentError, match="positions span"):
+        engine.step(state)
+    handle.remove()
+
+
+# -- parts
+
+
+def test_layers_of_different_shapes_have_slabs_of_their_own():
+    layout = KvLayout((((2, 4), (2, 4)), ((1, 8), (1, 8)), ((2, 4), (2, 8))), torch.float32)
+    slabs = KvSlabs(layout, chains=2, lanes=2, positions=5, device=torch.device("cpu"))
+    assert sorted(tuple(lane.shape) for lane, _ in slabs.pairs) == [
+        (1, 4, 2, 5, 8), (2, 4, 1, 5, 8), (3, 4, 2, 5, 4),
+    ]  # fmt: skip
+    for index in range(3):
+        for value, view in enumerate(slabs.layer(index, of_chains=False)):
+            view.fill_(10 * index + value + 1)
+    slabs.commit(torch.tensor([[1, 2, 1, 3]], dtype=torch.int32))
+    for index in range(3):
+        for value, view in enumerate(slabs.layer(index, of_chains=True)):
+            assert view[1, :, 1:3].unique().tolist() == [10 * index + value + 1]
+            assert view.count_nonzero() == view[1, :, 1:3].numel()
+
+
+@pytest.mark.parametrize("delay", [1, 5, 40])
+def test_the_host_s_bound_is_never_below_the_longest_position(delay):
+    """Answers grow by at most one a step and chains end at any time; looks arrive `delay` steps late."""
+
+    class Delayed(_LengthBound):
+        def __init__(self):
+            super().__init__(torch.device("meta"))
+            self._asynchronous = True
+            self._value = torch.zeros((), dtype=torch.int64)
+            self.clock = 0
+
+        def _start_copy(self, longest):
+            self._due, self._pending = self.clock + delay, int(longest)
+
+        def _arrived(self):
+            if self.clock >= self._due:
+                self._value.fill_(self._pending)
+            return self.clock >= self._due
+
+    rng = np.random.default_rng(delay)
+    state = ChainState.allocate(4, 2, Law(max_new_tokens=64, block_size=8, mcmc_steps=1))
+    bound, tight = Delayed(), 0
+    base, length = np.full(4, 10), np.zeros(4, int)
+    bound.admit(10)
+    for bound.clock in range(600):
+        for c in range(4):
+            if rng.random() < 0.02:  # a chain ends, another takes its slot
+                base[c], length[c] = rng.integers(1, 30), 0
+                bound.admit(int(base[c]))
+        position = base[:, None] + rng.integers(0, length[:, None] + 1, (4, 2)) - 1
+        state.position.copy_(torch.from_numpy(position.reshape(-1)))
+        state.field[:, pk.state.ChainField.BASE] = torch.from_numpy(base)
+        state.field[:, pk.state.ChainField.LENGTH] = torch.from_numpy(length)
+        claimed = bound.of(state)
+        assert claimed >= position.max() + 1
+        tight += claimed <= (base + length).max() + 2 * (delay + 16)
+        length = np.minimum(length + rng.integers(0, 2, 4), 64)
+    assert tight > 100

@@ -261,6 +261,8 @@ class Advance {
     const int64_t lane = lowest();
     if (lane < 0) return;
     if (status(lane) == LaneStatus::FAULTED_) {
+      // This step and those prefetched after it were not made.
+      if (mode() == Mode::PROPOSE_) field(ChainField::OPENED_) = lane_field(lane, LaneField::SERIAL_);
       stop(Mode::FAULT_, lane_field(lane, LaneField::FAULT_));
     } else if (status(lane) == LaneStatus::CLOSED_) {
       commit(lane);

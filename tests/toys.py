@@ -9,13 +9,15 @@ import torch
 
 import power_kernels as pk
 from power_kernels.api.engine import Sampled
+from power_kernels.state import LaneField, LaneStatus
 
 
 class Toy:
     """A table of logits over answer prefixes. EOS may be any tokens; a prefix never contains one."""
 
     def __init__(self, vocab: int, horizon: int, *, seed: int, eos: tuple[int, ...] = (), scale: float = 1.0,
-                 eos_shift: float = 0.0):  # fmt: skip
+                 eos_shift: float = 0.0, impossible: float = 0.0, forced: float = 0.0):  # fmt: skip
+        """impossible: the share of logits that are -inf. forced: that of rows where one token has all the mass."""
         self.vocab, self.horizon, self.eos = vocab, horizon, tuple(eos)
         self.open_tokens = [v for v in range(vocab) if v not in self.eos]
         generator = np.random.default_rng(seed)
@@ -23,8 +25,13 @@ class Toy:
         prefixes = [p for n in lengths for p in itertools.product(self.open_tokens, repeat=n)]
         table = generator.normal(size=(len(prefixes), vocab)) * scale
         table[:, list(self.eos)] += eos_shift
+        holes = np.random.default_rng([seed, 1])  # of its own: the finite logits do not depend on the holes
+        only = holes.integers(vocab, size=(len(prefixes), 1)) == np.arange(vocab)
+        lost = holes.random((len(prefixes), vocab)) < impossible
+        lost |= holes.random((len(prefixes), 1)) < forced
+        table[lost & ~only] = -np.inf
         # What the kernels read is float32; the reference must see the same numbers.
-        self.table = {p: row for p, row in zip(prefixes, table.astype(np.float32).astype(np.float64), strict=True)}
+        self.table = dict(zip(prefixes, table.astype(np.float32).astype(np.float64), strict=True))
 
     def logits(self, tokens: tuple[int, ...]) -> np.ndarray:
         return self.table[tuple(tokens)]
@@ -54,8 +61,9 @@ def power_toy(horizon: int = 5) -> Toy:
 class ToyEngine:
     """An engine whose KV cache is the tokens themselves, so that every rollback mistake changes the logits.
 
-    Slabs [2, rows, 1, positions, 1] hold token ids (K) and their positions (V), moved by kv_copy_ranges only. The logits
-    of a lane are looked up by what its row says, after checking that K and V agree with each other.
+    Slabs [2, rows, 1, positions, 1] hold token ids (K) and their positions (V), moved by kv_copy_ranges only. A lane's
+    logits are looked up by what its row says, after checking that K and V agree with each other and with the prompt.
+    forwarded: tokens fed to running lanes, of all runs.
     """
 
     def __init__(self, toy: Toy, dtype: torch.dtype = torch.float32):
@@ -70,7 +78,7 @@ class ToyEngine:
         self.lanes = lanes
         self.chain_kv = torch.full((2, chains, 1, max_length, 1), -1, dtype=torch.int32)
         self.lane_kv = torch.full((2, chains * lanes, 1, max_length, 1), -1, dtype=torch.int32)
-        self.prompt_length = [0] * chains
+        self.prompts: list[list[int]] = [[]] * chains
         rows = chains * lanes
         self.alpha = torch.full((rows,), alpha, dtype=torch.float32)
         self.beta = torch.full((rows,), beta, dtype=torch.float32)
@@ -83,40 +91,48 @@ class ToyEngine:
             kept = torch.tensor(prompt[:-1], dtype=torch.int32)
             self.chain_kv[0, slot, 0, : len(kept), 0] = kept
             self.chain_kv[1, slot, 0, : len(kept), 0] = torch.arange(len(kept), dtype=torch.int32)
-            self.prompt_length[slot] = len(prompt)
+            self.prompts[slot] = list(prompt)
         return [len(p) - 1 for p in prompts]
 
     def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
         pk.kv_copy_ranges(self.chain_kv, self.lane_kv, commit_range)
         pk.kv_copy_ranges(self.lane_kv, self.chain_kv, open_range)
 
-    def step(self, state: pk.ChainState):
-        rows = state.input_id.shape[0]
-        logits = torch.zeros(rows, self.toy.vocab, dtype=self.dtype)
-        running = state.lane_field[:, 0] != 0
-        for lane in range(rows):
-            position = int(state.position[lane])
-            self.lane_kv[0, lane, 0, position, 0] = state.input_id[lane].to(torch.int32)
-            self.lane_kv[1, lane, 0, position, 0] = position
-            if not running[lane]:
-                continue
-            self.forwarded += 1
-            row = self.lane_kv[:, lane, 0, : position + 1, 0].tolist()
-            assert row[1] == list(range(position + 1)), f"lane {lane} reads KV of other positions: {row}"
-            answer = tuple(row[0][self.prompt_length[lane // self.lanes] :])
-            if any(t in self.toy.eos for t in answer) or len(answer) >= self.toy.horizon:
-                continue  # a closed lane that waits: its sample is not used
-            logits[lane] = torch.from_numpy(self.toy.logits(answer)).to(self.dtype)
+    def step(self, state: pk.ChainState) -> Sampled:
         out = pk.sample_tokens(
-            logits, self.alpha[:rows], self.beta[:rows], self.seed, state.counter, state.exclude
+            torch.from_numpy(self.logits(state)).to(self.dtype),
+            self.alpha[: state.lane_field.shape[0]],
+            self.beta[: state.lane_field.shape[0]],
+            self.seed,
+            state.counter,
+            state.exclude,
         )
         return Sampled(out.token, out.logq, out.weight, out.status)
+
+    def logits(self, state: pk.ChainState) -> np.ndarray:
+        """Feed every lane; float32 [rows, V], zeros where the sample is not used."""
+        rows = torch.arange(state.input_id.shape[0])
+        self.lane_kv[0, rows, 0, state.position, 0] = state.input_id.to(torch.int32)
+        self.lane_kv[1, rows, 0, state.position, 0] = state.position.to(torch.int32)
+        keys, at = self.lane_kv[:, : len(rows), 0, :, 0].tolist()
+        logits = np.zeros((len(rows), self.toy.vocab), np.float32)
+        statuses, positions = state.lane_field[:, LaneField.STATUS].tolist(), state.position.tolist()
+        for lane, (status, position) in enumerate(zip(statuses, positions, strict=True)):
+            if status == LaneStatus.IDLE:
+                continue
+            row, prompt = keys[lane][: position + 1], self.prompts[lane // self.lanes]
+            assert at[lane][: position + 1] == list(range(position + 1)), f"lane {lane} reads KV of other positions"
+            assert row[: len(prompt)] == prompt, f"lane {lane} reads KV of another prompt"
+            if status == LaneStatus.RUNNING:  # a closed lane that waits has nothing left to sample
+                self.forwarded += 1
+                logits[lane] = self.toy.logits(tuple(row[len(prompt) :]))
+        return logits
 
     def move(self, source: int, target: int) -> None:
         self.chain_kv[:, target] = self.chain_kv[:, source]
         p = self.lanes
         self.lane_kv[:, target * p : (target + 1) * p] = self.lane_kv[:, source * p : (source + 1) * p]
-        self.prompt_length[target] = self.prompt_length[source]
+        self.prompts[target] = self.prompts[source]
 
     def end(self) -> None:
         pass

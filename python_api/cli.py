@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--lanes", type=int, default=1)
     generate.add_argument("--no-early-rejection", dest="early_rejection", action="store_false")
     generate.add_argument("--no-free-prefix", dest="free_prefix", action="store_false")
-    generate.add_argument("--compat", choices=["karan-du"], help="the published code's algorithm, not exact and without early rejection")
+    generate.add_argument(
+        "--compat", choices=["karan-du"], help="the published code's algorithm, not exact and without early rejection"
+    )
     generate.add_argument("--ignore-eos", action="store_true", help="run every answer to max-new-tokens")
     generate.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     generate.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
@@ -177,8 +179,8 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
         given = [k for k, kind in kinds.items() if isinstance(prompt, dict) and isinstance(prompt.get(k), kind)]
         if len(given) != 1:
             raise ArgumentError(
-                f"--prompts {arguments.prompts} line {number} must be an object with one of prompt (text), messages (list) "
-                "and tokens (list)"
+                f"--prompts {arguments.prompts} line {number} must be an object with one of prompt (text), messages "
+                "(list) and tokens (list)"
             )
         prompts.append(prompt)
     if not prompts:
@@ -212,9 +214,11 @@ def _tokens(prompt: dict, tokenizer, chat: bool) -> list[int]:
 
 def _show(line: dict) -> None:
     cost, steps = line["cost"], line["steps"]
-    print(f"--- prompt {line['prompt_id']}, chain {line['chain_id']}: logp {line['logp']:.2f} nats, accepted "
-          f"{line['accepted']} of {steps} steps ({line['unchanged']} unchanged), {cost['forwarded']} tokens forwarded for "
-          f"{cost['answer']} ({line['finish']})")  # fmt: skip
+    print(
+        f"--- prompt {line['prompt_id']}, chain {line['chain_id']}: logp {line['logp']:.2f} nats, accepted "
+        f"{line['accepted']} of {steps} steps ({line['unchanged']} unchanged), {cost['forwarded']} tokens forwarded "
+        f"for {cost['answer']} ({line['finish']})"
+    )
     print(line["text"], flush=True)
 
 

@@ -28,8 +28,8 @@ class PowerConfig:
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
     lanes: proposals of one chain that run side by side (exact, section 3.5).
     compat: "karan-du" reproduces the algorithm of the paper's published code (suffix sums over the overlap, proposals
-        capped at the current length, no cut-law ratio). It does not leave p(x)^alpha invariant when answers can end early, and
-        early rejection does not apply to it.
+        capped at the current length, no cut-law ratio). It does not leave p(x)^alpha invariant when answers can end
+        early, and early rejection does not apply to it.
 
     Raises ArgumentError (ArgumentTypeError for a wrong type) naming the field, its value and what is allowed.
     """

@@ -23,7 +23,6 @@ def power_sample(
     logits_processor=None,
     stopping_criteria=None,
     generation_config=None,
-    attention_mask: torch.Tensor | None = None,
     alpha: float = 4.0,
     block_size: int | None = 192,
     mcmc_steps: int = 10,
@@ -33,27 +32,29 @@ def power_sample(
     free_prefix: bool = True,
     lanes: int = 1,
     compat: str | None = None,
+    num_chains: int = 1,
     seed: int | None = None,
     max_chains: int = 16,
     power_results: list | None = None,
+    **model_kwargs,
 ) -> torch.Tensor:
     """A decoding method for `transformers.GenerationMixin.generate` that draws from p(x)^alpha.
 
-    Length and EOS come from the generation config, several answers a prompt from num_return_sequences. The parameters
-    are those of `PowerConfig`, except proposal_temperature, its `temperature`: generate() keeps that name for itself.
+    Length and EOS come from the generation config. The parameters are those of `PowerConfig`, except
+    proposal_temperature, its `temperature`: generate() keeps that name for itself.
+    num_chains: answers per prompt, in consecutive rows (num_return_sequences works too, with do_sample=True, top_k=0).
     seed: None draws one from torch's generator, so that torch.manual_seed governs the call.
     power_results: a list that receives the `PowerResult` of each row.
 
-    Returns int64 [B, P + longest answer], right-padded, as generate() does.
-    Raises ArgumentError for logits processors (leave top_k, top_p, min_p, temperature, repetition penalties unset and
-    do_sample False: the chain targets the model's own distribution) and for stopping criteria other than length and
-    EOS.
+    Returns int64 [B * num_chains, P + longest answer], right-padded, as generate() does.
+    Raises ArgumentError for logits processors (the chain targets the model's own distribution: do_sample=True brings
+    top_k=50 with it unless top_k=0 is passed) and for stopping criteria other than length and EOS.
     """
     if logits_processor:
         names = ", ".join(type(p).__name__ for p in logits_processor)
         raise ArgumentError(
             f"logits_processor holds {names}; power sampling draws from the model's own distribution, so none is "
-            "allowed (do_sample=False and no top_k, top_p, temperature or penalties in the generation config)"
+            "allowed (no temperature, top_p or penalties; with do_sample=True pass top_k=0, since 50 is the default)"
         )
     others = [type(c).__name__ for c in stopping_criteria or () if type(c).__name__ not in _OBEYED]
     if others:
@@ -77,7 +78,8 @@ def power_sample(
         lanes=lanes,
         compat=compat,
     )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = model_kwargs.get("attention_mask")  # padding, the one thing in generate()'s own arguments that matters here
+    mask = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
     if model not in _engines:
         _engines[model] = HuggingFaceEngine(model)
@@ -85,6 +87,7 @@ def power_sample(
     results = PowerSampler(_engines[model]).generate(
         prompts,
         config,
+        num_chains=num_chains,
         seed=int(torch.randint(2**62, ())) if seed is None else seed,
         eos_token_id=[] if eos is None else eos,
         max_chains=max_chains,
@@ -98,4 +101,4 @@ def power_sample(
     answers = input_ids.new_full((len(results), longest), padding)
     for row, result in zip(answers, results, strict=True):
         row[: len(result.tokens)] = torch.tensor(result.tokens, dtype=answers.dtype)
-    return torch.cat([input_ids, answers], dim=1)
+    return torch.cat([input_ids.repeat_interleave(num_chains, dim=0), answers], dim=1)

@@ -1,8 +1,8 @@
 """The results file of `power-kernels generate`: JSON lines, written as answers finish, resumable.
 
-Each record carries a digest of everything its answer depends on. A run that starts again with the same command finds its
-own records and draws only the others; a file that holds another run's records is refused. A line that was cut off by an
-interruption is dropped, since its answer is drawn again.
+Each record carries a digest of everything its answer depends on. A run that starts again with the same command finds
+its own records and draws only the others; a file that holds another run's records is refused. A line that was cut off
+by an interruption is dropped, since its answer is drawn again.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import triton.language as tl  # noqa: E402
 
 from power_kernels import reference as ref  # noqa: E402
 from power_kernels import reference_ops, rng  # noqa: E402
-from power_kernels.state import Status  # noqa: E402
+from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
+from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
 from power_kernels.triton import rng as triton_rng  # noqa: E402
-from power_kernels.triton import sampling, scoring  # noqa: E402
+from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -381,3 +383,138 @@ def test_scoring_a_sampled_token_gives_its_quantities_bitwise():
     drawn = sample(sampling, logits, 4.0, 2.0, make_counters(6))
     scored = score(scoring, logits, drawn["token"], 4.0, 2.0)
     assert all(torch.equal(drawn[k], scored[k]) for k in scored)
+
+
+# ---- acceptance
+
+
+def accept(module, w_cur, w_prop, n_cur, n_prop, log_u):
+    rows = len(n_cur)
+    out = (
+        torch.zeros(rows, dtype=torch.bool, device=DEVICE),
+        empty(rows, torch.float64),
+        empty(rows, torch.int32),
+    )
+    module.mh_accept_out(
+        w_cur, w_prop, on(n_cur, torch.int32), on(n_prop, torch.int32), on(log_u, torch.float64), *out
+    )
+    return [o.cpu() for o in out]
+
+
+def check_accept(*args):
+    got, want = accept(chain, *args), accept(reference_ops, *args)
+    assert got[2].tolist() == want[2].tolist()
+    assert got[0].tolist() == want[0].tolist()
+    np.testing.assert_allclose(got[1].numpy(), want[1].numpy(), rtol=1e-12, atol=1e-12)
+    return got
+
+
+def test_acceptance_agrees_with_the_reference_for_ragged_answers():
+    g = torch.Generator().manual_seed(2)
+    rows = 70  # three programs, the last one with idle threads
+    w_cur = -torch.rand(rows, 41, generator=g).to(DEVICE)[:, :37]
+    w_prop = -torch.rand(rows, 60, generator=g).to(DEVICE)
+    n_cur = torch.randint(1, 38, (rows,), generator=g)
+    n_prop = torch.randint(1, 61, (rows,), generator=g)
+    log_u = -20 * torch.rand(rows, generator=g, dtype=torch.float64)
+    got = check_accept(w_cur, w_prop, n_cur, n_prop, log_u)
+    assert 10 < int(got[0].sum()) < 60
+
+
+def test_the_sum_is_the_plain_running_one_in_position_order():
+    # 2**53 and ones: every other order, and every compensated sum, gives other bits
+    w = torch.ones(1, 300, device=DEVICE)
+    w[0, 0] = 2.0**53
+    w[0, 150] = -(2.0**53)
+    got = accept(chain, w, torch.zeros(1, 300, device=DEVICE), [300], [300], [0.0])
+    assert float(got[1][0]) == -149.0
+
+
+def test_a_bad_answer_is_reported_and_never_accepted():
+    w = torch.zeros(9, 4, device=DEVICE)
+    w[1, 2] = NAN
+    w[2, 2] = INF
+    w[3, 1], w[3, 2] = -INF, NAN
+    w[8] = -INF
+    n = [4, 4, 4, 4, 0, 5, 2, 2, 4]  # rows 6 and 7: the bad weight is past the end
+    w[6, 3], w[7, 2] = NAN, INF
+    log_u = [0.0] * 9
+    for cur, prop in ((w, torch.zeros_like(w)), (torch.zeros_like(w), w), (w, w)):
+        got = check_accept(cur, prop, n if cur is w else [4] * 9, n if prop is w else [4] * 9, log_u)
+        assert not got[0][[1, 2, 3, 4, 5]].any()
+    got = check_accept(torch.zeros(3, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE), [1] * 3, [2] * 3, [NAN, INF, -1.0])
+    assert got[2].tolist() == [Status.NAN, Status.POS_INF, Status.OK]
+
+
+# ---- the chain
+
+
+def random_samples(state: ChainState, g: torch.Generator, eos: int, hostile: float):
+    """What no model would say, in an order no model would choose: every branch of the step, often."""
+    rows = state.lane_field.shape[0]
+
+    def chance(p):
+        return torch.rand(rows, generator=g) < p
+
+    token = torch.randint(0, 50, (rows,), generator=g)
+    token[chance(0.05)] = eos
+    excluded = state.exclude.cpu()
+    again = chance(0.2) & (excluded >= 0)
+    token[again] = excluded[again]
+    logq = -0.1 * torch.rand(rows, generator=g)
+    logq[chance(0.1)] = 0.0
+    logq[chance(0.1)] = -3.0
+    logq[chance(0.02)] = -INF
+    weight = -0.3 * torch.rand(rows, generator=g)
+    status = torch.zeros(rows, dtype=torch.int32)
+    status[chance(hostile)] = int(Status.NAN)
+    status[chance(0.1)] = int(Status.PENDING)
+    return tuple(t.to(DEVICE) for t in (token, logq, weight, status))
+
+
+LAWS = [
+    Law(24, 8, 3),
+    Law(24, 8, 3, final_steps=3),
+    Law(20, 6, 2, early_rejection=False),
+    Law(20, 6, 2, final_steps=2, free_prefix=False),
+    Law(24, 8, 3, karan_du=True, early_rejection=False),
+    Law(150, 150, 6),  # more than one block of positions to walk and to commit
+    Law(5, 1, 0, final_steps=4),  # stages without a step
+]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+@pytest.mark.parametrize("law", LAWS)
+def test_advancing_a_chain_is_identical_with_the_reference(law, lanes):
+    chains, base, eos = 2, 7, 49
+    g = torch.Generator().manual_seed(lanes)
+    ours, theirs = (ChainState.allocate(chains, lanes, law, DEVICE) for _ in range(2))
+    common = (on(ref.log_table(law.max_new_tokens)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
+    constants = tuple(getattr(law, f.name) for f in fields(law))
+    for state in (ours, theirs):
+        for c in range(chains):
+            state.admit(c, [3] * (base + c), chain_id=5 + c, prompt_id=MAX_PROMPT_ID - c)
+    accepted = voided = finished = 0
+    for step in range(2 * law.max_new_tokens + 40):
+        sampled = random_samples(theirs, g, eos, hostile=0.002)
+        before = theirs.lane_field.clone()
+        chain.mh_advance(*ours.tensors(), *common, *sampled, *constants)
+        reference_ops.mh_advance(*theirs.tensors(), *common, *sampled, *constants)
+        for f in fields(ChainState):
+            got, want = getattr(ours, f.name), getattr(theirs, f.name)
+            if f.name == "lane_theta":  # log(1 - u) is the library's
+                torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+            else:
+                assert torch.equal(got, want), (f.name, step, got, want)
+        moved = theirs.commit_range[:, 3] > 0
+        accepted += int(moved.sum())
+        held = (before.view(chains, lanes, -1)[:, :, 0] != LaneStatus.IDLE).sum(1)
+        voided += int((held - 1)[moved].clamp(min=0).sum())
+        for c in range(chains):  # refill
+            if int(theirs.field[c, ChainField.MODE]) in (Mode.DONE, Mode.FAULT):
+                finished += 1
+                for state in (ours, theirs):
+                    state.admit(c, [2, 11], chain_id=step, prompt_id=3)
+    assert accepted >= 5
+    assert finished >= 1
+    assert lanes == 1 or law.mcmc_steps == 0 or voided >= 3

@@ -1,0 +1,682 @@
+"""The chain on the device: `mh_accept` and `mh_advance` (DESIGN sections 3, 5.4, 5.5).
+
+mh_accept:   W = sum of the first n weights (float64, one by one in position order)     F = W - log n
+             accept = not F' < F + log u                                                log_ratio = F' - F
+Shapes: weights f32 [B, T], [B, T'], everything else [B]. Bytes: 4 B (n + n').
+
+mh_advance:  one decode step of the whole law for every lane, one program a chain. The lanes of a chain are vectors of
+P_PAD entries, so that every column of the state is a register; a scalar is taken from a lane by a masked sum. Positions
+are walked and copied in blocks. What each step does, field by field, is `reference_ops.mh_advance`.
+Shapes: `state.ChainState`. Bytes: about 200 a lane, plus 16 a token walked and 32 a token committed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from power_kernels import rng as contract
+from power_kernels.state import (
+    CHAIN_FIELDS,
+    LANE_FIELDS,
+    ChainField,
+    Cost,
+    LaneField,
+    LaneStatus,
+    Mode,
+    Outcome,
+    Status,
+)
+from power_kernels.triton import Configuration, launch
+from power_kernels.triton.rng import uniforms
+from power_kernels.triton.sampling import split, take
+
+_INF = tl.constexpr(float("inf"))
+_UNDEFINED = tl.constexpr(float("nan"))
+_FAR = tl.constexpr(0x7FFFFFFF)
+
+_OK = tl.constexpr(int(Status.OK))
+_NAN = tl.constexpr(int(Status.NAN))
+_POS_INF = tl.constexpr(int(Status.POS_INF))
+_BAD_LENGTH = tl.constexpr(int(Status.BAD_LENGTH))
+_PENDING = tl.constexpr(int(Status.PENDING))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# mh_accept
+
+# One row a thread, one warp a program: the additions of a row are a chain, only rows run side by side.
+ACCEPT = {"ROWS": 32, "UNROLL": 8, "num_warps": 1}
+
+
+@triton.jit
+def _running_sum(weights, length, UNROLL: tl.constexpr):
+    """W of each row in position order, and whether a used weight is NaN or +inf. weights: pointers [ROWS]."""
+    total = tl.zeros_like(length).to(tl.float64)
+    has_nan = length != length
+    has_inf = length != length
+    longest = tl.max(length, 0)
+    for start in range(0, longest, UNROLL):
+        for i in tl.static_range(UNROLL):
+            used = start + i < length
+            # Past the end 0.0 is added, which changes no bit: the sum is never -0.0.
+            w = tl.load(weights + (start + i), mask=used, other=0.0)
+            has_nan = has_nan | (w != w)
+            has_inf = has_inf | (w == _INF)
+            total += w.to(tl.float64)
+    return total, has_nan, has_inf
+
+
+@triton.jit(do_not_specialize=["rows", "longest_cur", "longest_prop", "stride_cur", "stride_prop"])
+def _mh_accept_kernel(
+    weights_cur_ptr,  # [B, T] fp32, row stride stride_cur
+    weights_prop_ptr,  # [B, T'] fp32, row stride stride_prop
+    len_cur_ptr,  # [B] i32
+    len_prop_ptr,  # [B] i32
+    log_u_ptr,  # [B] fp64
+    accept_ptr,  # [B] bool
+    log_ratio_ptr,  # [B] fp64
+    status_ptr,  # [B] i32
+    rows,
+    longest_cur,
+    longest_prop,
+    stride_cur,
+    stride_prop,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """ROWS rows, a thread each."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    n_cur = tl.load(len_cur_ptr + row, mask=live, other=0)
+    n_prop = tl.load(len_prop_ptr + row, mask=live, other=0)
+    log_u = tl.load(log_u_ptr + row, mask=live, other=0.0)
+    fits = (n_cur >= 1) & (n_cur <= longest_cur) & (n_prop >= 1) & (n_prop <= longest_prop)
+    n_cur = tl.where(fits, n_cur, 0)
+    n_prop = tl.where(fits, n_prop, 0)
+    wide = row.to(tl.int64)
+    w_cur, nan_cur, inf_cur = _running_sum(weights_cur_ptr + wide * stride_cur, n_cur, UNROLL)
+    w_prop, nan_prop, inf_prop = _running_sum(weights_prop_ptr + wide * stride_prop, n_prop, UNROLL)
+    f_cur = w_cur - tl.log(tl.maximum(n_cur, 1).to(tl.float64))
+    f_prop = w_prop - tl.log(tl.maximum(n_prop, 1).to(tl.float64))
+    ratio = f_prop - f_cur
+    # -inf against -inf: neither answer can occur
+    status = tl.where(ratio != ratio, _NAN, _OK)
+    status = tl.where(inf_cur | inf_prop | (log_u == _INF), _POS_INF, status)
+    status = tl.where(nan_cur | nan_prop | (log_u != log_u), _NAN, status)
+    status = tl.where(fits, status, _BAD_LENGTH)
+    ok = status == _OK
+    rejected = f_prop < f_cur + log_u
+    tl.store(accept_ptr + row, ok & (rejected == 0), mask=live)
+    tl.store(log_ratio_ptr + row, tl.where(ok, ratio, _UNDEFINED), mask=live)
+    tl.store(status_ptr + row, status, mask=live)
+
+
+def mh_accept_out(
+    weights_cur: torch.Tensor,
+    weights_prop: torch.Tensor,
+    len_cur: torch.Tensor,
+    len_prop: torch.Tensor,
+    log_u: torch.Tensor,
+    accept: torch.Tensor,
+    log_ratio: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """`mh_accept` into preallocated tensors: one launch, no synchronisation, no allocation.
+
+    weights f32 [B, T] and [B, T'] (unit inner stride); lengths i32 [B]; log_u, log_ratio f64 [B] (nats); accept bool
+    [B]; status i32 [B].
+    """
+    rows = log_u.shape[0]
+    launch(
+        _mh_accept_kernel,
+        (triton.cdiv(rows, ACCEPT["ROWS"]),),
+        log_u.device,
+        weights_cur,
+        weights_prop,
+        len_cur,
+        len_prop,
+        log_u,
+        accept,
+        log_ratio,
+        status,
+        rows,
+        weights_cur.shape[1],
+        weights_prop.shape[1],
+        weights_cur.stride(0),
+        weights_prop.stride(0),
+        **ACCEPT,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# mh_advance
+
+# 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads.
+ADVANCE = {"BLOCK": 128, "num_warps": 4}
+MAX_LANES = 16
+
+_MODE = tl.constexpr(int(ChainField.MODE))
+_LENGTH = tl.constexpr(int(ChainField.LENGTH))
+_OPENED = tl.constexpr(int(ChainField.OPENED))
+_LAST = tl.constexpr(int(ChainField.LAST))
+_HORIZON = tl.constexpr(int(ChainField.HORIZON))
+_STAGE = tl.constexpr(int(ChainField.STAGE))
+_FINAL = tl.constexpr(int(ChainField.FINAL))
+_BASE = tl.constexpr(int(ChainField.BASE))
+_CHAIN_ID = tl.constexpr(int(ChainField.CHAIN_ID))
+_PROMPT_ID = tl.constexpr(int(ChainField.PROMPT_ID))
+_FAULT = tl.constexpr(int(ChainField.FAULT))
+_CLOSED = tl.constexpr(int(ChainField.CLOSED))
+_PROMPT_TOKEN = tl.constexpr(int(ChainField.PROMPT_TOKEN))
+CHAIN_PITCH = tl.constexpr(CHAIN_FIELDS)
+
+_LANE_STATUS = tl.constexpr(int(LaneField.STATUS))
+_LANE_SERIAL = tl.constexpr(int(LaneField.SERIAL))
+_LANE_DIVERGENCE = tl.constexpr(int(LaneField.DIVERGENCE))
+_LANE_POSITION = tl.constexpr(int(LaneField.POSITION))
+_LANE_VALID = tl.constexpr(int(LaneField.VALID))
+_LANE_EXCLUDE = tl.constexpr(int(LaneField.EXCLUDE))
+_LANE_FAULT = tl.constexpr(int(LaneField.FAULT))
+LANE_PITCH = tl.constexpr(LANE_FIELDS)
+
+_START = tl.constexpr(int(Mode.START))
+_EXTEND = tl.constexpr(int(Mode.EXTEND))
+_PROPOSE = tl.constexpr(int(Mode.PROPOSE))
+_DONE = tl.constexpr(int(Mode.DONE))
+_FAULTED_CHAIN = tl.constexpr(int(Mode.FAULT))
+
+_IDLE = tl.constexpr(int(LaneStatus.IDLE))
+_RUNNING = tl.constexpr(int(LaneStatus.RUNNING))
+_CLOSED_LANE = tl.constexpr(int(LaneStatus.CLOSED))
+_FAULTED_LANE = tl.constexpr(int(LaneStatus.FAULTED))
+
+_REJECTED = tl.constexpr(int(Outcome.REJECTED))
+_UNCHANGED = tl.constexpr(int(Outcome.UNCHANGED))
+_ACCEPTED = tl.constexpr(int(Outcome.ACCEPTED))
+
+_COST_EXTENSION = tl.constexpr(int(Cost.EXTENSION))
+_COST_PROPOSAL = tl.constexpr(int(Cost.PROPOSAL))
+_COST_PREFIX = tl.constexpr(int(Cost.SAVED_PREFIX))
+_COST_EARLY = tl.constexpr(int(Cost.SAVED_EARLY))
+
+_STREAM_BITS = tl.constexpr(contract.STREAM_BITS)
+_STREAM_POSITION = tl.constexpr(contract.STREAM_POSITION)
+_STREAM_STEP = tl.constexpr(contract.STREAM_STEP)
+
+
+@triton.jit
+def leave_probability(x):
+    """1 - exp(x) of float64 x = log q, by Kahan's formula (`reference.leave_probability`)."""
+    e = tl.exp(x)
+    ends = (e == 1.0) | (e == 0.0)
+    inner = (1.0 - e) * x / tl.where(ends, 1.0, tl.log(tl.where(ends, 0.5, e)))
+    return tl.where(x >= 0.0, 0.0, tl.where(e == 1.0, -x, tl.where(e == 0.0, 1.0, inner)))
+
+
+@triton.jit
+def _walk(logq_ptr, seed, chain_id, prompt_word, serial, start, length, BLOCK: tl.constexpr):
+    """The first position of [start, length) where the proposal leaves the current answer (3.4), or length."""
+    found = length
+    block = start
+    while (block < length) & (found == length):
+        t = block + tl.arange(0, BLOCK)
+        inside = t < length
+        logq = tl.load(logq_ptr + t, mask=inside, other=0.0).to(tl.float64)
+        _token_uniform, keep = uniforms(seed, t, serial, chain_id, prompt_word | _STREAM_POSITION)
+        leaves = inside & (keep < leave_probability(logq))
+        found = tl.min(tl.where(leaves, t, length), 0)
+        block += BLOCK
+    return found
+
+
+@triton.jit
+def _is_eos(token, eos_ptr, eos_count):
+    """Which of a vector of tokens end an answer."""
+    hit = token != token
+    for i in range(eos_count):
+        hit = hit | (token == tl.load(eos_ptr + i))
+    return hit
+
+
+@triton.jit(
+    do_not_specialize=[
+        "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+    ]
+)  # fmt: skip
+def _mh_advance_kernel(
+    field_ptr,  # [C, CHAIN_PITCH] i32
+    token_ptr,  # [C, width] i32
+    logq_ptr,  # [C, width] fp32
+    cumw_ptr,  # [C, width] fp64
+    outcome_ptr,  # [C, outcome_width] i8
+    cost_ptr,  # [C, 4] i64
+    lane_field_ptr,  # [C*P, LANE_PITCH] i32
+    lane_token_ptr,  # [C*P, width] i32
+    lane_logq_ptr,  # [C*P, width] fp32
+    lane_cumw_ptr,  # [C*P, width] fp64
+    lane_theta_ptr,  # [C*P] fp64
+    input_id_ptr,  # [C*P] i64
+    position_ptr,  # [C*P] i64
+    counter_ptr,  # [C*P, 4] i32
+    exclude_ptr,  # [C*P] i64
+    commit_range_ptr,  # [C, 4] i32
+    open_range_ptr,  # [C*P, 4] i32
+    log_n_ptr,  # [width + 1] fp64
+    seed_ptr,  # [1] i64
+    eos_ptr,  # [eos_count] i64
+    new_token_ptr,  # [C*P] i64
+    new_logq_ptr,  # [C*P] fp32
+    new_weight_ptr,  # [C*P] fp32
+    new_status_ptr,  # [C*P] i32
+    eos_count,
+    width,  # max_new_tokens + 1
+    outcome_width,
+    max_new_tokens,
+    block_size,
+    mcmc_steps,
+    final_steps,
+    EARLY_REJECTION: tl.constexpr,
+    FREE_PREFIX: tl.constexpr,
+    KARAN_DU: tl.constexpr,
+    P: tl.constexpr,
+    P_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chain: receive, resolve, schedule, emit."""
+    c = tl.program_id(0)
+    chain_row = c.to(tl.int64) * width
+    token_ptr += chain_row
+    logq_ptr += chain_row
+    cumw_ptr += chain_row
+    outcome_ptr += c.to(tl.int64) * outcome_width
+    seed = tl.load(seed_ptr)
+
+    field = field_ptr + c * CHAIN_PITCH
+    mode = tl.load(field + _MODE)
+    length = tl.load(field + _LENGTH)
+    opened = tl.load(field + _OPENED)
+    last = tl.load(field + _LAST)
+    horizon = tl.load(field + _HORIZON)
+    stage = tl.load(field + _STAGE)
+    final = tl.load(field + _FINAL)
+    base = tl.load(field + _BASE)
+    chain_id = tl.load(field + _CHAIN_ID)
+    prompt_word = tl.load(field + _PROMPT_ID) << _STREAM_BITS
+    chain_fault = tl.load(field + _FAULT)
+    chain_closed = tl.load(field + _CLOSED)
+    prompt_token = tl.load(field + _PROMPT_TOKEN)
+
+    index = tl.arange(0, P_PAD)
+    live = index < P
+    lane = c * P + index
+    lane_row = lane.to(tl.int64) * width
+    lane_field = lane_field_ptr + lane * LANE_PITCH
+    lane_status = tl.load(lane_field + _LANE_STATUS, mask=live, other=_IDLE)
+    serial = tl.load(lane_field + _LANE_SERIAL, mask=live, other=0)
+    div = tl.load(lane_field + _LANE_DIVERGENCE, mask=live, other=0)
+    pos = tl.load(lane_field + _LANE_POSITION, mask=live, other=0)
+    valid = tl.load(lane_field + _LANE_VALID, mask=live, other=0)
+    exclude = tl.load(lane_field + _LANE_EXCLUDE, mask=live, other=-1)
+    lane_fault = tl.load(lane_field + _LANE_FAULT, mask=live, other=0)
+
+    forwarded_extension = 0
+    forwarded_proposal = 0
+    saved_prefix = 0
+    saved_early = 0
+    commit_lane = 0
+    commit_start = 0
+    commit_stop = 0
+    open_start = tl.zeros_like(index)
+    open_stop = tl.zeros_like(index)
+
+    # ---- 1. receive the sampled token of every running lane
+    extending = mode == _EXTEND
+    status = tl.load(new_status_ptr + lane, mask=live, other=_PENDING)
+    got = live & (lane_status == _RUNNING) & (status != _PENDING) & (extending | (mode == _PROPOSE))
+    forwarded = tl.sum(got.to(tl.int32), 0)
+    forwarded_extension += tl.where(extending, forwarded, 0)
+    forwarded_proposal += tl.where(extending, 0, forwarded)
+    # up to the divergence the token that was fed is the chain's own
+    valid = tl.where(got & (pos <= div), base + pos, valid)
+
+    prefix = got & (pos < div)  # a forwarded prefix: what was sampled there is not used
+    # A forwarded prefix that reaches the end of the answer was an unchanged step.
+    kept = prefix & (pos + 1 == length)
+    tl.store(outcome_ptr + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
+    lane_status = tl.where(kept, _IDLE, lane_status)
+
+    bad = got & (pos >= div) & (status != _OK)
+    lane_status = tl.where(bad, _FAULTED_LANE, lane_status)
+    lane_fault = tl.where(bad, status, lane_fault)
+
+    token = tl.load(new_token_ptr + lane, mask=got, other=-1)
+    good = got & (pos >= div) & (status == _OK)
+    again = good & (pos == div) & (extending == 0) & (token == exclude)  # nothing else has mass
+    append = good & (again == 0)
+
+    first = append & (pos == div)
+    before = tl.load(cumw_ptr + pos, mask=first, other=0.0)
+    before += tl.load(lane_cumw_ptr + lane_row + pos, mask=append & (pos > div), other=0.0)
+    total = before + tl.load(new_weight_ptr + lane, mask=append, other=0.0).to(tl.float64)
+    tl.store(lane_token_ptr + lane_row + pos, token.to(tl.int32), mask=append)
+    tl.store(lane_logq_ptr + lane_row + pos, tl.load(new_logq_ptr + lane, mask=append, other=0.0), mask=append)
+    tl.store(lane_cumw_ptr + lane_row + pos + 1, total, mask=append)
+    pos = tl.where(prefix | append, pos + 1, pos)
+
+    cap = horizon
+    if KARAN_DU:
+        cap = tl.where(extending, horizon, length)
+    closed = append & (_is_eos(token, eos_ptr, eos_count) | (pos == cap))
+    tested = append & (extending == 0)
+    theta = tl.load(lane_theta_ptr + lane, mask=tested, other=0.0)
+    if KARAN_DU:
+        tested = tested & closed
+        against = tl.load(cumw_ptr + pos, mask=tested, other=0.0)
+    else:
+        if not EARLY_REJECTION:
+            tested = tested & closed
+        against = tl.load(log_n_ptr + tl.where(closed, pos, pos + 1), mask=tested, other=0.0)
+    rejected = tested & (total - against < theta)
+    tl.store(outcome_ptr + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
+    saved_early += tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)
+    lane_status = tl.where(rejected, _IDLE, tl.where(closed, _CLOSED_LANE, lane_status))
+
+    # lanes whose token was kept after all walk on
+    walking = tl.min(tl.where(again, index, _FAR), 0)
+    while walking != _FAR:
+        here = index == walking
+        number = take(serial, index, walking)
+        start = take(pos, index, walking) + 1
+        found = _walk(logq_ptr, seed, chain_id, prompt_word, number, start, length, BLOCK)
+        fed = start
+        if FREE_PREFIX:
+            saved_prefix += found - start
+            fed = found
+        if fed == length:
+            tl.store(outcome_ptr + number, _UNCHANGED)
+            lane_status = tl.where(here, _IDLE, lane_status)
+        else:
+            open_start = tl.where(here, valid, open_start)
+            open_stop = tl.where(here, tl.maximum(valid, base + fed - 1), open_stop)
+            valid = tl.where(here, base + fed - 1, valid)
+            div = tl.where(here, found, div)
+            pos = tl.where(here, fed, pos)
+            exclude = tl.where(here, tl.load(token_ptr + found, mask=found < length, other=-1), exclude)
+            lane_fault = tl.where(here, 0, lane_fault)
+        again = again & (here == 0)
+        walking = tl.min(tl.where(again, index, _FAR), 0)
+
+    # ---- 2. resolve the lowest unresolved serial
+    # Lane rows were written by one thread and are read by others from here on; chain rows were read, and may change.
+    tl.debug_barrier()
+    active = extending | (mode == _PROPOSE)
+    lowest = tl.min(tl.where(live & (lane_status != _IDLE), serial, _FAR), 0)
+    if active & (lowest != _FAR):
+        winner = tl.min(tl.where((lane_status != _IDLE) & (serial == lowest), index, _FAR), 0)
+        state = take(lane_status, index, winner)
+        if state == _FAULTED_LANE:
+            mode = tl.zeros_like(mode) + _FAULTED_CHAIN
+            chain_fault = take(lane_fault, index, winner)
+            lane_status = tl.zeros_like(lane_status) + _IDLE
+        elif state == _CLOSED_LANE:
+            d = take(div, index, winner)
+            n = take(pos, index, winner)
+            row = (c * P + winner).to(tl.int64) * width
+            for block in range(d, n, BLOCK):
+                t = block + tl.arange(0, BLOCK)
+                inside = t < n
+                tl.store(token_ptr + t, tl.load(lane_token_ptr + row + t, mask=inside), mask=inside)
+                tl.store(logq_ptr + t, tl.load(lane_logq_ptr + row + t, mask=inside), mask=inside)
+                tl.store(cumw_ptr + t + 1, tl.load(lane_cumw_ptr + row + t + 1, mask=inside), mask=inside)
+            tl.debug_barrier()
+            # The chain's KV lacks its last token; an extension starts there and so must copy it too.
+            commit_lane = c * P + winner
+            commit_start = base + tl.minimum(d, length - 1)
+            commit_stop = base + n - 1
+            length = n
+            chain_closed = tl.max(_is_eos(tl.load(token_ptr + n - 1 + tl.zeros_like(index)), eos_ptr, eos_count).to(tl.int32), 0)
+            lane_status = tl.zeros_like(lane_status) + _IDLE
+            valid = tl.where(index == winner, base + n - 1, tl.minimum(valid, base + d))
+            if mode == _EXTEND:
+                mode = tl.zeros_like(mode) + _PROPOSE
+                last = opened - 1 + mcmc_steps
+            else:
+                tl.store(outcome_ptr + lowest, _ACCEPTED)
+                opened = lowest + 1
+
+    # ---- 3. schedule: open lanes, end stages
+    extend = mode == _START
+    if mode == _START:
+        opened = tl.zeros_like(opened) + 1
+        tl.store(cumw_ptr, 0.0)
+    going = extend | (mode == _PROPOSE)
+    while going:
+        # The lane to start, if any, and what it runs.
+        free = tl.min(tl.where(live & (lane_status == _IDLE), index, _FAR), 0)
+        chosen = free
+        number = opened
+        found = length
+        fed = length
+        drawn = -1
+        starts = extend
+        if extend:
+            begin = stage * block_size
+            number = tl.zeros_like(opened)
+            if KARAN_DU:
+                begin = length
+                # The published code can extend from the same position twice; those draws must not repeat.
+                number = -(stage + 1)
+            mode = tl.zeros_like(mode) + _EXTEND
+            stage += 1
+            horizon = tl.minimum(begin + block_size, max_new_tokens)
+            chosen = tl.zeros_like(free)
+            extend = mode == _START
+        elif (free != _FAR) & (opened <= last):
+            opened += 1
+            cut_uniform, accept_uniform = uniforms(seed, 0, number, chain_id, prompt_word | _STREAM_STEP)
+            theta_new = tl.log(1.0 - accept_uniform)
+            if not KARAN_DU:
+                theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
+            tl.store(lane_theta_ptr + c * P + free, theta_new)
+            cut = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
+            found = _walk(logq_ptr, seed, chain_id, prompt_word, number, cut, length, BLOCK)
+            fed = cut
+            if FREE_PREFIX:
+                saved_prefix += found - cut
+                fed = found
+            starts = fed < length
+            drawn = tl.load(token_ptr + found, mask=found < length, other=-1)
+            if fed == length:
+                tl.store(outcome_ptr + number, _UNCHANGED)
+        elif tl.max((live & (lane_status != _IDLE)).to(tl.int32), 0) > 0:
+            going = mode != mode
+        elif (chain_closed == 0) & (stage * block_size < max_new_tokens) & (final == 0):
+            extend = mode == _PROPOSE
+        elif (final_steps > 0) & (final == 0):
+            final = tl.zeros_like(final) + 1
+            horizon = tl.zeros_like(horizon) + max_new_tokens
+            last = opened - 1 + final_steps
+        else:
+            mode = tl.zeros_like(mode) + _DONE
+            going = mode != mode
+
+        if starts:
+            here = index == chosen
+            open_start = tl.where(here, valid, open_start)
+            open_stop = tl.where(here, tl.maximum(valid, base + fed - 1), open_stop)
+            lane_status = tl.where(here, _RUNNING, lane_status)
+            serial = tl.where(here, number, serial)
+            div = tl.where(here, found, div)
+            pos = tl.where(here, fed, pos)
+            valid = tl.where(here, base + fed - 1, valid)
+            exclude = tl.where(here, drawn, exclude)
+            lane_fault = tl.where(here, 0, lane_fault)
+        going = going & (mode == _PROPOSE)
+
+    # ---- 4. emit what each lane feeds next
+    busy = lane_status != _IDLE
+    at = tl.maximum(pos - 1, 0)
+    own = tl.load(lane_token_ptr + lane_row + at, mask=live & busy & (pos > div), other=0)
+    shared = tl.load(token_ptr + at, mask=live & busy & (pos <= div) & (pos > 0), other=0)
+    shared = tl.where(pos > 0, shared, prompt_token)
+    # Idle lanes are harmless: nothing at or beyond VALID is trusted.
+    feed = tl.where(busy, tl.where(pos > div, own, shared), 0)
+    tl.store(input_id_ptr + lane, feed.to(tl.int64), mask=live)
+    tl.store(position_ptr + lane, tl.where(busy, base + pos - 1, valid).to(tl.int64), mask=live)
+    left_out = tl.where((lane_status == _RUNNING) & (pos == div), exclude, -1)
+    tl.store(exclude_ptr + lane, left_out.to(tl.int64), mask=live)
+    counter = counter_ptr + lane * 4
+    tl.store(counter, pos, mask=live)
+    tl.store(counter + 1, serial, mask=live)
+    tl.store(counter + 2, tl.zeros_like(index) + chain_id, mask=live)
+    tl.store(counter + 3, tl.zeros_like(index) + (prompt_word | _STREAM_POSITION), mask=live)
+    ranges = open_range_ptr + lane * 4
+    tl.store(ranges, lane, mask=live)
+    tl.store(ranges + 1, tl.zeros_like(index) + c, mask=live)
+    tl.store(ranges + 2, open_start, mask=live)
+    tl.store(ranges + 3, open_stop, mask=live)
+
+    tl.store(lane_field + _LANE_STATUS, lane_status, mask=live)
+    tl.store(lane_field + _LANE_SERIAL, serial, mask=live)
+    tl.store(lane_field + _LANE_DIVERGENCE, div, mask=live)
+    tl.store(lane_field + _LANE_POSITION, pos, mask=live)
+    tl.store(lane_field + _LANE_VALID, valid, mask=live)
+    tl.store(lane_field + _LANE_EXCLUDE, exclude, mask=live)
+    tl.store(lane_field + _LANE_FAULT, lane_fault, mask=live)
+
+    tl.store(field + _MODE, mode)
+    tl.store(field + _LENGTH, length)
+    tl.store(field + _OPENED, opened)
+    tl.store(field + _LAST, last)
+    tl.store(field + _HORIZON, horizon)
+    tl.store(field + _STAGE, stage)
+    tl.store(field + _FINAL, final)
+    tl.store(field + _FAULT, chain_fault)
+    tl.store(field + _CLOSED, chain_closed)
+    cost = cost_ptr + c * 4
+    tl.store(cost + _COST_EXTENSION, tl.load(cost + _COST_EXTENSION) + forwarded_extension)
+    tl.store(cost + _COST_PROPOSAL, tl.load(cost + _COST_PROPOSAL) + forwarded_proposal)
+    tl.store(cost + _COST_PREFIX, tl.load(cost + _COST_PREFIX) + saved_prefix)
+    tl.store(cost + _COST_EARLY, tl.load(cost + _COST_EARLY) + saved_early)
+    commit = commit_range_ptr + c * 4
+    tl.store(commit, c)
+    tl.store(commit + 1, commit_lane)
+    tl.store(commit + 2, commit_start)
+    tl.store(commit + 3, commit_stop)
+
+
+def _lanes(lanes: int) -> dict[str, int]:
+    return {"P": lanes, "P_PAD": triton.next_power_of_2(lanes)}
+
+
+def mh_advance(
+    *args,
+) -> None:
+    """One decode step of the whole law for every lane, in one launch. See `power_kernels.mh_advance`.
+
+    Takes the 17 tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1], eos i64 [E], the sampled token i64,
+    logq f32, weight f32, status i32 [C*P], and the constants of `Law` in order.
+    """
+    *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du = args
+    field, token, outcome, lane_field, eos = (tensors[i] for i in (0, 1, 4, 6, 19))
+    chains = field.shape[0]
+    if chains == 0:
+        return
+    launch(
+        _mh_advance_kernel,
+        (chains,),
+        field.device,
+        *tensors,
+        eos.shape[0],
+        token.shape[1],
+        outcome.shape[1],
+        max_new_tokens,
+        block_size,
+        mcmc_steps,
+        final_steps,
+        EARLY_REJECTION=early_rejection,
+        FREE_PREFIX=free_prefix,
+        KARAN_DU=karan_du,
+        **_lanes(lane_field.shape[0] // chains),
+        **ADVANCE,
+    )
+
+
+_ADVANCE_POINTERS = {
+    "field_ptr": "*i32",
+    "token_ptr": "*i32",
+    "logq_ptr": "*fp32",
+    "cumw_ptr": "*fp64",
+    "outcome_ptr": "*i8",
+    "cost_ptr": "*i64",
+    "lane_field_ptr": "*i32",
+    "lane_token_ptr": "*i32",
+    "lane_logq_ptr": "*fp32",
+    "lane_cumw_ptr": "*fp64",
+    "lane_theta_ptr": "*fp64",
+    "input_id_ptr": "*i64",
+    "position_ptr": "*i64",
+    "counter_ptr": "*i32",
+    "exclude_ptr": "*i64",
+    "commit_range_ptr": "*i32",
+    "open_range_ptr": "*i32",
+    "log_n_ptr": "*fp64",
+    "seed_ptr": "*i64",
+    "eos_ptr": "*i64",
+    "new_token_ptr": "*i64",
+    "new_logq_ptr": "*fp32",
+    "new_weight_ptr": "*fp32",
+    "new_status_ptr": "*i32",
+}
+_ADVANCE_INTEGERS = (
+    "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+)  # fmt: skip
+
+
+def configurations() -> list[Configuration]:
+    """mh_accept, and mh_advance for 1 to 16 lanes with every flag."""
+    constexprs, warps = split(ACCEPT)
+    accept = {
+        "weights_cur_ptr": "*fp32",
+        "weights_prop_ptr": "*fp32",
+        "len_cur_ptr": "*i32",
+        "len_prop_ptr": "*i32",
+        "log_u_ptr": "*fp64",
+        "accept_ptr": "*i1",
+        "log_ratio_ptr": "*fp64",
+        "status_ptr": "*i32",
+    }
+    sizes = ("rows", "longest_cur", "longest_prop", "stride_cur", "stride_prop")
+    found = [
+        Configuration(
+            name="mh_accept",
+            kernel=_mh_accept_kernel,
+            signature={**accept, **{name: "i32" for name in sizes}},
+            constexprs=constexprs,
+            aligned=tuple(accept),
+            num_warps=warps,
+        )
+    ]
+    constexprs, warps = split(ADVANCE)
+    flags = [(True, True, False), (False, True, False), (True, False, False), (False, True, True)]
+    for lanes in (1, 2, 4, 8, 12, MAX_LANES):
+        for early_rejection, free_prefix, karan_du in flags if lanes in (1, 8) else flags[:1]:
+            found.append(
+                Configuration(
+                    name=f"mh_advance lanes={lanes} early={early_rejection} free={free_prefix} karan_du={karan_du}",
+                    kernel=_mh_advance_kernel,
+                    signature={**_ADVANCE_POINTERS, **{name: "i32" for name in _ADVANCE_INTEGERS}},
+                    constexprs={
+                        "EARLY_REJECTION": early_rejection,
+                        "FREE_PREFIX": free_prefix,
+                        "KARAN_DU": karan_du,
+                        **_lanes(lanes),
+                        **constexprs,
+                    },
+                    aligned=tuple(_ADVANCE_POINTERS),
+                    num_warps=warps,
+                )
+            )
+    return found

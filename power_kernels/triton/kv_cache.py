@@ -1,0 +1,155 @@
+"""kv_copy_ranges: ragged slices of every layer's K and V between two slabs, in one launch (DESIGN 5.6, 6).
+
+    for every range (dst_row, src_row, start, stop):   dst[:, dst_row, :, start:stop] = src[:, src_row, :, start:stop]
+
+Shapes: dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D] of one dtype (moved as bytes), unit stride along D, any other
+strides; ranges i32 [R, 4], contiguous. A range is copied whole, or not at all: nothing when it is empty, or when a row
+or position lies outside a slab. The slabs must not share memory, ranges must not write the same positions.
+Bytes moved: 2 * G * heads * D * itemsize a position. One program a (range, g, share of the range's blocks); a program
+of an empty range reads 16 bytes and leaves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from power_kernels.triton import Configuration, launch
+from power_kernels.triton.sampling import split
+
+COPY = {"num_warps": 4}
+_BLOCK = 2048  # words a step: four 16-byte loads in flight a thread
+_PROGRAMS = 16384  # long ranges are shared out until there are this many; a program without work costs its launch
+
+_STRIDES = ("dst_g", "dst_row", "dst_head", "dst_step", "src_g", "src_row", "src_head", "src_step")
+_SIZES = ("dst_rows", "src_rows", "heads", "positions")
+
+
+@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES])
+def _kv_copy_kernel(
+    dst_ptr,  # [G, Rd, heads, S, D] words
+    src_ptr,  # [G, Rs, heads, S', D] words
+    ranges_ptr,  # [R, 4] i32: dst_row, src_row, start, stop
+    dst_g,  # strides in units of UNIT words
+    dst_row,
+    dst_head,
+    dst_step,
+    src_g,
+    src_row,
+    src_head,
+    src_step,
+    dst_rows,
+    src_rows,
+    heads,
+    positions,  # min(S, S')
+    D: tl.constexpr,  # words a position
+    UNIT: tl.constexpr,  # words a unit: 4 when everything is a multiple of 16 bytes
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A share of one range of one layer's K or V."""
+    record = ranges_ptr + tl.program_id(0) * 4
+    to = tl.load(record)
+    of = tl.load(record + 1)
+    start = tl.load(record + 2)
+    stop = tl.load(record + 3)
+    inside = (to >= 0) & (to < dst_rows) & (of >= 0) & (of < src_rows) & (start >= 0) & (stop <= positions)
+    if inside & (start < stop):
+        g = tl.program_id(1).to(tl.int64)
+        # Strides count units, so that the compiler sees that every offset is a multiple of UNIT words.
+        dst_base = dst_ptr + (g * dst_g + to.to(tl.int64) * dst_row) * UNIT
+        src_base = src_ptr + (g * src_g + of.to(tl.int64) * src_row) * UNIT
+        blocks = tl.cdiv(stop - start, BLOCK_S)
+        word = tl.arange(0, BLOCK_D)[None, :]
+        for item in range(tl.program_id(2), heads * blocks, tl.num_programs(2)):
+            head = (item // blocks).to(tl.int64)
+            step = start + (item % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+            mask = (step < stop) & (word < D)
+            step = step.to(tl.int64)
+            values = tl.load(src_base + (head * src_head + step * src_step) * UNIT + word, mask=mask)
+            tl.store(dst_base + (head * dst_head + step * dst_step) * UNIT + word, values, mask=mask)
+
+
+_WORD = {16: (torch.int32, 4), 8: (torch.int32, 2), 4: (torch.int32, 1), 2: (torch.int16, 1), 1: (torch.uint8, 1)}
+
+
+def _common_unit(dst: torch.Tensor, src: torch.Tensor) -> int:
+    """The largest power of two, at most 16, that divides every address and stride of both slabs, in bytes."""
+    bits = 16 | dst.shape[4] * dst.element_size() | dst.data_ptr() | src.data_ptr()
+    for slab in (dst, src):
+        item = slab.element_size()
+        bits |= slab.storage_offset() * item
+        for size, stride in zip(slab.shape[:4], slab.stride()[:4], strict=True):
+            if size > 1:
+                bits |= stride * item
+    return bits & -bits
+
+
+def _words(slab: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # The stride of a dimension of size 1 means nothing, but `view` would check it.
+    strides = [stride if size > 1 else 0 for size, stride in zip(slab.shape, slab.stride(), strict=True)]
+    return slab.as_strided(slab.shape, [*strides[:4], 1]).view(dtype)
+
+
+def _blocks(words: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(words)
+    return {"D": words, "BLOCK_S": max(1, _BLOCK // block_d), "BLOCK_D": block_d}
+
+
+def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -> None:
+    """See `power_kernels.kv_copy_ranges`. One launch, no synchronisation, no allocation on the device."""
+    if dst.numel() == 0 or src.numel() == 0:
+        return
+    unit_bytes = _common_unit(dst, src)
+    dtype, unit = _WORD[unit_bytes]
+    to, of = _words(dst, dtype), _words(src, dtype)
+    groups, _, heads, _, words = to.shape
+    positions = min(to.shape[3], of.shape[3])
+    meta = _blocks(words)
+    shares = min(triton.cdiv(_PROGRAMS, max(ranges.shape[0] * groups, 1)), heads * triton.cdiv(positions, meta["BLOCK_S"]))
+    launch(
+        _kv_copy_kernel,
+        (ranges.shape[0], groups, shares),
+        dst.device,
+        to,
+        of,
+        ranges,
+        *(stride // unit for stride in to.stride()[:4]),
+        *(stride // unit for stride in of.stride()[:4]),
+        to.shape[1],
+        of.shape[1],
+        heads,
+        positions,
+        UNIT=unit,
+        **meta,
+        **COPY,
+    )
+
+
+def configurations() -> list[Configuration]:
+    """Head dimensions 64, 80, 96, 128, 256 of bf16 in 16-byte units (fp32 is the same with half the dimension), and bytes."""
+    shapes = [(16, d * 2) for d in (64, 80, 96, 128, 256)] + [(8, 40), (2, 130), (1, 33)]
+    found = []
+    for unit_bytes, row_bytes in shapes:
+        dtype, unit = _WORD[unit_bytes]
+        pointer = {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}[dtype]
+        constexprs, warps = split(COPY)
+        found.append(
+            Configuration(
+                name=f"kv_copy unit={unit_bytes}B row={row_bytes}B",
+                kernel=_kv_copy_kernel,
+                signature={
+                    "dst_ptr": pointer,
+                    "src_ptr": pointer,
+                    "ranges_ptr": "*i32",
+                    **{name: "i64" if name in ("dst_g", "src_g") else "i32" for name in _STRIDES},
+                    **{name: "i32" for name in _SIZES},
+                },
+                constexprs={"UNIT": unit, **_blocks(row_bytes // dtype.itemsize), **constexprs},
+                aligned=("dst_ptr", "src_ptr", "ranges_ptr") if unit_bytes == 16 else (),
+                num_warps=warps,
+                wide="v4" if unit_bytes == 16 else None,
+            )
+        )
+    return found

@@ -142,8 +142,9 @@ def _generate(arguments: argparse.Namespace) -> int:
             drawn += 1
             faults += result.finish == "fault"
     except KeyboardInterrupt:
+        there = output.count() if output else drawn
         where = f"in {arguments.out}; the same command goes on from there" if output else "above"
-        print(f"\ninterrupted: {drawn + len(skipped)} of {len(digests)} answers are {where}", file=sys.stderr)
+        print(f"\ninterrupted: {there} of {len(digests)} answers are {where}", file=sys.stderr)
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -55,6 +55,7 @@ class OutputFile:
             except BlockingIOError:
                 raise ArgumentError(f"--out {self.path} is being written by another process") from None
             self.finished = self._read(digests)
+            self.file.seek(0, os.SEEK_END)
         except BaseException:
             self.file.close()
             raise
@@ -89,5 +90,12 @@ class OutputFile:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def count(self) -> int:
+        """Records in the file now. Counted, since an interruption may come between a write and its bookkeeping."""
+        self.file.seek(0)
+        return self.file.read().count(b"\n")
+
     def close(self) -> None:
+        if self.file.tell() == 0:  # bad input stopped the run before its first answer
+            self.path.unlink(missing_ok=True)
         self.file.close()

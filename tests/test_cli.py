@@ -1,0 +1,205 @@
+"""The command line: results as they finish, going on after an interruption, errors before work, the doctor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.cli import INTERRUPTED, main
+
+VOCAB = 32
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A tiny Llama with a word-level tokenizer, on disk."""
+    path = tmp_path_factory.mktemp("model")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"id": "one", "prompt": "w5 w6 w7"}, {"tokens": [8, 9]}, {"prompt": "w4", "level": 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    return str(path)
+
+
+OPTIONS = [
+    "--max-new-tokens",
+    "24",
+    "--block-size",
+    "8",
+    "--mcmc-steps",
+    "3",
+    "--num-chains",
+    "2",
+    "--seed",
+    "5",
+    "--quiet",
+]
+
+
+def read(path):
+    with open(path) as file:
+        return {(r["prompt_id"], r["chain_id"]): r for r in map(json.loads, file)}
+
+
+def assert_same(records, others):
+    """The same chains. Rounding of logp, and who pays for a shared prompt, depend on the batch a chain ran in."""
+    assert records.keys() == others.keys()
+    for key, record in records.items():
+        for name in ("tokens", "steps", "accepted", "unchanged", "finish", "status", "text", "digest"):
+            assert record[name] == others[key][name]
+        assert record["logp"] == pytest.approx(others[key]["logp"], abs=1e-4)
+
+
+def run(model_path, prompts, out, *more):
+    return main(["generate", "--model", model_path, "--prompts", prompts, "--out", str(out), *OPTIONS, *more])
+
+
+@pytest.fixture
+def uninterrupted(model_path, prompts, tmp_path):
+    out = tmp_path / "whole.jsonl"
+    assert run(model_path, prompts, out) == 0
+    return read(out)
+
+
+def test_results_are_those_of_the_sampler(model_path, uninterrupted):
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    config = PowerConfig(max_new_tokens=24, block_size=8, mcmc_steps=3)
+    expected = PowerSampler(model).generate([[5, 6, 7], [8, 9], [4]], config, num_chains=2, seed=5)
+    assert len(uninterrupted) == 6
+    for result in expected:
+        record = uninterrupted[result.prompt_id, result.chain_id]
+        assert record["tokens"] == result.tokens
+        assert record["accepted"] == result.accepted
+        assert record["logp"] == pytest.approx(result.logp, abs=1e-5)
+        assert record["finish"] == result.finish
+    assert uninterrupted[0, 0]["id"] == "one"
+    assert uninterrupted[0, 0]["text"].startswith("w")
+
+
+def test_a_second_run_draws_nothing_and_a_cut_line_is_drawn_again(model_path, prompts, tmp_path, uninterrupted, capsys):
+    out = tmp_path / "whole.jsonl"
+    assert run(model_path, prompts, out) == 0
+    assert "0 answers written" in capsys.readouterr().err
+    content = out.read_bytes()
+    out.write_bytes(content[: content.rfind(b"\n", 0, -1) + 40])  # killed in the middle of the last line
+    assert run(model_path, prompts, out) == 0
+    assert "1 answers written" in capsys.readouterr().err
+    assert_same(read(out), uninterrupted)
+    assert out.read_bytes().count(b"\n") == 6
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_its_answers_and_goes_on(model_path, prompts, tmp_path, uninterrupted, signal_number):
+    out = tmp_path / "part.jsonl"
+    command = [
+        sys.executable, "-m", "power_kernels.api.cli", "generate", "--model", model_path, "--prompts", prompts,
+        "--out", str(out), *OPTIONS, "--max-chains", "1",
+    ]  # fmt: skip
+    # Written through a pipe of one answer at a time, the run is caught between answers: wait for the first line.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    finished = read(out)
+    assert finished, errors
+    if process.returncode == INTERRUPTED:  # else the run was quicker than the signal
+        assert f"interrupted: {len(finished)} of 6 answers are in {out}" in errors
+    assert_same(finished, {key: uninterrupted[key] for key in finished})
+    assert run(model_path, prompts, out) == 0
+    assert_same(read(out), uninterrupted)
+
+
+def test_a_file_of_another_run_is_refused_and_left_alone(model_path, prompts, tmp_path, uninterrupted, capsys):
+    out = tmp_path / "whole.jsonl"
+    before = out.read_bytes()
+    assert run(model_path, prompts, out, "--alpha", "3") == 2
+    assert "was drawn with another model, configuration, seed or prompt" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    out.write_text("not a record\n")
+    assert run(model_path, prompts, out) == 2
+    assert "line 1 is not a record" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_write_one_file(model_path, prompts, tmp_path, capsys):
+    import fcntl
+
+    out = tmp_path / "locked.jsonl"
+    with open(out, "a") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert run(model_path, prompts, out) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+def test_prompts_are_printed_without_a_file(model_path, capsys):
+    arguments = ["generate", "--model", model_path, "--prompt", "w3 w4", "--prompt", "w5", *OPTIONS]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("--- prompt") == 4
+    assert "tokens forwarded for" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alpha", "0.5"], "alpha is 0.5"),
+        (["--mcmc-steps", "-1"], "mcmc_steps is -1"),
+        (["--block-size", "-2"], "block_size is -2"),
+        (["--temperature", "2.0"], "early_rejection is True with temperature 2.0"),
+        (["--max-new-tokens", "256"], "must not exceed the model's context of 256"),
+        (["--num-chains", "0"], "num_chains is 0"),
+        (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
+    ],
+)
+def test_bad_options_exit_with_2_and_name_the_option(model_path, prompts, tmp_path, capsys, options, message):
+    assert run(model_path, prompts, tmp_path / "none.jsonl", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"text": "w1"}', "line 2 must be an object with one of"),
+        ('{"prompt": 3}', "line 2 must be an object with one of"),
+        ('{"tokens": [99]}', "holds token id 99"),
+        ('{"tokens": []}', "is empty"),
+    ],
+)
+def test_bad_prompt_files_name_the_line(model_path, tmp_path, capsys, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w1"}\n' + line + "\n")
+    assert run(model_path, str(path), tmp_path / "none.jsonl") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_doctor_names_the_backend_of_every_op(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["ops"]) == {"sample_tokens", "score_tokens", "mh_accept", "mh_advance", "kv_copy_ranges"}
+    assert all(by_device["cpu"] in ("cpp", "reference") for by_device in report["ops"].values())
+    assert report["packages"]["torch"]
+    assert main(["doctor"]) == 0
+    assert "backend of each op" in capsys.readouterr().out

@@ -123,9 +123,7 @@ class Bench:
         # A model of its own: the engine may set the attention of the one it is given.
         self.sampler = PowerSampler(load(directory, dtype=torch.float32).eval())
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        self.prompts = [
-            demo_model.chat_prompt(tokenizer, question) for question in QUESTIONS[: arguments.prompts]
-        ]
+        self.prompts = [demo_model.chat_prompt(tokenizer, question) for question in QUESTIONS[: arguments.prompts]]
         self.config = PowerConfig
         self.setting(arguments.tokens)
 
@@ -149,9 +147,7 @@ class Bench:
             "plain-16": lambda: opponents.plain(self.model, batch, max_new_tokens=self.length, seed=seed),
             "published": lambda: opponents.published(self.model, tokens, seed=seed, **schedule),
             "kv-loop": lambda: opponents.kv_loop(self.model, tokens, seed=seed, **schedule),
-            "kv-loop-early": lambda: opponents.kv_loop(
-                self.model, tokens, early_rejection=True, seed=seed, **schedule
-            ),
+            "kv-loop-early": lambda: opponents.kv_loop(self.model, tokens, early_rejection=True, seed=seed, **schedule),
             # The prompt's identity makes this the same chain as in the batch.
             "ours-1": lambda: self.sampler.generate(
                 [tokens], self.config(**schedule), seed=seed, eos_token_id=[], prompt_ids=[prompt]
@@ -205,9 +201,7 @@ def summary(cells: list[dict], method: str, plain: str) -> dict:
     runs = [cell["runs"][method] for cell in cells]
     answers = sum(len(run.answers) for run in runs)
     ratios = [cell["runs"][method].cpu / cell["runs"][plain].cpu for cell in cells]
-    token_ratios = [
-        run.forwarded / cell["plain_forwarded"][method] for run, cell in zip(runs, cells, strict=True)
-    ]
+    token_ratios = [run.forwarded / cell["plain_forwarded"][method] for run, cell in zip(runs, cells, strict=True)]
     steps = sum(run.steps for run in runs)
     logp = [value for run in runs for value in run.logp]
     return {
@@ -315,24 +309,16 @@ def backend() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--prompts", type=int, default=3, help=f"how many of the {len(QUESTIONS)} questions (3)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=3, help=f"how many of the {len(QUESTIONS)} questions (3)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds for each (2)")
     parser.add_argument("--tokens", type=int, default=128, help="length of every answer (128)")
     parser.add_argument("--blocks", type=int, default=4, help="stages (4)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a stage (4)")
     parser.add_argument("--alpha", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=16, help="answers in the batch of many (16)")
-    parser.add_argument(
-        "--only", default=",".join(METHODS), help=f"of {','.join(METHODS)}; plain always runs"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one prompt, one seed, 32 tokens: no figure to quote"
-    )
+    parser.add_argument("--only", default=",".join(METHODS), help=f"of {','.join(METHODS)}; plain always runs")
+    parser.add_argument("--quick", action="store_true", help="one prompt, one seed, 32 tokens: no figure to quote")
     parser.add_argument("--json", metavar="OUT", help="write every cell and the table to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     arguments = parser.parse_args(argv)
@@ -394,9 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows, arguments.batch))
     for row in rows:
         if row["account"]:
-            account = ", ".join(
-                f"{name} {value / row['answers']:.0f}" for name, value in row["account"].items()
-            )
+            account = ", ".join(f"{name} {value / row['answers']:.0f}" for name, value in row["account"].items())
             print(f"{LABELS[row['method']].format(batch=arguments.batch)}, tokens an answer: {account}")
     if batches:
         print("(chains of one prompt share its prefill; plain generation's batch does not)")
@@ -408,8 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{met} {item['target']}: {item['value']:.2f} ({sign} {item['bound']})")
     if arguments.json:
         plain = [
-            cell | {"runs": {method: vars(run) for method, run in cell["runs"].items()}}
-            for cell in cells + batches
+            cell | {"runs": {method: vars(run) for method, run in cell["runs"].items()}} for cell in cells + batches
         ]
         setting = {key: value for key, value in vars(arguments).items() if key != "json"}
         document = {

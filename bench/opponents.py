@@ -147,9 +147,7 @@ def plain(
     return Run(answers, generated=sum(map(len, answers)), forwarded=count.tokens, forwarded_rows=count.rows)
 
 
-def _generate_scored(
-    model, tokens: list[int], length: int, alpha: float
-) -> tuple[list[int], list[float], list[float]]:
+def _generate_scored(model, tokens: list[int], length: int, alpha: float) -> tuple[list[int], list[float], list[float]]:
     """Continues `tokens` to `length` with `generate` at temperature 1 / alpha, from nothing but the tokens.
 
     Returns the new tokens, their log q and their alpha * log p.
@@ -211,10 +209,7 @@ def published(
                 new, new_logq, new_target = _generate_scored(model, tokens[: start + cut], len(tokens), alpha)
                 overlap = slice(cut, cut + len(new))
                 log_ratio = (
-                    math.fsum(new_target)
-                    - math.fsum(new_logq)
-                    - math.fsum(target[overlap])
-                    + math.fsum(logq[overlap])
+                    math.fsum(new_target) - math.fsum(new_logq) - math.fsum(target[overlap]) + math.fsum(logq[overlap])
                 )
                 run.steps += 1
                 run.generated += len(new)
@@ -278,9 +273,7 @@ def kv_loop(
     serial = 0
     run = Run([])
 
-    def write(
-        prefix, prefix_weights, prefix_logps, kept: DynamicCache, horizon: int, generator, floor: float | None
-    ):
+    def write(prefix, prefix_weights, prefix_logps, kept: DynamicCache, horizon: int, generator, floor: float | None):
         """Continues to the horizon or the end token. None as tokens when the weights fell below the floor."""
         new, new_weights, new_logps = list(prefix), list(prefix_weights), list(prefix_logps)
         total = 0.0

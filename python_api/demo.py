@@ -16,8 +16,8 @@ import textwrap
 import time
 
 QUESTIONS = [
-    "Why do leaves change colour in autumn?",
-    "How can I keep a bicycle chain from rusting?",
+    "Why is the sky blue? Answer in one sentence.",
+    "How do bees make honey? Answer in two sentences.",
 ]
 COLUMNS = ("plain sampling", "low temperature", "power sampling")
 
@@ -39,13 +39,15 @@ def columns(texts: list[str], width: int) -> str:
 
 
 def account(result, prompt_length: int) -> str:
-    """The token account of one power-sampled answer, as text."""
+    """The acceptance rate and the token account of one power-sampled answer, as text."""
     cost = result.cost
     early = "unknown, as answers may end anywhere" if cost.saved_early is None else str(cost.saved_early)
     plain = prompt_length + len(result.tokens) - 1
+    kept = result.accepted + result.unchanged
+    rate = f"{kept / result.steps:.2f}" if result.steps else "undefined"
     return (
-        f"{result.steps} steps: {result.accepted} changed the answer, {result.unchanged} proposed it again, "
-        f"{result.steps - result.accepted - result.unchanged} were rejected\n"
+        f"acceptance rate {rate}: of {result.steps} steps {result.accepted} changed the answer, "
+        f"{result.unchanged} proposed it again, {result.steps - kept} were rejected\n"
         f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals = "
         f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})\n"
         f"tokens saved: {cost.saved_prefix} by the free prefix; by early rejection: {early}"
@@ -53,7 +55,7 @@ def account(result, prompt_length: int) -> str:
 
 
 def report(question: str, results: list, prompt_length: int, width: int) -> str:
-    """One question: the three answers, their log-probabilities, the acceptance rate and the account."""
+    """One question: the three answers, their log-probabilities, and what the third one cost."""
     power = results[-1]
     figures = [
         f"log p = {result.logp:.1f} nats\n{len(result.tokens)} tokens, {result.logp / len(result.tokens):.2f} a token"
@@ -71,9 +73,6 @@ def report(question: str, results: list, prompt_length: int, width: int) -> str:
             rule,
             columns(figures, width),
             rule,
-            f"acceptance rate {(power.accepted + power.unchanged) / power.steps:.2f}"
-            if power.steps
-            else "no steps",
             account(power, prompt_length),
         ]
     )
@@ -90,10 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--question", action="append", help="ask this instead; may be given several times")
     parser.add_argument("--alpha", type=float, default=4.0, help="the power (4)")
-    parser.add_argument("--max-new-tokens", type=int, default=80, help="longest answer (80)")
-    parser.add_argument("--block-size", type=int, default=20, help="tokens of a stage (20)")
-    parser.add_argument("--steps", type=int, default=6, help="steps after each stage (6)")
+    parser.add_argument("--max-new-tokens", type=int, default=72, help="longest answer (72)")
+    parser.add_argument("--block-size", type=int, default=24, help="tokens of a stage (24)")
+    parser.add_argument("--steps", type=int, default=5, help="steps after each stage (5)")
     parser.add_argument("--seed", type=int, default=0)
+    # Two threads on a machine that is busy otherwise can be several times slower than one.
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     arguments = parser.parse_args(argv)
 
     started = time.perf_counter()
@@ -105,8 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     from power_kernels.errors import ArgumentError
 
     logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
     questions = arguments.question or QUESTIONS
     common = {"max_new_tokens": arguments.max_new_tokens, "block_size": arguments.block_size}
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     try:
         configs = [
             PowerConfig(alpha=1.0, mcmc_steps=0, **common),
@@ -114,26 +117,32 @@ def main(argv: list[str] | None = None) -> int:
             PowerConfig(alpha=arguments.alpha, mcmc_steps=arguments.steps, **common),
         ]
         model, tokenizer = demo_model.load()
+        sampler = PowerSampler(model, tokenizer)
+        prompts = [demo_model.chat_prompt(tokenizer, question) for question in questions]
+        setting = (
+            f"{demo_model.NAME}, fp32, {arguments.threads} thread(s), kernels: {backend_for('cpu')}. "
+            f"alpha = {arguments.alpha:g}, {arguments.steps} steps after each stage of {arguments.block_size} tokens, "
+            f"at most {arguments.max_new_tokens} tokens."
+        )
+        print(textwrap.fill(setting, width), flush=True)
+        answers = []
+        for name, config in zip(COLUMNS, configs, strict=True):
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            answers.append(sampler.generate(prompts, config, seed=arguments.seed, progress=True))
     except (ArgumentError, demo_model.ModelUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    sampler = PowerSampler(model, tokenizer)
-    prompts = [demo_model.chat_prompt(tokenizer, question) for question in questions]
-    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-    print(
-        f"{demo_model.NAME}, fp32, {torch.get_num_threads()} threads, kernels: {backend_for('cpu')}. "
-        f"alpha = {arguments.alpha:g}, {arguments.block_size} tokens a stage, {arguments.steps} steps after each, "
-        f"at most {arguments.max_new_tokens} tokens.",
-        flush=True,
-    )
-    answers = []
-    for name, config in zip(COLUMNS, configs, strict=True):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        answers.append(sampler.generate(prompts, config, seed=arguments.seed, progress=True))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     for index, question in enumerate(questions):
         print(report(question, [results[index] for results in answers], len(prompts[index]), width))
     print("=" * width)
-    print("log p is the base model's log-probability of the whole answer; a longer answer has a lower one.")
+    note = (
+        "log p: log-probability of the whole answer under the base model. Low temperature sharpens each token by "
+        "itself, power sampling the answer as a whole."
+    )
+    print(textwrap.fill(note, width))
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0
 

@@ -78,9 +78,7 @@ def test_published_log_probability_is_that_of_its_answer(model):
 
 
 def test_published_stops_at_an_end_token(model):
-    whole = opponents.published(
-        model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=0, seed=2
-    )
+    whole = opponents.published(model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=0, seed=2)
     end = whole.answers[0][5]
     run = opponents.published(
         model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=0, seed=2, eos_token_id=end
@@ -90,9 +88,7 @@ def test_published_stops_at_an_end_token(model):
 
 @pytest.mark.parametrize("block_size", [4, None])  # None: one stage, no extension after the first
 def test_kv_loop_account_is_its_closed_form(model, block_size):
-    run = opponents.kv_loop(
-        model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=block_size, mcmc_steps=3, seed=3
-    )
+    run = opponents.kv_loop(model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=block_size, mcmc_steps=3, seed=3)
     # One position is fed for each token drawn, and the prompt but its last token once.
     assert run.forwarded == run.forwarded_rows == 5 - 1 + run.generated
     assert run.generated > 16
@@ -103,13 +99,9 @@ def test_kv_loop_keeps_the_right_cache(model):
     answer."""
     accepted = 0
     for seed in range(8):
-        run = opponents.kv_loop(
-            model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=4, seed=seed
-        )
+        run = opponents.kv_loop(model, PROMPT, alpha=3.0, max_new_tokens=16, block_size=4, mcmc_steps=4, seed=seed)
         accepted += run.accepted
-        assert run.logp[0] == pytest.approx(
-            opponents.log_probability(model, PROMPT, run.answers[0]), abs=1e-3
-        )
+        assert run.logp[0] == pytest.approx(opponents.log_probability(model, PROMPT, run.answers[0]), abs=1e-3)
     assert 16 <= accepted <= 8 * 16 - 16
 
 

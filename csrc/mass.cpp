@@ -85,7 +85,7 @@ Isa detect() {
 
 const MassKernels& mass_kernels(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
-  static const Isa isa = detect();
+  [[maybe_unused]] static const Isa isa = detect();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "logits must be float32, float16 or bfloat16");
   const int index = dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;

@@ -27,7 +27,7 @@ double load_cdf(const TileMass* slot) {
   return cdf;
 }
 
-// The token drawn from row b, whose logits are known to be sound. excluded: -1 for none.
+// The token drawn from row b, whose logits are known to be sound; -1 if the masses are NaN. excluded: -1 for none.
 int64_t draw_token(const Logits& logits, int64_t b, double row_max, float beta, double u, int64_t excluded,
                    TileMass* slots) {
   const int64_t tiles = logits.tiles;
@@ -65,7 +65,7 @@ int64_t draw_token(const Logits& logits, int64_t b, double row_max, float beta, 
   const double fraction = (target - before) / (load_cdf(slots + tile) - before);
   const int64_t entry = logits.kernels->draw(logits.tile(b, tile), logits.tile_size(tile),
                                              tile == hole ? excluded - hole * TILE : -1, beta, fraction);
-  return tile * TILE + entry;
+  return entry < 0 ? -1 : tile * TILE + entry;
 }
 
 }  // namespace
@@ -100,6 +100,14 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
       RowMass row = combine(slots, logits.tiles, beta[b], has_entropy);
       const int64_t excluded = has_exclude && exclude[b] >= 0 ? exclude[b] : -1;
       if (row.status == OK && excluded >= logits.V) row.status = BAD_TOKEN;
+      int64_t x = -1;
+      if (row.status == OK) {
+        Words words;
+        for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
+        x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed).u0, excluded, slots);
+        // Sound logits always hold mass; a beta that is not finite and positive makes it NaN.
+        if (x < 0) row.status = NAN_LOGIT;
+      }
       status[b] = row.status;
       if (row.status != OK) {
         token[b] = -1;
@@ -107,10 +115,6 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
         if (has_entropy) entropy[b] = NAN;
         continue;
       }
-      Words words;
-      for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
-      const double u = uniforms(words, seed).u0;
-      const int64_t x = draw_token(logits, b, row.max, beta[b], u, excluded, slots);
       const TokenScore s = score(row, logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
       token[b] = x;
       logp[b] = s.logp;

@@ -145,8 +145,7 @@ def test_quantities_are_as_accurate_as_torch_in_float32(vocab, dtype, shift):
     for i in range(rows):
         assert_draw(exact[i], float(beta[i]), uniform[i], -1, int(out.token[i]))
     want = [
-        reference.token_quantities(exact[i], int(out.token[i]), float(alpha[i]), float(beta[i]))
-        for i in range(rows)
+        reference.token_quantities(exact[i], int(out.token[i]), float(alpha[i]), float(beta[i])) for i in range(rows)
     ]
     wide, pick = z.float(), out.token[:, None]
     naive = {
@@ -363,6 +362,19 @@ def test_scored_tokens_outside_the_vocabulary_and_without_mass():
     assert out.status.tolist() == [Status.BAD_TOKEN, Status.BAD_TOKEN, Status.OK, Status.OK]
     assert out.logp[:2].isnan().all()
     assert out.logp[2] == out.logq[2] == out.weight[2] == -INF
+
+
+@pytest.mark.parametrize("beta", [NAN, INF, -INF, 0.0, -1.0, -1e30, 3e38, 1e-40])
+def test_an_exponent_out_of_range_reads_nothing_out_of_bounds(beta):
+    # The public wrapper refuses most of these; the kernel must still stay inside the row.
+    z = normal_rows(50, 3000)
+    z[:, ::3] = -INF
+    for exclude in (None, 7):
+        out = sample(z, 4.0, beta, counters(50), exclude=exclude)
+        bad = out.status == Status.NAN
+        assert (bad | (out.status == Status.OK)).all()
+        assert ((out.token >= 0) & (out.token < 3000))[~bad].all()
+        assert (out.token[bad] == -1).all()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -38,20 +38,20 @@ def columns(texts: list[str], width: int) -> str:
     return "\n".join(gap.join(f"{cell:{each}}" for cell in row).rstrip() for row in rows)
 
 
-def account(result, prompt_length: int) -> str:
-    """The acceptance rate and the token account of one power-sampled answer, as text."""
+def account(result, prompt_length: int) -> list[str]:
+    """The acceptance rate and the token account of one power-sampled answer, in three lines."""
     cost = result.cost
     early = "unknown, as answers may end anywhere" if cost.saved_early is None else str(cost.saved_early)
     plain = prompt_length + len(result.tokens) - 1
     kept = result.accepted + result.unchanged
     rate = f"{kept / result.steps:.2f}" if result.steps else "undefined"
-    return (
+    return [
         f"acceptance rate {rate}: of {result.steps} steps {result.accepted} changed the answer, "
-        f"{result.unchanged} proposed it again, {result.steps - kept} were rejected\n"
+        f"{result.unchanged} proposed it again, {result.steps - kept} were rejected",
         f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals = "
-        f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})\n"
-        f"tokens saved: {cost.saved_prefix} by the free prefix; by early rejection: {early}"
-    )
+        f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})",
+        f"tokens saved: {cost.saved_prefix} by the free prefix; by early rejection: {early}",
+    ]
 
 
 def report(question: str, results: list, prompt_length: int, width: int) -> str:
@@ -73,7 +73,7 @@ def report(question: str, results: list, prompt_length: int, width: int) -> str:
             rule,
             columns(figures, width),
             rule,
-            account(power, prompt_length),
+            *(textwrap.fill(line, width, subsequent_indent="    ") for line in account(power, prompt_length)),
         ]
     )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,8 @@ def _check_tensor(name: str, value, *, dtypes=None, shape=None, like: torch.Tens
     """shape: a tuple whose None entries match anything."""
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+    if value.layout != torch.strided:
+        raise ArgumentTypeError(f"{name} has layout {value.layout}; it must be torch.strided")
     if dtypes is not None and value.dtype not in dtypes:
         allowed = ", ".join(str(d) for d in dtypes)
         raise ArgumentTypeError(f"{name} has dtype {value.dtype}; allowed: {allowed}")
@@ -215,6 +218,11 @@ def _check_vector(name: str, value: torch.Tensor) -> None:
         raise ArgumentError(f"{name} has strides {list(value.stride())}; it must be contiguous")
 
 
+def _check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
+
+
 def _check_logits(logits) -> None:
     _check_tensor("logits", logits, dtypes=LOGIT_DTYPES, shape=(None, None))
     if logits.shape[1] < 1:
@@ -231,12 +239,12 @@ def _check_vectors(like: torch.Tensor, **vectors: tuple) -> None:
 
 
 def _check_exponents(**exponents: torch.Tensor) -> None:
-    for name, value in exponents.items():
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ~(torch.isfinite(value) & (value > 0))
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                raise ArgumentError(f"{name}[{row}] is {value[row].item()}; it must be finite and positive")
+    for name, values in exponents.items():
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        for row, value in enumerate(values.tolist()):
+            if not 0.0 < value < math.inf:
+                raise ArgumentError(f"{name}[{row}] is {value}; it must be finite and positive")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,6 +308,7 @@ def sample_tokens(
     Raises ArgumentError for a shape, stride or value, ArgumentTypeError for a dtype or device.
     """
     _check_sample(logits, alpha, beta, seed, counter, exclude)
+    _check_flag("return_entropy", return_entropy)
     out = torch.ops.power_kernels.sample_tokens(logits, alpha, beta, seed, counter, exclude, return_entropy)
     token, logp, logq, weight, entropy, status = out
     return SampleOutput(token, logp, logq, weight, entropy if return_entropy else None, status)
@@ -313,14 +322,15 @@ def sample_tokens_out(
     workspace: float32, contiguous, at least `workspace_size(B, V)` elements. exclude and entropy may be None.
     """
     _check_sample(logits, alpha, beta, seed, counter, exclude)
-    _check_outputs(logits, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status, token)
+    _check_vectors(logits, token=(token, torch.int64, (logits.shape[0],)))
+    _check_outputs(logits, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
     _run(
         "sample_tokens_out", logits.device,
         logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status,
     )  # fmt: skip
 
 
-def _check_outputs(logits, workspace, floats, entropy, status, token=None) -> None:
+def _check_outputs(logits, workspace, floats, entropy, status) -> None:
     rows = (logits.shape[0],)
     _check_vectors(logits, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
     need = workspace_size(*logits.shape)
@@ -329,8 +339,6 @@ def _check_outputs(logits, workspace, floats, entropy, status, token=None) -> No
     _check_vectors(logits, **{name: (value, torch.float32, rows) for name, value in floats.items()})
     if entropy is not None:
         _check_vectors(logits, entropy=(entropy, torch.float32, rows))
-    if token is not None:
-        _check_vectors(logits, token=(token, torch.int64, rows))
 
 
 def _row_outputs(logits: torch.Tensor, floats: int, return_entropy: bool):
@@ -400,6 +408,7 @@ def score_tokens(
     is -inf has logp = logq = weight = -inf. Errors: as `sample_tokens`.
     """
     _check_score(logits, tokens, alpha, beta)
+    _check_flag("return_entropy", return_entropy)
     out = torch.ops.power_kernels.score_tokens(logits, tokens, alpha, beta, return_entropy)
     logp, logq, weight, entropy, status = out
     return ScoreOutput(logp, logq, weight, entropy if return_entropy else None, status)
@@ -528,6 +537,11 @@ def mh_advance(
     returned them for the last plan; Status.PENDING leaves a lane as it is. A bad status stops its chain (Mode.FAULT)
     when, and only when, the serial chain would have reached it. Errors: as `sample_tokens`.
     """
+    for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
+        if not isinstance(value, kind):
+            raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+    _check_tensor("field", state.field, shape=(None, CHAIN_FIELDS))
+    _check_tensor("lane_field", state.lane_field, shape=(None, LANE_FIELDS))
     chains, rows = state.chains, state.lane_field.shape[0]
     if chains < 1 or rows % chains:
         raise ArgumentError(f"state has {rows} lanes for {chains} chains; every chain must have as many")

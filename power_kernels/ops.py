@@ -13,6 +13,7 @@ ones check their arguments, allocate and call them. Shapes, dtypes and strides a
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import math
 import os
@@ -110,6 +111,7 @@ def state_layout() -> str:
     return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
 
 
+@functools.cache
 def _triton_kernel(name: str):
     try:
         module = importlib.import_module(f"power_kernels.triton.{_TRITON_MODULE[name]}")

@@ -1,0 +1,167 @@
+"""Reference chains with one plausible mistake each: what the tests of the law must tell from the truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from power_kernels.reference import Answer, ReferenceChain, leave_probability, log_table, token_quantities
+
+
+class NoLengthRatio(ReferenceChain):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_n = np.zeros_like(self.log_n)
+
+
+class InvertedLengthRatio(ReferenceChain):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_n = -log_table(self.law.max_new_tokens)
+
+
+class ProposalSumMissesFirstSuffixWeight(ReferenceChain):
+    def rejects(self, answer, proposal, closed, theta):
+        pairs = zip(answer.tokens, proposal.tokens, strict=False)
+        first = next(t for t, (x, y) in enumerate(pairs) if x != y)
+        weight = proposal.cumw[first + 1] - proposal.cumw[first]
+        cumw = (*proposal.cumw[:-1], proposal.cumw[-1] - weight)
+        return super().rejects(answer, Answer(proposal.tokens, proposal.logq, cumw), closed, theta)
+
+
+class CurrentSumMissesLastWeight(ReferenceChain):
+    def threshold(self, answer, u):
+        return super().threshold(answer, u) - answer.cumw[-1] + answer.cumw[-2]
+
+
+class NoExclusion(ReferenceChain):
+    """The kept token may be drawn again at the divergence, and then counts as kept."""
+
+    def draw(self, answer, serial, exclude=-1):
+        return super().draw(answer, serial)
+
+
+class WeightOfExcludedRow(ReferenceChain):
+    def draw(self, answer, serial, exclude=-1):
+        drawn = super().draw(answer, serial, exclude)
+        row = self.excluded_row(answer, drawn, exclude)
+        if row is None:
+            return drawn
+        return answer.append(drawn.tokens[-1], drawn.logq[-1], self.stored(row.weight))
+
+    def excluded_row(self, answer, drawn, exclude):
+        if exclude < 0 or drawn.tokens[-1] == exclude:
+            return None
+        z = np.array(self.next_logits(answer.tokens))
+        z[exclude] = -np.inf
+        return token_quantities(z, drawn.tokens[-1], self.alpha, self.beta)
+
+
+class LogqOfExcludedRow(WeightOfExcludedRow):
+    """Harmless to the step that draws it; later steps keep the token too often."""
+
+    def draw(self, answer, serial, exclude=-1):
+        drawn = ReferenceChain.draw(self, answer, serial, exclude)
+        row = self.excluded_row(answer, drawn, exclude)
+        if row is None:
+            return drawn
+        return answer.append(drawn.tokens[-1], self.stored(row.logq), drawn.cumw[-1] - answer.cumw[-1])
+
+
+class EarlyRejectionWithoutLengths(ReferenceChain):
+    """Compares running sums alone while the proposal is open; a shorter answer's log n/n' comes too late."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return proposal.cumw[-1] < theta + self.log_n[len(answer)]
+
+
+class EarlyRejectionWithoutCurrentLength(ReferenceChain):
+    """theta = W + log u while the proposal is open, F + log u at its end."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return super().rejects(answer, proposal, closed, theta + self.log_n[len(answer)])
+
+
+class EarlyRejectionAtHorizonLength(ReferenceChain):
+    """Assumes that an open proposal will run to the horizon."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return proposal.cumw[-1] - self.log_n[self.law.max_new_tokens] < theta
+
+
+class SerialsRestartEachStage(ReferenceChain):
+    def steps(self, answer, horizon, count):
+        self.serial = 0
+        return super().steps(answer, horizon, count)
+
+
+class FirstProposalSharesExtensionSerial(ReferenceChain):
+    def propose(self, answer, horizon, serial):
+        return super().propose(answer, horizon, serial - 1)
+
+
+class ProposalCappedAtCurrentLength(ReferenceChain):
+    def propose(self, answer, horizon, serial):
+        return super().propose(answer, len(answer), serial)
+
+
+class KeepTestUsesP(ReferenceChain):
+    def walk(self, answer, start, serial):
+        for t in range(start, len(answer)):
+            z = self.next_logits(answer.tokens[:t])
+            row = token_quantities(z, answer.tokens[t], self.alpha, self.beta)
+            if self.position_uniforms(t, serial)[1] < leave_probability(row.logp):
+                return t
+        return len(answer)
+
+
+class AcceptanceSharesCutUniform(ReferenceChain):
+    def step_uniforms(self, serial):
+        cut, _ = super().step_uniforms(serial)
+        return cut, cut
+
+
+class TokenSharesKeepUniform(ReferenceChain):
+    def position_uniforms(self, position, serial):
+        token, _ = super().position_uniforms(position, serial)
+        return token, token
+
+
+class CutMissesLastPosition(ReferenceChain):
+    def cut(self, answer, u):
+        return int(u * max(len(answer) - 1, 1))
+
+
+# Not faults: the law is the same.
+
+
+class EarlyRejectionWithoutProposalLength(ReferenceChain):
+    """No log m while open: the same test with log 1, which rejects less."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return self.law.early_rejection and proposal.cumw[-1] < theta
+
+
+class LogOfUniform(ReferenceChain):
+    """u and 1 - u have one law; log(u) is wrong only because u can be 0."""
+
+    def threshold(self, answer, u):
+        return self.log_f(answer) + math.log(u)
+
+
+class EarlyRejectionOneTokenLate(ReferenceChain):
+    """log m instead of log (m + 1) while open. m <= n', so it rejects nothing that the last test accepts."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return self.law.early_rejection and proposal.cumw[-1] - self.log_n[len(proposal)] < theta

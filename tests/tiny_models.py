@@ -92,7 +92,7 @@ def mistral(**changes):
 
 
 def gemma2(**changes):
-    """Alternating windows, soft-capped scores and logits."""
+    """Alternating windows, soft-capped scores and logits. Eager: some releases' sdpa leaves the soft cap out."""
     return _build(
         "Gemma2",
         **{
@@ -101,6 +101,7 @@ def gemma2(**changes):
             "sliding_window": WINDOW,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 10.0,
+            "attn_implementation": "eager",
             **changes,
         },
     )
@@ -191,9 +192,32 @@ def gpt_oss():
 def llama4():
     """Chunked attention."""
     return _build(
-        "Llama4", config="{}TextConfig", num_local_experts=2, intermediate_size_mlp=32, head_dim=8, attention_chunk_size=8,
-        num_hidden_layers=4,
+        "Llama4", config="{}TextConfig", num_local_experts=2, intermediate_size_mlp=32, head_dim=8,
+        attention_chunk_size=8, num_hidden_layers=4,
     )  # fmt: skip
+
+
+def deepseek_v3():
+    """Caches compressed keys and values, attends to expanded ones."""
+    return _build(
+        "DeepseekV3", num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8,
+        v_head_dim=8, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+
+
+def phimoe():
+    """Scales its rotary embedding by the longest position of the batch, in a place of its own."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": LONGROPE_ORIGINAL,
+        "short_mscale": 1.0,
+        "long_mscale": 1.2,
+    }
+    return _build("Phimoe", rope_parameters=rope, num_local_experts=2)
 
 
 def t5():
@@ -209,5 +233,6 @@ def bloom():
 
 
 UNSUPPORTED = {
-    model.__name__: model for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, t5, bloom)
+    model.__name__: model
+    for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, deepseek_v3, t5, bloom)
 }

@@ -18,7 +18,7 @@ from power_kernels.api.engine import Sampled, UnsupportedModelError
 from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
-from power_kernels.api.engines.rope import pin_rope
+from power_kernels.api.engines.rope import check_rope, pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import ChainField, ChainState, Status
 
@@ -73,6 +73,7 @@ class HuggingFaceEngine:
         self._layout, self._windows, self.vocab_size = self._probe()
         _check_windows(self._config, self._windows)
         if self_check:
+            check_rope(model, self.device, self.dtype)
             self._self_check()
 
     # -- a run
@@ -274,7 +275,8 @@ class HuggingFaceEngine:
     def _probe(self) -> tuple[KvLayout, dict[int, int | None], int]:
         """One token through the model: the shape of each layer's KV, its window, the width of the logits."""
         layers = self._config.num_hidden_layers
-        recorder, probe = Cache(layers=[_RecorderLayer() for _ in range(layers)]), Probe()
+        recorder = Cache(layers=[_RecorderLayer() for _ in range(layers)])
+        probe = Probe(recorder.layers)
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         try:
             with self._patched(1), attached(probe), torch.inference_mode():
@@ -356,7 +358,8 @@ class HuggingFaceEngine:
         if not worst <= tolerance:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} decodes differently through the ragged cache than by itself: "
-                f"relative error {worst:.2g}, allowed {tolerance:.2g} for {self.dtype}"
+                f"relative error {worst:.2g}, allowed {tolerance:.2g} for {self.dtype}. It uses "
+                f"attn_implementation={self.model.config._attn_implementation!r}; 'eager' is the plainest"
             )
 
     def _decode_rows(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
@@ -430,6 +433,7 @@ class _RecorderLayer(RaggedLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.shape = tuple((states.shape[1], states.shape[-1]) for states in (key_states, value_states))
         self.dtype = key_states.dtype
+        self.keys, self.values = key_states, value_states
         return key_states, value_states
 
 

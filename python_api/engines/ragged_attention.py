@@ -229,8 +229,13 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Probe:
-    """Records what each layer asks for, and refuses what the views above do not compute."""
+    """Records what each layer asks for, and refuses what the views above do not compute.
 
+    layers: the cache's layers, whose `keys` and `values` are what `update` last returned. Attention must get just
+    these: the views read slabs, not what a model makes of them afterwards (DeepSeek's compressed KV, for one).
+    """
+
+    layers: list
     windows: dict[int, int | None] = field(default_factory=dict)
 
     def attend(self, module, query, keys, values, attention_mask, dropout, sliding_window, softcap, is_causal, others):
@@ -239,6 +244,8 @@ class Probe:
         reason = None
         if not isinstance(layer, int) or layer in self.windows:
             reason = f"calls attention for layer {layer!r}, not once for each layer index"
+        elif not (_same(keys, self.layers[layer].keys) and _same(values, self.layers[layer].values)):
+            reason = "attends to something else than the keys and values it caches"
         elif attention_mask is not None:
             reason = "builds an attention mask of its own"
         elif unknown:
@@ -256,6 +263,10 @@ class Probe:
         self.windows[layer] = sliding_window
         # The probe feeds one token, whose attention is its own value.
         return values.repeat_interleave(query.shape[1] // values.shape[1], dim=1).transpose(1, 2)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    return b is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def ragged_attention(

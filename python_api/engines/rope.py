@@ -7,6 +7,8 @@ choice is made once, from the run's `max_length`: the regime belongs to the call
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -37,20 +39,53 @@ def pin_rope(model: torch.nn.Module, max_length: int, patches: Patches) -> None:
     dynamic: the original frequencies; UnsupportedModelError when max_length does not fit them.
     """
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, dict):
-            changes = {key: _frequencies(module, key, value, max_length) for key, value in kind.items()}
-            fixed = dict.fromkeys(kind, "default")
-        elif kind is not None:
-            changes, fixed = {None: _frequencies(module, None, kind, max_length)}, "default"
-        else:
-            continue
+        kinds = _kinds(module)
+        changes = {key: _frequencies(module, key, kind, max_length) for key, kind in kinds.items()}
         changes = {key: value for key, value in changes.items() if value is not None}
         for layer_type, frequencies in changes.items():
             patches.add(module, f"{_prefix(layer_type)}inv_freq", frequencies)
         if changes:
             # "default" is what makes the forward pass use `inv_freq` as it stands.
-            patches.add(module, "rope_type", fixed)
+            patches.add(module, "rope_type", "default" if None in kinds else dict.fromkeys(kinds, "default"))
+
+
+def check_rope(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Hold each pinned module to what it does by itself when the longest position is the regime's longest.
+
+    Raises UnsupportedModelError for a module that looks at the batch in some way that pinning does not reach.
+    """
+    x = torch.zeros(1, 2, 1, device=device, dtype=dtype)
+    for module in model.modules():
+        for layer_type, kind in _kinds(module).items():
+            if kind in _FIXED:
+                continue
+            lengths = [_limit(module, layer_type, kind)]
+            lengths += [lengths[0] + 1] if kind == "longrope" else []
+            extra = () if layer_type is None else (layer_type,)
+            for length in lengths:
+                twin = copy.deepcopy(module)  # an unpinned call leaves its frequencies behind
+                own = twin(x, torch.tensor([[1, length - 1]], device=device), *extra)
+                patches = Patches()
+                pin_rope(module, length, patches)
+                with patches:
+                    held = module(x, torch.tensor([[1, 2]], device=device), *extra)
+                if not all(torch.allclose(a[:, 0], b[:, 0], atol=1e-2) for a, b in zip(own, held, strict=True)):
+                    raise UnsupportedModelError(
+                        f"{type(module).__name__} does not keep to fixed frequencies for positions below {length}"
+                    )
+
+
+def _kinds(module: torch.nn.Module) -> dict[str | None, str]:
+    """The scheme of each layer type (None: of all layers). Empty for a module that is not rotary."""
+    kind = getattr(module, "rope_type", None)
+    if kind is None:
+        return {}
+    return kind if isinstance(kind, dict) else {None: kind}
+
+
+def _limit(module: torch.nn.Module, layer_type: str | None, kind: str) -> int:
+    """The most positions for which the scheme uses its original frequencies."""
+    return int(module.original_max_seq_len) if kind == "dynamic" else _original_length(module, layer_type)
 
 
 def _prefix(layer_type: str | None) -> str:
@@ -69,12 +104,12 @@ def _frequencies(module: torch.nn.Module, layer_type: str | None, kind: str, max
         )
     frequencies = original
     if kind == "dynamic":
-        limit = int(module.original_max_seq_len)
+        limit = _limit(module, layer_type, kind)
         if max_length > limit:
             raise UnsupportedModelError(
                 f"dynamic rotary frequencies change beyond {limit} positions, this run needs {max_length}; "
                 "no single law holds for all of them"
             )
-    elif max_length > _original_length(module, layer_type):
+    elif max_length > _limit(module, layer_type, kind):
         frequencies = _long_frequencies(module, layer_type, current.device)
     return frequencies.to(device=current.device, dtype=current.dtype).clone()

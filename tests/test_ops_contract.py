@@ -1,0 +1,375 @@
+"""What torch may assume of every operator: schemas, fakes, compilation, preallocated outputs (DESIGN 5)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import power_kernels as pk
+from power_kernels import ops, reference
+from power_kernels.state import Status
+from tests.op_helpers import (
+    BACKENDS,
+    DTYPES,
+    NAN,
+    SEED,
+    assert_same_bits,
+    counters,
+    normal_logits,
+    per_row,
+    serving,
+    strided,
+)
+
+NAMESPACE = torch.ops.power_kernels
+LAW = pk.Law(max_new_tokens=6, block_size=3, mcmc_steps=2, final_steps=1)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with serving(request.param) as name:
+        yield name
+
+
+# ---- arguments of every operator. Each returns fresh tensors, since some operators write theirs.
+
+
+def sample_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True):
+    return (
+        normal_logits(rows, vocab, dtype, seed=vocab),
+        per_row(4.0, rows),
+        per_row(2.5, rows),
+        torch.tensor([SEED]),
+        counters(rows),
+        torch.arange(rows) - 1 if exclude else None,
+    )
+
+
+def score_arguments(rows=3, vocab=300, dtype=torch.float32):
+    return (normal_logits(rows, vocab, dtype), torch.arange(rows) % vocab, per_row(4.0, rows), per_row(2.5, rows))
+
+
+def accept_arguments(rows=3, width=7):
+    weights = -normal_logits(2 * rows, width).abs()
+    lengths = torch.arange(1, rows + 1, dtype=torch.int32)
+    return weights[:rows], weights[rows:], lengths, lengths.flip(0), per_row(-0.5, rows, torch.float64)
+
+
+def copy_arguments(dtype=torch.float32):
+    dst, src = torch.zeros(2, 3, 2, 5, 4, dtype=dtype), torch.arange(400.0).view(2, 5, 2, 5, 4).to(dtype)
+    return dst, src, torch.tensor([[0, 4, 1, 5], [2, 0, 3, 3]], dtype=torch.int32)
+
+
+def float_outputs(rows: int, entropy: bool) -> list[torch.Tensor | None]:
+    columns = [torch.full((rows,), NAN) for _ in range(4)]
+    return columns if entropy else [*columns[:3], None]
+
+
+def sample_outputs(rows=3, vocab=300, entropy=True) -> tuple:
+    workspace = torch.full((pk.workspace_size(rows, vocab),), NAN)
+    status = torch.full((rows,), -77, dtype=torch.int32)
+    return (workspace, torch.full((rows,), -77), *float_outputs(rows, entropy), status)
+
+
+def score_outputs(rows=3, vocab=300, entropy=True) -> tuple:
+    workspace, _, *columns = sample_outputs(rows, vocab, entropy)
+    return (workspace, *columns)
+
+
+def accept_outputs(rows=3) -> tuple:
+    ratio = torch.full((rows,), NAN, dtype=torch.float64)
+    return torch.zeros(rows, dtype=torch.bool), ratio, torch.full((rows,), -77, dtype=torch.int32)
+
+
+def running_state(chains=2, lanes=2) -> pk.ChainState:
+    """Chains that have been admitted and advanced once, so that their lanes wait for a token."""
+    state = pk.ChainState.allocate(chains, lanes, LAW)
+    for chain in range(chains):
+        state.admit(chain, [5, 6, 7], chain_id=chain, prompt_id=1)
+    pk.mh_advance(state, LAW, *advance_constants(), *sampled(state, Status.PENDING))
+    return state
+
+
+def advance_constants() -> tuple:
+    return torch.from_numpy(reference.log_table(LAW.max_new_tokens)), torch.tensor([SEED]), torch.tensor([0, 9])
+
+
+def sampled(state: pk.ChainState, status: Status = Status.OK) -> tuple:
+    rows = state.lane_field.shape[0]
+    token, logq = torch.arange(rows) + 1, per_row(-0.7, rows)
+    return token, logq, per_row(-0.3, rows), per_row(int(status), rows, torch.int32)
+
+
+def advance_arguments() -> tuple:
+    state = running_state()
+    constants = [getattr(LAW, name) for name in LAW.__dataclass_fields__]
+    return (*state.tensors(), *advance_constants(), *sampled(state), *constants)
+
+
+ARGUMENTS = {
+    "sample_tokens": lambda: (*sample_arguments(), True),
+    "sample_tokens_out": lambda: (*sample_arguments(), *sample_outputs()),
+    "score_tokens": lambda: (*score_arguments(), True),
+    "score_tokens_out": lambda: (*score_arguments(), *score_outputs()),
+    "mh_accept": accept_arguments,
+    "mh_accept_out": lambda: (*accept_arguments(), *accept_outputs()),
+    "mh_advance": advance_arguments,
+    "kv_copy_ranges": copy_arguments,
+}
+
+
+def call(name: str, arguments: tuple):
+    """The public function of operator `name`, with the arguments of its schema."""
+    if name == "mh_advance":
+        state, constants = arguments[: len(pk.ChainState.__dataclass_fields__)], len(pk.Law.__dataclass_fields__)
+        return pk.mh_advance(pk.ChainState(*state), LAW, *arguments[len(state) : -constants])
+    if name in ("sample_tokens", "score_tokens"):
+        return getattr(pk, name)(*arguments[:-1], return_entropy=arguments[-1])
+    return getattr(pk, name)(*arguments)
+
+
+OTHER_ARGUMENTS = {
+    "no exclusion, no entropy": ("sample_tokens", lambda: (*sample_arguments(exclude=False), False)),
+    "no exclusion, no entropy, out": (
+        "sample_tokens_out",
+        lambda: (*sample_arguments(exclude=False), *sample_outputs(entropy=False)),
+    ),
+    "one row of one entry": ("sample_tokens", lambda: (*sample_arguments(1, 1), True)),
+    "no rows": ("sample_tokens", lambda: (*sample_arguments(0), True)),
+    "bfloat16": ("sample_tokens", lambda: (*sample_arguments(dtype=torch.bfloat16), True)),
+    "strided rows": ("score_tokens", lambda: (strided(score_arguments()[0]), *score_arguments()[1:], True)),
+    "score, no entropy": ("score_tokens", lambda: (*score_arguments(), False)),
+    "score, no rows": ("score_tokens", lambda: (*score_arguments(0), True)),
+    "no answers": ("mh_accept", lambda: accept_arguments(0)),
+    "bfloat16 slabs": ("kv_copy_ranges", lambda: copy_arguments(torch.bfloat16)),
+}
+
+
+def test_every_operator_of_the_namespace_is_tested_here():
+    assert set(ARGUMENTS) == set(ops.SCHEMAS)
+
+
+def test_what_writes_its_arguments_returns_nothing_and_what_returns_writes_nothing():
+    for name in ops.SCHEMAS:
+        schema = getattr(NAMESPACE, name).default._schema
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+        assert writes == (len(schema.returns) == 0), name
+        assert writes == (name in ops.KERNELS), name
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_operators_pass_opcheck(name):
+    torch.library.opcheck(getattr(NAMESPACE, name).default, ARGUMENTS[name]())
+
+
+@pytest.mark.parametrize("case", OTHER_ARGUMENTS)
+def test_operators_pass_opcheck_with_other_arguments(case):
+    name, arguments = OTHER_ARGUMENTS[case]
+    torch.library.opcheck(getattr(NAMESPACE, name).default, arguments())
+
+
+# ---- fakes
+
+
+@pytest.mark.parametrize("name", ["sample_tokens", "score_tokens", "mh_accept"])
+def test_fakes_promise_the_shapes_dtypes_and_strides_that_come(backend, name):
+    arguments = ARGUMENTS[name]()
+    real = getattr(NAMESPACE, name)(*arguments)
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    promised = getattr(NAMESPACE, name)(*on_meta)
+    assert len(real) == len(promised)
+    for got, fake in zip(real, promised, strict=True):
+        assert fake.device.type == "meta"
+        assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+def test_public_functions_take_tensors_without_data():
+    logits, *rest = (a.to("meta") for a in sample_arguments())
+    out = pk.sample_tokens(logits, *rest, return_entropy=True)
+    assert [c.shape for c in out] == [(3,)] * 6
+    assert out.token.dtype == torch.int64
+    assert pk.sample_tokens(logits, *rest).entropy is None
+    assert pk.score_tokens(*(a.to("meta") for a in score_arguments())).logp.shape == (3,)
+    assert pk.mh_accept(*(a.to("meta") for a in accept_arguments())).accept.dtype == torch.bool
+    assert pk.kv_copy_ranges(*(a.to("meta") for a in copy_arguments())) is None
+
+
+def test_shapes_may_be_symbolic():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(a) for a in sample_arguments(5)]
+    with mode:
+        out = NAMESPACE.sample_tokens(*fakes, True)
+    assert all(column.shape == fakes[0].shape[:1] for column in out)
+
+
+# ---- preallocated outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_sample_tokens_out_writes_what_sample_tokens_returns(backend, dtype, entropy):
+    rows, vocab = 3, 2100
+    arguments = sample_arguments(rows, vocab, dtype)
+    workspace, *columns = sample_outputs(rows, vocab, entropy)
+    assert pk.sample_tokens_out(*arguments, workspace, *columns) is None
+    assert_same_bits(pk.sample_tokens(*arguments, return_entropy=entropy), columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_score_tokens_out_writes_what_score_tokens_returns(backend, dtype, entropy):
+    arguments = score_arguments(3, 2100, dtype)
+    workspace, *columns = score_outputs(3, 2100, entropy)
+    assert pk.score_tokens_out(*arguments, workspace, *columns) is None
+    assert_same_bits(pk.score_tokens(*arguments, return_entropy=entropy), columns)
+
+
+def test_mh_accept_out_writes_what_mh_accept_returns(backend):
+    columns = accept_outputs()
+    assert pk.mh_accept_out(*accept_arguments(), *columns) is None
+    assert_same_bits(pk.mh_accept(*accept_arguments()), columns)
+
+
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "mh_advance"])
+def test_arguments_that_are_not_outputs_are_left_as_they_were(backend, name):
+    arguments = ARGUMENTS[name]()
+    before = [a.clone() if isinstance(a, torch.Tensor) else None for a in arguments]
+    call(name, arguments)
+    schema = getattr(NAMESPACE, name).default._schema
+    for declared, old, new in zip(schema.arguments, before, arguments, strict=True):
+        if old is not None and not (declared.alias_info and declared.alias_info.is_write):
+            assert_same_bits([old], [new])
+
+
+# tiles of 256 and of 2048: one entry, one tile of either and one entry more, several
+@pytest.mark.parametrize("vocab", [1, 256, 257, 2048, 2049, 4500])
+def test_a_workspace_of_exactly_the_promised_size_is_enough_and_its_contents_do_not_matter(backend, vocab):
+    rows = 2
+    size = pk.workspace_size(rows, vocab)
+    assert size == rows * 4 * -(-vocab // 256)
+    results = []
+    for fill in (NAN, float("inf"), 0.0):
+        guarded = torch.full((size + 64,), fill)
+        guarded[size:] = 1234.5
+        _, *columns = sample_outputs(rows, vocab)
+        pk.sample_tokens_out(*sample_arguments(rows, vocab), guarded[:size], *columns)
+        _, *scored = score_outputs(rows, vocab)
+        pk.score_tokens_out(*score_arguments(rows, vocab), guarded[:size], *scored)
+        assert (guarded[size:] == 1234.5).all(), "written past its end"
+        results.append([*columns, *scored])
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def test_a_larger_workspace_at_an_odd_offset_serves_as_well(backend):
+    rows, vocab = 3, 2100
+    arguments = sample_arguments(rows, vocab)
+    _, *columns = sample_outputs(rows, vocab)
+    workspace = torch.full((2 * pk.workspace_size(rows, vocab) + 1,), NAN)[1:]  # 4-byte aligned, no more
+    pk.sample_tokens_out(*arguments, workspace, *columns)
+    assert_same_bits(pk.sample_tokens(*arguments, return_entropy=True), columns)
+
+
+def test_one_workspace_serves_batches_of_every_size_in_turn(backend):
+    workspace = torch.full((pk.workspace_size(4, 2100),), NAN)
+    for rows, vocab in ((4, 2100), (1, 2100), (3, 300), (0, 300), (4, 2100)):
+        arguments = sample_arguments(rows, vocab)
+        _, *columns = sample_outputs(rows, vocab)
+        pk.sample_tokens_out(*arguments, workspace, *columns)
+        assert_same_bits(pk.sample_tokens(*arguments, return_entropy=True), columns)
+
+
+# ---- compilation
+
+
+def whole_step(logits, alpha, beta, seed, counter, exclude, cur, prop, n_cur, n_prop, log_u, dst, src, ranges):
+    drawn = pk.sample_tokens(logits, alpha, beta, seed, counter, exclude, return_entropy=True)
+    scored = pk.score_tokens(logits, drawn.token, alpha, beta)
+    verdict = pk.mh_accept(cur, prop, n_cur, n_prop, log_u)
+    pk.kv_copy_ranges(dst, src, ranges)
+    return drawn.token, drawn.weight, drawn.entropy, scored.logp, verdict.accept
+
+
+def between_others(logits, *rest):
+    *outputs, accept = whole_step(logits + 1.0, *rest)
+    return *(column + 1 for column in outputs), ~accept, rest[-3].sum()  # the slab after the copy
+
+
+# inductor runs `whole_step` alone: between other operations it would wait for a C++ compiler
+@pytest.mark.parametrize(
+    ("function", "compiler", "dynamic"),
+    [(between_others, "aot_eager", False), (between_others, "aot_eager", True), (whole_step, "inductor", False)],
+)
+def test_operators_compile_into_one_graph_and_give_the_same_bits(function, compiler, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for rows in (3, 5) if dynamic else (3,):
+        eager, once = ((*sample_arguments(rows), *accept_arguments(rows), *copy_arguments()) for _ in range(2))
+        want = function(*eager)
+        assert_same_bits(compiled(*once), want)
+        assert torch.equal(once[-3], eager[-3]), "the copy was lost"
+
+
+def into_outputs(arguments, outputs):
+    pk.sample_tokens_out(*arguments, *outputs)
+    return outputs[1] + 1
+
+
+def test_the_out_forms_compile_into_one_graph_and_keep_their_writes():
+    torch._dynamo.reset()
+    compiled = torch.compile(into_outputs, fullgraph=True, backend="aot_eager")
+    eager, once = sample_outputs(), sample_outputs()
+    want = into_outputs(sample_arguments(), eager)
+    assert torch.equal(compiled(sample_arguments(), once), want)
+    assert_same_bits(once[1:], eager[1:])
+
+
+def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():
+    def advance(tensors, log_n, seed, eos, *drawn):
+        pk.mh_advance(pk.ChainState(*tensors), LAW, log_n, seed, eos, *drawn)
+
+    torch._dynamo.reset()
+    eager, once = running_state(), running_state()
+    advance(eager.tensors(), *advance_constants(), *sampled(eager))
+    torch.compile(advance, fullgraph=True, backend="aot_eager")(once.tensors(), *advance_constants(), *sampled(once))
+    assert_same_bits(once.tensors(), eager.tensors())
+    assert not torch.equal(once.position, running_state().position), "nothing was advanced"
+
+
+# ---- dispatch
+
+
+def test_the_backend_of_a_device_and_of_a_block(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", None)
+    assert pk.backend_for("cuda") == "triton"
+    assert pk.backend_for("meta") == "reference"
+    assert pk.backend_for("cpu") == ("reference" if ops.EXTENSION_MISSING else "cpp")
+    with pk.use_backend("reference"):
+        assert pk.backend_for("cuda") == "reference"
+        with pk.use_backend("triton"):
+            assert pk.backend_for("cpu") == "triton"
+        assert pk.backend_for("cpu") == "reference"
+    assert ops._chosen is None
+
+
+def test_a_block_ends_its_backend_even_when_it_raises(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", None)
+    with pytest.raises(ZeroDivisionError), pk.use_backend("reference"):
+        1 / 0  # noqa: B018
+    assert ops._chosen is None
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_backend_that_is_asked_for_is_the_one_that_runs(monkeypatch, name):
+    ran = []
+    kernel = name if name in ops.KERNELS else name + "_out"
+    original = getattr(ops.reference_ops, kernel)
+    monkeypatch.setattr(ops.reference_ops, kernel, lambda *args: (ran.append(kernel), original(*args))[1])
+    arguments = ARGUMENTS[name]()
+    with pk.use_backend("reference"):
+        call(name, arguments)
+    assert ran == [kernel]

@@ -1,0 +1,395 @@
+"""Every bad argument of every operator raises a typed error that names it, its value and what is allowed."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import power_kernels as pk
+from power_kernels import ops
+from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
+from tests.op_helpers import BACKENDS, INF, NAN, serving
+from tests.test_ops_contract import (
+    LAW,
+    accept_arguments,
+    accept_outputs,
+    advance_constants,
+    copy_arguments,
+    running_state,
+    sample_arguments,
+    sample_outputs,
+    sampled,
+    score_arguments,
+    score_outputs,
+)
+
+ROWS, VOCAB = 3, 300
+FLOAT, INT, LONG, DOUBLE = torch.float32, torch.int32, torch.int64, torch.float64
+
+# ---- every operator's arguments by name: dtype (or dtypes) and shape, None where any size will do
+
+SAMPLE = {
+    "logits": (ops.LOGIT_DTYPES, (None, None)),
+    "alpha": (FLOAT, (ROWS,)),
+    "beta": (FLOAT, (ROWS,)),
+    "seed": (LONG, (1,)),
+    "counter": (INT, (ROWS, 4)),
+    "exclude": (LONG, (ROWS,)),
+}
+SCORE = {name: SAMPLE[name] for name in ("logits", "alpha", "beta")} | {"tokens": (LONG, (ROWS,))}
+FLOATS = dict.fromkeys(("logp", "logq", "weight", "entropy"), (FLOAT, (ROWS,)))
+ROW_OUTPUTS = {"workspace": (FLOAT, (None,)), **FLOATS, "status": (INT, (ROWS,))}
+ACCEPT = {
+    "weights_cur": (FLOAT, (None, None)),
+    "weights_prop": (FLOAT, (ROWS, None)),
+    "len_cur": (INT, (ROWS,)),
+    "len_prop": (INT, (ROWS,)),
+    "log_u": (DOUBLE, (ROWS,)),
+}
+ACCEPT_OUTPUTS = {"accept": (torch.bool, (ROWS,)), "log_ratio": (DOUBLE, (ROWS,)), "status": (INT, (ROWS,))}
+COPY = {
+    "dst": (None, (None,) * 5),
+    "src": (FLOAT, (2, None, 2, None, 4)),
+    "ranges": (INT, (None, 4)),
+}
+LANES, WIDTH = 4, LAW.max_new_tokens + 1  # 2 chains of 2 lanes
+STATE = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in vars(running_state()).items()}
+ADVANCE = {
+    "log_n": (DOUBLE, (LAW.max_new_tokens + 2,)),
+    "seed": (LONG, (1,)),
+    "eos": (LONG, (None,)),
+    "sampled_token": (LONG, (LANES,)),
+    "sampled_logq": (FLOAT, (LANES,)),
+    "sampled_weight": (FLOAT, (LANES,)),
+    "sampled_status": (INT, (LANES,)),
+}
+SPECIFICATIONS = {
+    "sample_tokens": SAMPLE,
+    "sample_tokens_out": SAMPLE | ROW_OUTPUTS | {"token": (LONG, (ROWS,))},
+    "score_tokens": SCORE,
+    "score_tokens_out": SCORE | ROW_OUTPUTS,
+    "mh_accept": ACCEPT,
+    "mh_accept_out": ACCEPT | ACCEPT_OUTPUTS,
+    "kv_copy_ranges": COPY,
+    "mh_advance": STATE | ADVANCE,
+}
+FIRST = {"logits", "weights_cur", "dst", "field"}  # the argument that the others must agree with
+MATRICES = {"logits", "weights_cur", "weights_prop", "dst", "src"}  # only their inner stride is asked for
+
+
+def arguments_of(name: str) -> dict[str, torch.Tensor]:
+    def named(names, values):
+        return dict(zip(names, values, strict=True))
+
+    sample = named(("logits", "alpha", "beta", "seed", "counter", "exclude"), sample_arguments(ROWS, VOCAB))
+    score = named(("logits", "tokens", "alpha", "beta"), score_arguments(ROWS, VOCAB))
+    outputs = ("workspace", "token", *FLOATS, "status")
+    match name:
+        case "sample_tokens":
+            return sample
+        case "sample_tokens_out":
+            return sample | named(outputs, sample_outputs(ROWS, VOCAB))
+        case "score_tokens":
+            return score
+        case "score_tokens_out":
+            return score | named(ROW_OUTPUTS, score_outputs(ROWS, VOCAB))
+        case "mh_accept":
+            return named(ACCEPT, accept_arguments(ROWS))
+        case "mh_accept_out":
+            return named(ACCEPT, accept_arguments(ROWS)) | named(ACCEPT_OUTPUTS, accept_outputs(ROWS))
+        case "kv_copy_ranges":
+            return named(COPY, copy_arguments())
+        case "mh_advance":
+            state = running_state()
+            return vars(state) | named(ADVANCE, (*advance_constants(), *sampled(state)))
+
+
+def call(name: str, arguments: dict) -> object:
+    if name == "mh_advance":
+        state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
+        return pk.mh_advance(state, LAW, **{k: v for k, v in arguments.items() if k not in STATE})
+    return getattr(pk, name)(**arguments)
+
+
+def assert_refused(name: str, changes: dict, error: type, *fragments: str) -> None:
+    """The call raises exactly `error`, says each fragment (a regular expression), and has written nothing."""
+    arguments = arguments_of(name)
+    arguments.update(changes)
+    kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    with pytest.raises(error) as caught:
+        call(name, arguments)
+    assert type(caught.value) is error
+    for fragment in fragments:
+        assert re.search(fragment, str(caught.value)), f"{fragment!r} is not in {str(caught.value)!r}"
+    for argument, before in kept.items():
+        assert torch.equal(before.nan_to_num(), arguments[argument].nan_to_num()), argument
+
+
+def cases(keep=lambda name, argument: True):
+    found = [(n, a) for n, specification in SPECIFICATIONS.items() for a in specification if keep(n, a)]
+    return pytest.mark.parametrize(("name", "argument"), found)
+
+
+def dtype_of(name: str, argument: str) -> torch.dtype:
+    return arguments_of(name)[argument].dtype
+
+
+def test_the_tables_name_every_argument():
+    for name in SPECIFICATIONS:
+        assert set(SPECIFICATIONS[name]) == set(arguments_of(name))
+        call(name, arguments_of(name))  # and the unchanged call is accepted
+    assert set(ops.SCHEMAS) == set(SPECIFICATIONS)
+
+
+# ---- Python types, dtypes, devices, layouts
+
+
+@cases()
+def test_what_is_not_a_tensor_is_refused_by_name_and_type(name, argument):
+    tensor = arguments_of(name)[argument]
+    for value in (tensor.tolist(), 4.0, "text", tensor.numpy()):
+        fragments = (rf"\b{argument}\b", type(value).__name__, r"torch\.Tensor")
+        assert_refused(name, {argument: value}, ArgumentTypeError, *fragments)
+    if argument not in ("exclude", "entropy"):  # the two that may be left out
+        assert_refused(name, {argument: None}, ArgumentTypeError, rf"\b{argument}\b", "NoneType", r"torch\.Tensor")
+
+
+@cases(lambda name, argument: SPECIFICATIONS[name][argument][0] is not None)
+def test_a_wrong_dtype_is_refused_with_those_allowed(name, argument):
+    allowed = SPECIFICATIONS[name][argument][0]
+    allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+    tensor = arguments_of(name)[argument]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool):
+        if dtype not in allowed:
+            fragments = (rf"\b{argument}\b", re.escape(str(dtype)) + r"\b", *(re.escape(str(a)) for a in allowed))
+            assert_refused(name, {argument: tensor.to(dtype)}, ArgumentTypeError, *fragments)
+
+
+@cases()
+def test_a_tensor_on_another_device_is_refused_with_both_devices(name, argument):
+    changed = {argument: arguments_of(name)[argument].to("meta")}
+    blamed = r"^\w+ is on cpu; it must be on meta" if argument in FIRST else rf"^{argument} is on meta; .* on cpu"
+    assert_refused(name, changed, ArgumentTypeError, blamed)
+
+
+@cases()
+def test_a_sparse_tensor_is_refused(name, argument):
+    tensor = arguments_of(name)[argument]
+    changed = {argument: tensor.to_sparse()}
+    fragments = (rf"\b{argument}\b", r"torch\.sparse_coo", r"torch\.strided")
+    with pytest.raises(ArgumentTypeError) as caught:
+        call(name, arguments_of(name) | changed)
+    assert all(re.search(f, str(caught.value)) for f in fragments), str(caught.value)
+
+
+# ---- shapes and strides
+
+
+@cases()
+def test_a_wrong_number_of_dimensions_is_refused_with_the_shape_wanted(name, argument):
+    tensor = arguments_of(name)[argument]
+    for value in (tensor.unsqueeze(0), tensor[0].clone(), tensor.flatten()[0].clone()):
+        fragments = (rf"^{argument}\b", re.escape(str(list(value.shape))), r"must be \[")
+        assert_refused(name, {argument: value}, ArgumentError, *fragments)
+
+
+FIXED = [
+    (name, argument, i)
+    for name, specification in SPECIFICATIONS.items()
+    for argument, (_, shape) in specification.items()
+    for i, size in enumerate(shape)
+    if size is not None and not (argument == "field" and i == 0)
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "dimension"), FIXED)
+def test_a_size_that_does_not_match_is_refused_with_the_shape_wanted(name, argument, dimension):
+    tensor = arguments_of(name)[argument]
+    for index in (list(range(tensor.shape[dimension] - 1)), [*range(tensor.shape[dimension]), 0]):
+        value = tensor.index_select(dimension, torch.tensor(index, dtype=torch.int64))
+        fragments = (re.escape(str(list(value.shape))), rf"must be \[.*{tensor.shape[dimension]}.*\]")
+        if name == "mh_advance" and argument == "lane_field" and dimension == 0:
+            fragments = (r"^state has [35] lanes for 2 chains",)  # it is what tells the number of lanes
+        else:
+            fragments = (rf"^{argument}\b", *fragments)
+        assert_refused(name, {argument: value}, ArgumentError, *fragments)
+
+
+@cases(lambda name, argument: argument not in MATRICES)
+def test_a_vector_with_gaps_is_refused_with_its_strides(name, argument):
+    tensor = arguments_of(name)[argument]
+    if tensor.numel() < 2:
+        return
+    value = tensor.repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(value.nan_to_num(), tensor.nan_to_num())
+    fragments = (rf"^{argument}\b", re.escape(str(list(value.stride()))), "contiguous")
+    assert_refused(name, {argument: value}, ArgumentError, *fragments)
+
+
+@cases(lambda name, argument: argument in MATRICES)
+def test_an_inner_stride_that_is_not_one_is_refused_with_its_value(name, argument):
+    tensor = arguments_of(name)[argument]
+    for value, stride in (
+        (tensor.repeat_interleave(2, -1)[..., ::2], 2),
+        (tensor.transpose(-1, -2).contiguous().transpose(-1, -2), tensor.shape[-2]),
+        (tensor[..., :1].expand(tensor.shape), 0),
+    ):
+        fragments = (rf"^{argument}\b", rf"inner stride {stride}\b", "must be 1")
+        assert_refused(name, {argument: value}, ArgumentError, *fragments)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("name", ["sample_tokens", "sample_tokens_out", "score_tokens", "score_tokens_out"])
+def test_an_empty_vocabulary_is_refused(name):
+    changed = {"logits": torch.empty(ROWS, 0)}
+    assert_refused(name, changed, ArgumentError, "^logits", r"empty vocabulary|\[3, 0\]", "at least 1")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, -0.0, -1.0, -1e-45])
+@pytest.mark.parametrize("argument", ["alpha", "beta"])
+@pytest.mark.parametrize("name", ["sample_tokens", "sample_tokens_out", "score_tokens", "score_tokens_out"])
+def test_exponents_that_are_not_finite_and_positive_are_refused_by_row(name, argument, value):
+    exponents = torch.full((ROWS,), 4.0)
+    exponents[1:] = value
+    shown = re.escape(str(exponents[1].item()))
+    fragments = (rf"^{argument}\[1\] is {shown}\b", "finite and positive")
+    assert_refused(name, {argument: exponents}, ArgumentError, *fragments)
+
+
+@pytest.mark.parametrize("name", ["sample_tokens_out", "score_tokens_out"])
+def test_a_workspace_that_is_too_small_is_refused_with_the_size_needed(name):
+    need = pk.workspace_size(ROWS, VOCAB)
+    for size in (need - 1, 0):
+        fragments = (rf"^workspace has {size} elements", rf"at least {need}\b")
+        assert_refused(name, {"workspace": torch.empty(size)}, ArgumentError, *fragments)
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1, 0.0, torch.tensor(True)])
+@pytest.mark.parametrize("name", ["sample_tokens", "score_tokens"])
+def test_return_entropy_must_be_a_bool(name, value):
+    fragments = ("^return_entropy", type(value).__name__, "bool")
+    assert_refused(name, {"return_entropy": value}, ArgumentTypeError, *fragments)
+
+
+# dst has 3 rows and 5 positions, src has 5 rows
+OUTSIDE = [
+    [-1, 0, 0, 1],
+    [3, 0, 0, 1],
+    [0, -1, 0, 1],
+    [0, 5, 0, 1],
+    [0, 0, -1, 1],
+    [0, 0, 0, 6],
+    [0, 0, 5, 6],
+    [0, 0, -(2**31), 2**31 - 1],
+    [2**31 - 1, 0, 0, 1],
+    [-(2**31), 0, 0, 1],
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", OUTSIDE)
+def test_a_range_outside_the_slabs_is_refused_before_anything_is_copied(backend, bad):
+    ranges = torch.tensor([[0, 0, 0, 5], bad], dtype=torch.int32)
+    fragments = (r"^ranges\[1\] is " + re.escape(str(bad)), r"\[0, 3\)", r"\[0, 5\)", r"positions in \[0, 5\]")
+    with serving(backend):
+        assert_refused("kv_copy_ranges", {"ranges": ranges}, ArgumentError, *fragments)
+
+
+def test_positions_are_limited_by_the_shorter_slab():
+    for dst_positions, src_positions in ((5, 7), (7, 5)):
+        dst, src = torch.zeros(2, 3, 2, dst_positions, 4), torch.zeros(2, 3, 2, src_positions, 4)
+        with pytest.raises(ArgumentError, match=re.escape("positions in [0, 5]")):
+            pk.kv_copy_ranges(dst, src, torch.tensor([[0, 0, 0, 6]], dtype=torch.int32))
+
+
+def test_slabs_of_different_dtypes_are_refused_with_both():
+    changed = {"dst": torch.zeros(2, 3, 2, 5, 4, dtype=torch.float16)}
+    assert_refused("kv_copy_ranges", changed, ArgumentTypeError, "^src", "float32", "allowed: torch.float16")
+
+
+@pytest.mark.parametrize("dimension", [0, 2, 4])
+def test_slabs_that_differ_in_layers_heads_or_width_are_refused(dimension):
+    shape = [2, 3, 2, 5, 4]
+    shape[dimension] += 1
+    fragments = ("^src", re.escape(str([2, 5, 2, 5, 4])), rf"must be \[.*{shape[dimension]}.*\]")
+    assert_refused("kv_copy_ranges", {"dst": torch.zeros(shape)}, ArgumentError, *fragments)
+
+
+# ---- mh_advance as a whole
+
+
+def test_a_state_without_chains_is_refused():
+    state = running_state().first(0)
+    with pytest.raises(ArgumentError, match="state has 0 lanes for 0 chains"):
+        pk.mh_advance(state, LAW, *advance_constants(), *sampled(state))
+
+
+def test_a_state_of_another_law_is_refused_by_its_first_tensor_that_differs():
+    state = running_state()
+    longer = pk.Law(**{**vars(LAW), "max_new_tokens": LAW.max_new_tokens + 1})
+    with pytest.raises(ArgumentError, match=r"^token has shape \[2, 7\]; it must be \[2, 8\]"):
+        pk.mh_advance(state, longer, *advance_constants(), *sampled(state))
+    more_steps = pk.Law(**{**vars(LAW), "mcmc_steps": LAW.mcmc_steps + 1})
+    with pytest.raises(ArgumentError, match=r"^outcome has shape"):
+        pk.mh_advance(state, more_steps, *advance_constants(), *sampled(state))
+
+
+@pytest.mark.parametrize("value", [None, (), torch.zeros(2, 16), {"field": 1}])
+def test_a_state_or_law_of_another_type_is_refused(value):
+    state = running_state()
+    rest = (*advance_constants(), *sampled(state))
+    kind = type(value).__name__
+    with pytest.raises(ArgumentTypeError, match=f"^state is a {kind}; it must be a ChainState"):
+        pk.mh_advance(value, LAW, *rest)
+    with pytest.raises(ArgumentTypeError, match=f"^law is a {kind}; it must be a Law"):
+        pk.mh_advance(state, value, *rest)
+
+
+# ---- the errors themselves, and backends that cannot run
+
+
+def test_argument_errors_are_value_and_type_errors():
+    assert issubclass(ArgumentError, ValueError)
+    assert issubclass(ArgumentTypeError, ArgumentError)
+    assert issubclass(ArgumentTypeError, TypeError)
+    assert issubclass(BackendError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "CPP", None, 3])
+def test_an_unknown_backend_is_refused_with_those_that_exist(name):
+    with pytest.raises(ArgumentError) as caught, pk.use_backend(name):
+        pass
+    assert repr(name) in str(caught.value)
+    assert all(known in str(caught.value) for known in BACKENDS)
+
+
+def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(ops, "EXTENSION_MISSING", "no compiler was found")
+    with pytest.raises(BackendError, match="'cpp' cannot run: no compiler was found"), pk.use_backend("cpp"):
+        pass
+    monkeypatch.setitem(sys.modules, "power_kernels.triton.sampling", None)
+    with pytest.raises(BackendError, match="triton"), pk.use_backend("triton"):
+        pass
+
+
+def test_triton_on_cpu_tensors_outside_its_interpreter_is_refused(monkeypatch):
+    with serving("triton"):
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(BackendError, match=r"triton.*CPU.*TRITON_INTERPRET=1"):
+            pk.mh_accept(*accept_arguments())
+
+
+def test_cpp_on_tensors_of_another_device_is_refused():
+    with serving("cpp"), pytest.raises(BackendError, match=r"'cpp'.*CPU.*meta"):
+        pk.kv_copy_ranges(*(a.to("meta") for a in copy_arguments()))
+
+
+def test_numbers_from_numpy_are_no_tensors():
+    with pytest.raises(ArgumentTypeError, match=r"^log_u is a ndarray; it must be a torch\.Tensor"):
+        pk.mh_accept(*accept_arguments()[:4], np.zeros(ROWS))

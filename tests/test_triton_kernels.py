@@ -16,8 +16,8 @@ from power_kernels import reference as ref  # noqa: E402
 from power_kernels import reference_ops, rng  # noqa: E402
 from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
 from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
-from power_kernels.triton import rng as triton_rng  # noqa: E402
 from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
+from power_kernels.triton import rng as triton_rng  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -104,7 +104,8 @@ def check_sample(logits, alpha, beta, counter, exclude=None, tolerance=2e-6):
             continue
         z = logits[i].double().cpu().numpy()
         if token != int(want["token"][i]):
-            assert boundary_distance(logits[i], betas[i], u[i], -1 if exclude is None else int(exclude[i]), token) < 1e-6
+            left_out = -1 if exclude is None else int(exclude[i])
+            assert boundary_distance(logits[i], betas[i], u[i], left_out, token) < 1e-6
         q = ref.token_quantities(z, token, float(np.float32(alphas[i])), float(np.float32(betas[i])))
         for key, value in (("logp", q.logp), ("logq", q.logq), ("weight", q.weight), ("entropy", ref.entropy(z))):
             bound = tolerance * max(abs(value), 1.0) * (max(alphas[i], betas[i]) if key == "weight" else 1.0)
@@ -136,9 +137,7 @@ def philox(counter: np.ndarray, seed: int):
     words = torch.zeros(rows, 4, dtype=torch.int32, device=DEVICE)
     uniforms = torch.zeros(rows, 2, dtype=torch.float64, device=DEVICE)
     signed = seed - 2**64 if seed >= 2**63 else seed
-    _philox_probe[(1,)](
-        on(torch.from_numpy(counter.view(np.int32))), on([signed], torch.int64), words, uniforms, rows
-    )
+    _philox_probe[(1,)](on(torch.from_numpy(counter.view(np.int32))), on([signed], torch.int64), words, uniforms, rows)
     return words.cpu().numpy().view(np.uint32), uniforms.cpu().numpy()
 
 
@@ -395,9 +394,7 @@ def accept(module, w_cur, w_prop, n_cur, n_prop, log_u):
         empty(rows, torch.float64),
         empty(rows, torch.int32),
     )
-    module.mh_accept_out(
-        w_cur, w_prop, on(n_cur, torch.int32), on(n_prop, torch.int32), on(log_u, torch.float64), *out
-    )
+    module.mh_accept_out(w_cur, w_prop, on(n_cur, torch.int32), on(n_prop, torch.int32), on(log_u, torch.float64), *out)
     return [o.cpu() for o in out]
 
 
@@ -442,7 +439,8 @@ def test_a_bad_answer_is_reported_and_never_accepted():
     for cur, prop in ((w, torch.zeros_like(w)), (torch.zeros_like(w), w), (w, w)):
         got = check_accept(cur, prop, n if cur is w else [4] * 9, n if prop is w else [4] * 9, log_u)
         assert not got[0][[1, 2, 3, 4, 5]].any()
-    got = check_accept(torch.zeros(3, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE), [1] * 3, [2] * 3, [NAN, INF, -1.0])
+    zeros = torch.zeros(3, 2, device=DEVICE)
+    got = check_accept(zeros, zeros, [1] * 3, [2] * 3, [NAN, INF, -1.0])
     assert got[2].tolist() == [Status.NAN, Status.POS_INF, Status.OK]
 
 
@@ -472,20 +470,20 @@ def random_samples(state: ChainState, g: torch.Generator, eos: int, hostile: flo
     return tuple(t.to(DEVICE) for t in (token, logq, weight, status))
 
 
-LAWS = [
-    Law(24, 8, 3),
-    Law(24, 8, 3, final_steps=3),
-    Law(20, 6, 2, early_rejection=False),
-    Law(20, 6, 2, final_steps=2, free_prefix=False),
-    Law(24, 8, 3, karan_du=True, early_rejection=False),
-    Law(150, 150, 6),  # more than one block of positions to walk and to commit
-    Law(5, 1, 0, final_steps=4),  # stages without a step
+CASES = [  # law, lanes, positions a block
+    (Law(12, 4, 3), 1, 128),
+    (Law(12, 4, 3, final_steps=3), 3, 128),  # lanes that are no power of two
+    (Law(12, 4, 6), 8, 4),  # several blocks to walk and to commit; more lanes than steps
+    (Law(10, 6, 3, early_rejection=False), 4, 128),  # a last stage shorter than the others; closed lanes wait
+    (Law(8, 8, 5, final_steps=2, free_prefix=False), 3, 4),
+    (Law(12, 4, 3, karan_du=True, early_rejection=False), 2, 128),
+    (Law(5, 1, 0, final_steps=6), 2, 128),  # stages without a step
 ]
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 8])
-@pytest.mark.parametrize("law", LAWS)
-def test_advancing_a_chain_is_identical_with_the_reference(law, lanes):
+@pytest.mark.parametrize(("law", "lanes", "block"), CASES)
+def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, monkeypatch):
+    monkeypatch.setitem(chain.ADVANCE, "BLOCK", block)
     chains, base, eos = 2, 7, 49
     g = torch.Generator().manual_seed(lanes)
     ours, theirs = (ChainState.allocate(chains, lanes, law, DEVICE) for _ in range(2))
@@ -495,8 +493,8 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes):
         for c in range(chains):
             state.admit(c, [3] * (base + c), chain_id=5 + c, prompt_id=MAX_PROMPT_ID - c)
     accepted = voided = finished = 0
-    for step in range(2 * law.max_new_tokens + 40):
-        sampled = random_samples(theirs, g, eos, hostile=0.002)
+    for step in range(34):
+        sampled = random_samples(theirs, g, eos, hostile=0.01)
         before = theirs.lane_field.clone()
         chain.mh_advance(*ours.tensors(), *common, *sampled, *constants)
         reference_ops.mh_advance(*theirs.tensors(), *common, *sampled, *constants)
@@ -515,6 +513,86 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes):
                 finished += 1
                 for state in (ours, theirs):
                     state.admit(c, [2, 11], chain_id=step, prompt_id=3)
-    assert accepted >= 5
+    assert accepted >= 4
     assert finished >= 1
-    assert lanes == 1 or law.mcmc_steps == 0 or voided >= 3
+    assert lanes == 1 or voided >= 1
+
+
+# ---- KV copies
+
+
+def make_slab(shape, dtype, seed, pad=0):
+    """Random bytes, of which no NaN would survive a comparison by value: compare as bytes."""
+    g = torch.Generator().manual_seed(seed)
+    *outer, d = shape
+    raw = torch.randint(0, 256, (*outer, (d + pad) * dtype.itemsize), generator=g, dtype=torch.uint8)
+    return raw.to(DEVICE).view(dtype)[..., :d]
+
+
+def copied(dst, src, ranges):
+    """What the copy must give, as bytes; ranges outside the slabs are skipped."""
+    want = dst.clone()
+    for to, of, start, stop in ranges:
+        if 0 <= to < dst.shape[1] and 0 <= of < src.shape[1] and 0 <= start < stop <= min(dst.shape[3], src.shape[3]):
+            want[:, to, :, start:stop] = src[:, of, :, start:stop]
+    return want
+
+
+def same_bytes(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+RANGES = [
+    (0, 2, 0, 37),
+    (1, 0, 5, 6),
+    (2, 1, 30, 40),  # up to the end of the shorter slab
+    (3, 0, 7, 7),  # empty
+    (3, 0, 9, 3),  # less than empty
+    (4, 0, 0, 41),  # past the shorter slab
+    (4, 0, -1, 3),
+    (6, 0, 0, 3),  # rows that are not there
+    (-1, 0, 0, 3),
+    (4, 3, 0, 3),
+    (4, -1, 0, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "pad", "unit"),
+    [
+        (torch.bfloat16, 64, 0, 16),
+        (torch.bfloat16, 80, 0, 16),  # not a power of two: masked
+        (torch.float32, 6, 0, 8),
+        (torch.float16, 6, 0, 4),
+        (torch.bfloat16, 65, 0, 2),
+        (torch.uint8, 33, 0, 1),
+        (torch.bfloat16, 64, 8, 16),  # padded rows
+        (torch.bfloat16, 64, 1, 2),
+        (torch.bfloat16, 1, 3, 2),
+    ],
+)
+def test_copies_are_exact_for_every_alignment_and_nothing_else_is_written(dtype, d, pad, unit):
+    dst = make_slab((2, 6, 2, 50, d), dtype, 1, pad)
+    src = make_slab((2, 3, 2, 40, d), dtype, 2, pad)
+    assert kv_cache._common_unit(dst, src) == unit
+    want = copied(dst, src, RANGES)
+    kv_cache.kv_copy_ranges(dst, src, on(RANGES, torch.int32))
+    assert same_bytes(dst, want)
+
+
+def test_copies_follow_the_strides_of_any_slab():
+    """Positions before heads, as many engines keep them; a view of some layers; an odd first element."""
+    dst = make_slab((3, 6, 50, 2, 32), torch.bfloat16, 1).transpose(2, 3)[1:]
+    src = make_slab((2, 3, 2, 40, 33), torch.bfloat16, 2)[..., 1:]
+    want = copied(dst, src, RANGES)
+    kv_cache.kv_copy_ranges(dst, src, on(RANGES, torch.int32))
+    assert same_bytes(dst, want)
+
+
+def test_copying_no_range_or_empty_slabs_does_nothing():
+    dst, src = make_slab((2, 2, 1, 4, 8), torch.float16, 1), make_slab((2, 2, 1, 4, 8), torch.float16, 2)
+    want = dst.clone()
+    kv_cache.kv_copy_ranges(dst, src, on(torch.zeros(0, 4), torch.int32))
+    kv_cache.kv_copy_ranges(dst[:, :, :0], src[:, :, :0], on([(0, 0, 0, 1)], torch.int32))
+    kv_cache.kv_copy_ranges(dst[:, :, :, :0], src, on([(0, 0, 0, 1)], torch.int32))
+    assert same_bytes(dst, want)

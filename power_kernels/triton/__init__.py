@@ -7,7 +7,7 @@ compile offline (registers, spills, load widths) is what runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ class Configuration:
     constexprs: Mapping[str, Any]
     aligned: tuple[str, ...] = ()  # pointers at 16 bytes, integers that are multiples of 16
     num_warps: int = 4
-    wide: str | None = None  # the PTX vector load that the data must come through, e.g. "v4.b32"
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    wide: str | None = None  # the vector load that the data must come through in PTX, e.g. "v4"
 
 
 def configurations() -> list[Configuration]:

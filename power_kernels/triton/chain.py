@@ -417,6 +417,8 @@ def _mh_advance_kernel(
         winner = tl.min(tl.where((lane_status != _IDLE) & (serial == lowest), index, _FAR), 0)
         state = take(lane_status, index, winner)
         if state == _FAULTED_LANE:
+            # this step and those prefetched after it were not made
+            opened = tl.where(mode == _PROPOSE, lowest, opened)
             mode = tl.zeros_like(mode) + _FAULTED_CHAIN
             chain_fault = take(lane_fault, index, winner)
             lane_status = tl.zeros_like(lane_status) + _IDLE
@@ -436,7 +438,8 @@ def _mh_advance_kernel(
             commit_start = base + tl.minimum(d, length - 1)
             commit_stop = base + n - 1
             length = n
-            chain_closed = tl.max(_is_eos(tl.load(token_ptr + n - 1 + tl.zeros_like(index)), eos_ptr, eos_count).to(tl.int32), 0)
+            ending = tl.load(token_ptr + n - 1 + tl.zeros_like(index))
+            chain_closed = tl.max(_is_eos(ending, eos_ptr, eos_count).to(tl.int32), 0)
             lane_status = tl.zeros_like(lane_status) + _IDLE
             valid = tl.where(index == winner, base + n - 1, tl.minimum(valid, base + d))
             if mode == _EXTEND:
@@ -475,7 +478,9 @@ def _mh_advance_kernel(
             extend = mode == _START
         elif (free != _FAR) & (opened <= last):
             opened += 1
-            cut_uniform, accept_uniform = uniforms(seed, 0, number, chain_id, prompt_word | _STREAM_STEP)
+            cut_uniform, accept_uniform = uniforms(
+                seed, tl.zeros_like(number), number, chain_id, prompt_word | _STREAM_STEP
+            )
             theta_new = tl.log(1.0 - accept_uniform)
             if not KARAN_DU:
                 theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
@@ -653,7 +658,7 @@ def configurations() -> list[Configuration]:
         Configuration(
             name="mh_accept",
             kernel=_mh_accept_kernel,
-            signature={**accept, **{name: "i32" for name in sizes}},
+            signature={**accept, **dict.fromkeys(sizes, "i32")},
             constexprs=constexprs,
             aligned=tuple(accept),
             num_warps=warps,
@@ -667,7 +672,7 @@ def configurations() -> list[Configuration]:
                 Configuration(
                     name=f"mh_advance lanes={lanes} early={early_rejection} free={free_prefix} karan_du={karan_du}",
                     kernel=_mh_advance_kernel,
-                    signature={**_ADVANCE_POINTERS, **{name: "i32" for name in _ADVANCE_INTEGERS}},
+                    signature={**_ADVANCE_POINTERS, **dict.fromkeys(_ADVANCE_INTEGERS, "i32")},
                     constexprs={
                         "EARLY_REJECTION": early_rejection,
                         "FREE_PREFIX": free_prefix,

@@ -2,9 +2,9 @@
 
     for every range (dst_row, src_row, start, stop):   dst[:, dst_row, :, start:stop] = src[:, src_row, :, start:stop]
 
-Shapes: dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D] of one dtype (moved as bytes), unit stride along D, any other
-strides; ranges i32 [R, 4], contiguous. A range is copied whole, or not at all: nothing when it is empty, or when a row
-or position lies outside a slab. The slabs must not share memory, ranges must not write the same positions.
+Shapes: dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D] of one dtype (moved as bytes), unit stride along D, any
+other strides; ranges i32 [R, 4], contiguous. A range is copied whole or not at all: it is skipped when it is empty, or
+when a row or position lies outside a slab. The slabs must not share memory, ranges must not write the same positions.
 Bytes moved: 2 * G * heads * D * itemsize a position. One program a (range, g, share of the range's blocks); a program
 of an empty range reads 16 bytes and leaves.
 """
@@ -107,7 +107,8 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
     groups, _, heads, _, words = to.shape
     positions = min(to.shape[3], of.shape[3])
     meta = _blocks(words)
-    shares = min(triton.cdiv(_PROGRAMS, max(ranges.shape[0] * groups, 1)), heads * triton.cdiv(positions, meta["BLOCK_S"]))
+    wanted = triton.cdiv(_PROGRAMS, max(ranges.shape[0] * groups, 1))
+    shares = min(wanted, heads * triton.cdiv(positions, meta["BLOCK_S"]))
     launch(
         _kv_copy_kernel,
         (ranges.shape[0], groups, shares),
@@ -128,7 +129,7 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
 
 
 def configurations() -> list[Configuration]:
-    """Head dimensions 64, 80, 96, 128, 256 of bf16 in 16-byte units (fp32 is the same with half the dimension), and bytes."""
+    """Head dimensions 64, 80, 96, 128, 256 of bf16 in 16-byte units (of fp32: half of that), and narrower units."""
     shapes = [(16, d * 2) for d in (64, 80, 96, 128, 256)] + [(8, 40), (2, 130), (1, 33)]
     found = []
     for unit_bytes, row_bytes in shapes:
@@ -144,7 +145,7 @@ def configurations() -> list[Configuration]:
                     "src_ptr": pointer,
                     "ranges_ptr": "*i32",
                     **{name: "i64" if name in ("dst_g", "src_g") else "i32" for name in _STRIDES},
-                    **{name: "i32" for name in _SIZES},
+                    **dict.fromkeys(_SIZES, "i32"),
                 },
                 constexprs={"UNIT": unit, **_blocks(row_bytes // dtype.itemsize), **constexprs},
                 aligned=("dst_ptr", "src_ptr", "ranges_ptr") if unit_bytes == 16 else (),

@@ -15,13 +15,13 @@ import triton.language as tl
 
 @triton.jit
 def philox4x32_10(seed, c0, c1, c2, c3):
-    """The four uint32 words of one block. seed: 64-bit integer; counters: any integers, taken modulo 2**32."""
+    """The four uint32 words of one block. seed: 64-bit integer; counters: integer tensors, taken modulo 2**32."""
     return tl.philox(
         seed,
-        tl.to_tensor(c0).to(tl.uint32),
-        tl.to_tensor(c1).to(tl.uint32),
-        tl.to_tensor(c2).to(tl.uint32),
-        tl.to_tensor(c3).to(tl.uint32),
+        c0.to(tl.uint32),
+        c1.to(tl.uint32),
+        c2.to(tl.uint32),
+        c3.to(tl.uint32),
     )
 
 

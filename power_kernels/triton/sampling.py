@@ -189,7 +189,7 @@ def row_masses(work_ptr, row, tiles, beta, ENTROPY: tl.constexpr, TILES: tl.cons
 @triton.jit
 def store_quantities(
     row, status, z, m, rest_1, rest_b, entropy, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr
-):
+):  # fmt: skip
     """logp, logq, weight of the token with logit z (float64) and the row's entropy; NaN where the status is not OK."""
     ok = status == _OK
     gap = z - m.to(tl.float64)
@@ -293,7 +293,20 @@ def _finish_kernel(
     z_x = tl.load(row_ptr + tl.maximum(x, 0)).to(tl.float32).to(tl.float64)
     tl.store(token_ptr + row, x.to(tl.int64))
     store_quantities(
-        row, status, z_x, m, rest_1, rest_b, entropy, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr
+        row,
+        status,
+        z_x,
+        m,
+        rest_1,
+        rest_b,
+        entropy,
+        alpha,
+        beta,
+        logp_ptr,
+        logq_ptr,
+        weight_ptr,
+        entropy_ptr,
+        status_ptr,
     )
 
 

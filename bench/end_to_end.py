@@ -33,8 +33,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before torch is imported: its thread pool is sized then.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":
+    # Before torch is imported: its thread pool is sized then.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import opponents
 import torch
@@ -140,8 +141,7 @@ class Bench:
     def call(self, method: str, prompt: int, seed: int) -> Timed:
         """method: plain, a one-chain method of METHODS, or ours-16; prompt is ignored by the batches."""
         tokens, schedule = self.prompts[prompt], self.schedule
-        every = [i % len(self.prompts) for i in range(self.arguments.batch)]
-        batch = [self.prompts[i] for i in every]
+        batch = [self.prompts[i] for i in self.batch_prompts()]
         calls = {
             "plain-1": lambda: opponents.plain(self.model, [tokens], max_new_tokens=self.length, seed=seed),
             "plain-16": lambda: opponents.plain(self.model, batch, max_new_tokens=self.length, seed=seed),
@@ -160,10 +160,12 @@ class Bench:
 
     def plain_forwarded(self, method: str, prompt: int) -> int:
         """What plain generation of the same answers forwards: the denominator of every ratio of tokens."""
-        indices = [prompt]
-        if method.endswith("-16"):
-            indices = [i % len(self.prompts) for i in range(self.arguments.batch)]
+        indices = self.batch_prompts() if method.endswith("-16") else [prompt]
         return sum(opponents.plain_forwarded(len(self.prompts[i]), self.length) for i in indices)
+
+    def batch_prompts(self) -> list[int]:
+        """The prompt of each answer of a batch: they go round."""
+        return [i % len(self.prompts) for i in range(self.arguments.batch)]
 
     def warm_up(self, methods) -> None:
         """Everything once, short: the first call of a kind pays for imports, compilation and page faults."""
@@ -189,6 +191,10 @@ def sandwich(bench: Bench, plain: str, methods, prompt: int, seed: int, say) -> 
     for method, run in cell["runs"].items():
         expected = bench.plain_forwarded(method, prompt)
         cell.setdefault("plain_forwarded", {})[method] = expected
+        if run.account:
+            # What the prefill would be if chains of one prompt did not share it.
+            every = [prompt] if method != "ours-16" else bench.batch_prompts()
+            run.account["prefill_unshared"] = sum(len(bench.prompts[i]) - 1 for i in every)
         if method == plain and run.forwarded != expected:
             raise AssertionError(f"plain generation forwarded {run.forwarded} tokens, not {expected}")
         if any(len(answer) != bench.length for answer in run.answers):
@@ -380,10 +386,20 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows, arguments.batch))
     for row in rows:
         if row["account"]:
-            account = ", ".join(f"{name} {value / row['answers']:.0f}" for name, value in row["account"].items())
+            account = ", ".join(
+                f"{name} {value / row['answers']:.0f}"
+                for name, value in row["account"].items()
+                if name != "prefill_unshared"
+            )
             print(f"{LABELS[row['method']].format(batch=arguments.batch)}, tokens an answer: {account}")
     if batches:
-        print("(chains of one prompt share its prefill; plain generation's batch does not)")
+        account, answers = rows[-1]["account"], rows[-1]["answers"]
+        more = (account["prefill_unshared"] - account["prefill"]) / answers
+        plain_tokens = rows[-2]["forwarded_per_answer"]
+        print(
+            "(Chains of one prompt share its prefill, plain generation's batch does not; without sharing, "
+            f"{(rows[-1]['forwarded_per_answer'] + more) / plain_tokens:.2f} x the tokens.)"
+        )
     found = verdicts(rows, arguments.batch)
     print()
     for item in found:

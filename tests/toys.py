@@ -58,6 +58,11 @@ def power_toy(horizon: int = 5) -> Toy:
     return Toy(3, horizon, seed=20, eos=(0,), eos_shift=-1.5)
 
 
+def peaked_toy() -> Toy:
+    """Weights near 0 (one token has nearly all of most rows), so that lengths decide, early rejections included."""
+    return Toy(3, 4, seed=59, eos=(0,), scale=4.0)
+
+
 class ToyEngine:
     """An engine whose KV cache is the tokens themselves, so that every rollback mistake changes the logits.
 

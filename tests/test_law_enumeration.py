@@ -1,0 +1,280 @@
+"""DESIGN 9.1: one step leaves p^alpha as it is, shown by enumeration of every answer and every branch of the code.
+
+No test here draws a random number. `exact_law.enumerated_matrix` replays the reference's own `propose` along every
+branch of its uniforms, `exact_law.direct_matrix` is the formula on paper; pi K = pi is asked of the code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from power_kernels.reference import Answer, ReferenceChain
+from power_kernels.state import Law
+from tests import faults
+from tests.exact_law import (
+    Space,
+    answer_of,
+    chi_square,
+    direct_matrix,
+    enumerated_matrix,
+    float64_storage,
+    output_law,
+    pieces,
+    space,
+)
+from tests.toys import Toy, peaked_toy, power_toy
+
+Exact = float64_storage(ReferenceChain)
+
+
+@dataclass(frozen=True)
+class Case:
+    toy: Toy
+    alpha: float
+    beta: float
+
+    @property
+    def horizon(self) -> int:
+        return self.toy.horizon
+
+    @property
+    def space(self) -> Space:
+        return space(self.toy, self.horizon, self.alpha, self.beta)
+
+    def law(self, **options) -> Law:
+        return Law(self.horizon, self.horizon, 1, **options)
+
+    def direct(self) -> np.ndarray:
+        return direct_matrix(self.toy, self.horizon, self.alpha, self.beta)
+
+    def enumerated(self, chain: type = Exact, **options) -> np.ndarray:
+        law = self.law(**options)
+        return enumerated_matrix(chain, self.toy, law, self.alpha, self.beta, self.space.answers)
+
+
+CASES = {
+    # The toy that the statistics use: 63 answers of lengths 1 to 5, most of them longer than 1.
+    "power": Case(power_toy(), 2.0, 1.25),
+    "power, beta = alpha": Case(power_toy(4), 2.0, 2.0),
+    # Every answer has one length: the length ratio and the cap play no part.
+    "no EOS": Case(Toy(3, 3, seed=1), 4.0, 1.5),
+    "no EOS, beta = alpha": Case(Toy(2, 5, seed=2), 4.0, 4.0),
+    # Two answers may differ in nothing but which EOS closes them.
+    "two EOS": Case(Toy(4, 3, seed=3, eos=(1, 3)), 3.0, 1.5),
+    "two EOS, beta = alpha": Case(Toy(4, 3, seed=3, eos=(1, 3)), 3.0, 3.0),
+    # Weights near 0, so that the lengths decide, early rejection included; beta = 1 proposes from p itself.
+    "peaked": Case(peaked_toy(), 1.5, 1.25),
+    "beta = 1": Case(Toy(3, 4, seed=5, eos=(2,)), 2.0, 1.0),
+    # -inf logits: tokens that cannot occur, at the divergence too.
+    "impossible tokens": Case(Toy(4, 4, seed=6, eos=(0,), impossible=0.4), 2.0, 1.25),
+    # Rows with one possible token: the proposal can never diverge there.
+    "forced tokens": Case(Toy(3, 5, seed=7, eos=(0,), forced=0.4), 2.0, 1.5),
+    "one answer": Case(Toy(2, 3, seed=8, eos=(1,), forced=1.0), 2.0, 2.0),
+}
+# Weights may be positive: exact all the same, but only without early rejection.
+POSITIVE_WEIGHTS = {
+    "beta > alpha": Case(power_toy(4), 1.5, 3.0),
+    "beta < 1": Case(Toy(4, 3, seed=9, eos=(0,)), 2.0, 0.5),
+}
+ANY = CASES | POSITIVE_WEIGHTS
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
+
+
+def assert_invariant(case: Case, matrix: np.ndarray) -> None:
+    target = case.space.target
+    assert (matrix >= 0).all()
+    assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
+    assert np.abs(target @ matrix - target).max() < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# pi K = pi
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_uniform_cut_and_one_acceptance_leave_the_power_law_invariant(name):
+    """The formula of DESIGN 3.2; detailed balance holds pair by pair."""
+    matrix, target = ANY[name].direct(), ANY[name].space.target
+    assert_invariant(ANY[name], matrix)
+    flow = target[:, None] * matrix
+    assert np.abs(flow - flow.T).max() < 1e-14
+
+
+def test_early_rejection_free_prefix_and_exclusion_are_the_same_step(case):
+    """What the reference does with early rejection = the formula, entry by entry; hence pi K = pi."""
+    matrix = case.enumerated(early_rejection=True)
+    assert_invariant(case, matrix)
+    assert np.abs(matrix - case.direct()).max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_one_final_acceptance_is_the_same_step(name):
+    matrix = ANY[name].enumerated(early_rejection=False)
+    assert_invariant(ANY[name], matrix)
+    assert np.abs(matrix - ANY[name].direct()).max() < 1e-10
+
+
+def test_early_rejection_on_and_off_give_the_same_matrix():
+    """Each acceptance uniform is accepted by both or by neither, so the matrices agree beyond the 1e-10 above."""
+    case = CASES["power, beta = alpha"]
+    on, off = (case.enumerated(early_rejection=setting) for setting in (True, False))
+    assert np.abs(on - off).max() < 1e-15
+
+
+def test_float32_weights_cost_no_more_than_their_rounding():
+    """The operators store logq and weights in float32: eps 6e-8 on each of a few weights of size 3."""
+    case = CASES["power, beta = alpha"]
+    matrix = case.enumerated(ReferenceChain)
+    assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
+    assert np.abs(matrix - case.direct()).max() < 1e-6
+    assert np.abs(case.space.target @ matrix - case.space.target).max() < 1e-7
+
+
+def test_a_step_at_a_shorter_horizon_leaves_that_horizons_power_law_invariant():
+    """Stages grow the horizon; each has its own pi_H."""
+    toy, alpha, beta, horizon = power_toy(4), 2.0, 1.25, 2
+    s = space(toy, horizon, alpha, beta)
+    matrix = enumerated_matrix(Exact, toy, Law(horizon, 4, 1), alpha, beta, s.answers)
+    assert np.abs(matrix - direct_matrix(toy, horizon, alpha, beta)).max() < 1e-10
+    assert np.abs(s.target @ matrix - s.target).max() < 1e-10
+
+
+def test_the_step_reaches_every_answer_and_tends_to_the_power_law(case):
+    power = np.linalg.matrix_power(case.direct(), 5000)
+    assert np.abs(power - case.space.target).max() < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A token with all the mass
+
+
+class _LogqRoundedDown(Exact):
+    """Holds logq a little below 0 where q = 1, as a float32 sum of such a row might, so that the walk leaves there."""
+
+    def propose(self, answer, horizon, serial):
+        logq = tuple(-1e-3 if value == 0.0 else value for value in answer.logq)
+        self.current = Answer(answer.tokens, logq, answer.cumw)  # what the enumeration cuts
+        found = super().propose(self.current, horizon, serial)
+        return answer if found is self.current else found
+
+
+def test_a_token_that_alone_has_mass_is_kept_when_the_walk_leaves_it():
+    """Otherwise a proposal would repeat the current answer, or hold a token that cannot occur."""
+    case = CASES["forced tokens"]
+    one = Exact(case.toy.logits, case.law(), alpha=case.alpha, beta=case.beta, eos=case.toy.eos)
+    forced = sum(answer_of(one, x).logq.count(0.0) for x in case.space.answers)
+    assert forced >= 10, "the toy has too few forced tokens"
+    matrix = case.enumerated(_LogqRoundedDown)
+    assert_invariant(case, matrix)
+    assert np.abs(matrix - case.direct()).max() < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The published code (compat="karan-du")
+
+
+def all_states(toy: Toy) -> list[tuple[int, ...]]:
+    """The closed answers at every horizon: a capped proposal can leave an open answer shorter than the horizon."""
+    found = {x for horizon in range(1, toy.horizon + 1) for x in toy.answers(horizon)}
+    return sorted(found, key=lambda x: (len(x), x))
+
+
+def test_the_published_code_is_the_exact_chain_without_eos():
+    case = CASES["no EOS"]
+    matrix = case.enumerated(karan_du=True)
+    assert np.abs(matrix - case.direct()).max() < 1e-10
+    assert_invariant(case, matrix)
+
+
+def test_the_published_code_is_biased_with_eos():
+    """Proposals capped at the current length leave open answers, to which p^alpha at this horizon gives nothing.
+
+    From p^alpha itself one step moves 0.160 of the mass (total variation), ten steps 0.429, all of it to answers cut
+    short; in the end every answer is.
+    """
+    toy, alpha, beta = power_toy(4), 2.0, 1.25
+    s = space(toy, toy.horizon, alpha, beta)
+    states = all_states(toy)
+    target = np.array([s.target[s.index[x]] if x in s.index else 0.0 for x in states])
+    matrix = enumerated_matrix(Exact, toy, Law(4, 4, 1, karan_du=True), alpha, beta, states)
+    assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
+    distance = [0.5 * np.abs(target @ np.linalg.matrix_power(matrix, m) - target).sum() for m in (1, 10, 10000)]
+    assert distance == pytest.approx([0.1605, 0.4293, 0.9988], abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The enumeration itself can tell right from wrong
+
+
+SMALL = Case(power_toy(3), 2.0, 1.25)
+BROKEN = {
+    faults.NoLengthRatio: SMALL,
+    faults.InvertedLengthRatio: SMALL,
+    faults.ProposalSumMissesFirstSuffixWeight: SMALL,
+    faults.CurrentSumMissesLastWeight: SMALL,
+    faults.NoExclusion: SMALL,
+    faults.KeepTestUsesP: SMALL,
+    faults.CutMissesLastPosition: SMALL,
+    faults.EarlyRejectionWithoutLengths: CASES["peaked"],
+    faults.EarlyRejectionWithoutCurrentLength: CASES["peaked"],
+    faults.EarlyRejectionAtHorizonLength: CASES["peaked"],
+}
+HARMLESS = [
+    faults.LogOfUniform,
+    faults.EarlyRejectionWithoutProposalLength,
+    faults.EarlyRejectionOneTokenLate,
+]
+
+
+@pytest.mark.parametrize("fault", BROKEN, ids=lambda c: c.__name__)
+def test_a_faulty_step_does_not_leave_the_power_law_invariant(fault):
+    case = BROKEN[fault]
+    matrix = case.enumerated(float64_storage(fault))
+    assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
+    assert np.abs(case.space.target @ matrix - case.space.target).max() > 1e-3
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda c: c.__name__)
+def test_a_harmless_change_gives_the_same_matrix(change):
+    """log u for log(1 - u), and early rejections that come later than they could: not faults of the law."""
+    case = CASES["peaked"]
+    assert np.abs(case.enumerated(float64_storage(change)) - case.direct()).max() < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The helpers
+
+
+def test_pieces_finds_steps_that_were_not_guessed():
+    found = pieces(lambda u: (u >= 0.25) + (u >= 0.7), [0.25, 0.5])
+    assert [value for value, _, _ in found] == [0, 1, 2]
+    assert np.abs(np.array([(low, high) for _, low, high in found]) - [(0, 0.25), (0.25, 0.7), (0.7, 1)]).max() < 2e-13
+    assert pieces(lambda u: "constant", [0.5]) == [("constant", 0.0, 1.0)]
+
+
+def test_stages_of_no_steps_draw_from_q():
+    """The extension alone, however it is cut into stages, is q; so the stage products start from the right law."""
+    toy, alpha, beta = power_toy(4), 2.0, 1.25
+    s = space(toy, 4, alpha, beta)
+    assert math.isclose(s.proposal.sum(), 1.0, abs_tol=1e-12)
+    for block in (1, 2, 3, 4):
+        law = output_law(toy, Law(4, block, 0), alpha, beta)
+        assert np.abs(np.array([law[x] for x in s.answers]) - s.proposal).max() < 1e-12
+
+
+def test_chi_square_pools_small_cells_and_fails_an_impossible_state():
+    law = {(0,): 0.5, (1,): 0.499, (2,): 0.001, (3,): 0.0}
+    fair = [(0,)] * 500 + [(1,)] * 499 + [(2,)]
+    assert chi_square(fair, law) > 0.99
+    assert chi_square([(0,)] * 500 + [(1,)] * 490 + [(2,)] * 10, law) > 1e-5  # one pooled cell of 1 expected
+    assert chi_square([(0,)] * 400 + [(1,)] * 600, law) < 1e-5
+    assert chi_square([*fair, (3,)], law) == 0.0
+    assert chi_square([*fair, (4,)], law) == 0.0

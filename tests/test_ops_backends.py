@@ -68,10 +68,11 @@ SIZES = [
     256,  # exactly that tile: no masked remainder
     257,  # one entry in a second one
     999,  # a remainder that no vector width divides
-    1024,  # a power of two inside one tile
-    2048,  # exactly one tile of either backend
-    2049,  # a second tile of one entry
-    4097,  # a third tile of one entry
+    1024,  # a power of two: whole vectors, no remainder; exactly one tile where tiles are that wide
+    1025,  # one entry more: the argmax may stand alone in a tile
+    2048,  # exactly one tile of the C++ backend
+    2049,  # a second tile of one entry there
+    4097,  # tiles that several programs or loop rounds share, and one entry in the last
 ]
 LARGE = [
     ("triton", 50257),  # GPT-2: 25 tiles, an odd remainder, rows that are never 16-byte aligned

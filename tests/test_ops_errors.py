@@ -373,6 +373,7 @@ def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(ops, "EXTENSION_MISSING", "no compiler was found")
     with pytest.raises(BackendError, match="'cpp' cannot run: no compiler was found"), pk.use_backend("cpp"):
         pass
+    ops._triton_kernel.cache_clear()
     monkeypatch.setitem(sys.modules, "power_kernels.triton.sampling", None)
     with pytest.raises(BackendError, match="triton"), pk.use_backend("triton"):
         pass

@@ -65,7 +65,7 @@ def on_every_backend(factor: float = 1.0):
 # ---- what is drawn
 
 # around a vector, a thread's share, the narrowest tile, the tiles of both backends
-EDGES = [1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 2047, 2048, 2049, 4095, 4096, 4097]
+EDGES = [1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097]
 PATTERNS = ["normal", "wide", "tied", "flat", "peaked", "holes", "alone", "shifted", "huge", "tiny", "integers"]
 FLAWS = ["none", "none", "none", "none", "nan", "+inf", "both", "no mass"]
 

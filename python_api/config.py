@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from power_kernels.state import Law
 
 CUTS = ("uniform",)
 COMPAT = (None, "karan-du")
+_LARGEST = 1e37  # the exponents are used in float32, and so are their inverses
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class PowerConfig:
 
     def __post_init__(self) -> None:
         _number("alpha", self.alpha)
-        if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise ArgumentError(f"alpha is {self.alpha}; it must be finite and at least 1")
+        if not 1 <= self.alpha <= _LARGEST:
+            raise ArgumentError(f"alpha is {self.alpha}; it must lie in [1, {_LARGEST:g}]")
         if self.temperature is not None:
             _number("temperature", self.temperature)
-            if not (math.isfinite(self.temperature) and self.temperature > 0):
-                raise ArgumentError(f"temperature is {self.temperature}; it must be finite and positive, or None")
+            if not 1 / _LARGEST <= self.temperature <= _LARGEST:
+                raise ArgumentError(
+                    f"temperature is {self.temperature}; it must lie in [{1 / _LARGEST:g}, {_LARGEST:g}], or be None"
+                )
         for name, least in (("max_new_tokens", 1), ("mcmc_steps", 0), ("final_steps", 0), ("lanes", 1)):
             _integer(name, getattr(self, name), least)
         if self.block_size is not None:

@@ -9,9 +9,10 @@ to the next one at once. The law of the chain lives in `power_kernels.mh_advance
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import power_kernels as pk
@@ -58,6 +59,7 @@ class PowerSampler:
             )
         self.engine: Engine = model
         self.tokenizer = tokenizer
+        self._streaming = False
 
     def generate(
         self,
@@ -118,27 +120,23 @@ class PowerSampler:
 
     def _jobs(self, prompts, num_chains, prompt_ids) -> list[_Job]:
         rows = self._token_rows(prompts)
-        if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 1:
-            raise ArgumentError(f"num_chains is {num_chains!r}; it must be an integer of at least 1")
-        ids = list(range(len(rows))) if prompt_ids is None else list(prompt_ids)
+        _integer("num_chains is", num_chains, 1)
+        ids = list(range(len(rows))) if prompt_ids is None else _items("prompt_ids", prompt_ids)
+        for i in ids:
+            _integer("prompt_ids holds", i, 0, MAX_PROMPT_ID)
         if len(ids) != len(rows) or len(set(ids)) != len(ids):
             raise ArgumentError(f"prompt_ids is {ids}; it must hold one distinct id for each of {len(rows)} prompts")
-        for i in ids:
-            if not 0 <= i <= MAX_PROMPT_ID:
-                raise ArgumentError(f"prompt_ids holds {i}; ids must lie in [0, {MAX_PROMPT_ID}]")
         return [_Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)]
 
     def _token_rows(self, prompts) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise ArgumentTypeError("prompts is a str; it must be a list of prompts")
-        if isinstance(prompts, torch.Tensor):
-            if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
-                raise ArgumentTypeError(
-                    f"prompts is a {prompts.dtype} tensor of shape {list(prompts.shape)}; it must be int64 [B, P]"
-                )
-            prompts = prompts.tolist()
+        if isinstance(prompts, torch.Tensor) and (
+            prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ArgumentTypeError(
+                f"prompts is a {prompts.dtype} tensor of shape {list(prompts.shape)}; it must be int64 [B, P]"
+            )
         rows = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(_items("prompts", prompts)):
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise ArgumentTypeError(
@@ -146,16 +144,11 @@ class PowerSampler:
                         "token ids"
                     )
                 prompt = self.tokenizer(prompt).input_ids
-            row = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            row = _items(f"prompts[{i}]", prompt)
             if not row:
                 raise ArgumentError(f"prompts[{i}] is empty; a prompt needs at least one token")
             for token in row:
-                if isinstance(token, bool) or not isinstance(token, int):
-                    raise ArgumentTypeError(f"prompts[{i}] holds {token!r}; token ids must be integers")
-                if not 0 <= token < self.engine.vocab_size:
-                    raise ArgumentError(
-                        f"prompts[{i}] holds token id {token}; ids must lie in [0, {self.engine.vocab_size})"
-                    )
+                _integer(f"prompts[{i}] holds token id", token, 0, self.engine.vocab_size - 1)
             rows.append(row)
         if not rows:
             raise ArgumentError("prompts is empty; it must hold at least one prompt")
@@ -164,12 +157,9 @@ class PowerSampler:
     def _eos(self, eos_token_id) -> list[int]:
         if eos_token_id is None:
             return list(self.engine.eos_token_ids)
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else _items("eos_token_id", eos_token_id)
         for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.engine.vocab_size:
-                raise ArgumentError(
-                    f"eos_token_id holds {token!r}; ids must be integers in [0, {self.engine.vocab_size})"
-                )
+            _integer("eos_token_id holds", token, 0, self.engine.vocab_size - 1)
         return ids
 
     # -- the run
@@ -178,10 +168,8 @@ class PowerSampler:
         config = PowerConfig() if config is None else config
         if not isinstance(config, PowerConfig):
             raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ArgumentError(f"seed is {seed!r}; it must be an integer of 64 bits")
-        if isinstance(max_chains, bool) or not isinstance(max_chains, int) or max_chains < 1:
-            raise ArgumentError(f"max_chains is {max_chains!r}; it must be an integer of at least 1")
+        _integer("seed is", seed, -(2**63), 2**64 - 1)
+        _integer("max_chains is", max_chains, 1)
         eos = self._eos(eos_token_id)
         if not jobs:
             return iter(())
@@ -194,7 +182,35 @@ class PowerSampler:
             )
         seed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits, as int64 holds them
         run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
-        return run.results(ProgressBar(total, total - len(jobs)) if progress else None)
+        return self._alone(run.results(ProgressBar(total, total - len(jobs)) if progress else None))
+
+    def _alone(self, results: Iterator[PowerResult]) -> Iterator[PowerResult]:
+        """One run at a time: the engine keeps the past of one."""
+        if self._streaming:
+            raise RuntimeError("an earlier stream of this PowerSampler has not ended; exhaust it or close() it first")
+        self._streaming = True
+        try:
+            yield from results
+        finally:
+            self._streaming = False
+
+
+def _integer(what: str, value, least: int, most: int | None = None) -> None:
+    """what: the beginning of the message, up to the value."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{what} {value!r}; it must be an integer")
+    if value < least or (most is not None and value > most):
+        allowed = f"be at least {least}" if most is None else f"lie in [{least}, {most}]"
+        raise ArgumentError(f"{what} {value}; it must {allowed}")
+
+
+def _items(name: str, value) -> list:
+    """The entries of a sequence or tensor. A string and a tokenizer's mapping can be iterated too, but are mistakes."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = value.tolist()  # no list where there is only one number
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a list")
+    return list(value)
 
 
 class _Run:
@@ -220,15 +236,15 @@ class _Run:
 
     def results(self, bar) -> Iterator[PowerResult]:
         engine, config = self.engine, self.config
-        engine.begin(
-            chains=self.slots,
-            lanes=config.lanes,
-            max_length=self.max_length,
-            alpha=self.alpha,
-            beta=config.beta,
-            seed=self.seed,
-        )
         try:
+            engine.begin(
+                chains=self.slots,
+                lanes=config.lanes,
+                max_length=self.max_length,
+                alpha=self.alpha,
+                beta=config.beta,
+                seed=self.seed,
+            )
             self.state = pk.ChainState.allocate(self.slots, config.lanes, self.law, engine.device)
             while self.admit():
                 stopped: list[int] = []

@@ -248,6 +248,19 @@ def test_a_prompt_held_by_another_slot_is_copied():
         script.play()
 
 
+def test_prompts_that_change_places_are_forwarded():
+    """Both holders are overwritten by the same call."""
+    engine = HuggingFaceEngine(tiny_models.llama())
+    script = Script(engine, tiny_models.llama(), chains=2, lanes=1)
+    first, second = prompt_of(6, 1), prompt_of(4, 2)
+    assert script.admit([first, second]) == [5, 3]
+    script.play()
+    script.active = 0
+    assert script.admit([second, first]) == [3, 5]
+    for _ in range(3):
+        script.play()
+
+
 def test_a_forgotten_prompt_is_forwarded_again():
     engine = HuggingFaceEngine(tiny_models.llama())
     run(engine, chains=1, lanes=1)
@@ -294,16 +307,41 @@ def test_bad_rows_are_reported_and_leave_nothing_behind():
     state.position.copy_(torch.tensor([5, 9]))
     logits = engine._decode(state)
     assert_close(logits, plain_logits(model, [[*prompts[0][:4], 12, 12], [*prompts[1], 11, 13, 13]], MAX_LENGTH))
-    # A bad prompt fills a chain row and then a lane row with NaN; the next tenant sees none of it.
-    engine.prefill([0], [[4, 5, BAD, 6, 7, 8, 9, 10]])
-    engine.transfer(nothing, torch.tensor([[0, 0, 0, 7], [1, 1, 0, 0]], dtype=torch.int32))
-    assert step([10, 14], [7, 10]).status.tolist() == [Status.NAN, Status.OK]
-    engine.move(1, 0)
-    engine.prefill([1], [[4, 5, 6]])
-    engine.transfer(nothing, torch.tensor([[0, 0, 0, 0], [1, 1, 0, 2]], dtype=torch.int32))
-    state.input_id.copy_(torch.tensor([14, 6]))
-    state.position.copy_(torch.tensor([10, 2]))
-    assert_close(engine._decode(state), plain_logits(model, [[*prompts[1], 11, 13, 13, 14], [4, 5, 6]], MAX_LENGTH))
+    # A bad prompt fills a chain row and then a lane row with NaN; the next tenant sees none of it, whether it is
+    # admitted to the slot or moved there. The bad one is the longer, or it would be overwritten anyway.
+    bad = [4, 5, BAD, *range(6, 23)]
+    rest = [*prompts[1], 11, 13, 13]
+    for moved in (False, True):
+        engine.prefill([0], [bad])
+        engine.transfer(nothing, torch.tensor([[0, 0, 0, 19], [1, 1, 0, 0]], dtype=torch.int32))
+        assert step([22, 14], [19, 10]).status.tolist() == [Status.NAN, Status.OK]
+        if moved:
+            engine.move(1, 0)
+            want = [*rest, 14]
+        else:
+            engine.prefill([0], [[4, 5, 6]])
+            engine.transfer(nothing, torch.tensor([[0, 0, 0, 2], [1, 1, 0, 0]], dtype=torch.int32))
+            want = [4, 5, 6]
+        state.input_id.copy_(torch.tensor([want[-1], 14]))
+        state.position.copy_(torch.tensor([len(want) - 1, 25]))  # a batchmate far ahead: all columns are read
+        assert_close(engine._decode(state)[:1], plain_logits(model, [want], MAX_LENGTH))
+
+
+def test_a_move_takes_every_position_written():
+    """A lane that never went back has written the most that its slot can have."""
+    engine, reference = HuggingFaceEngine(tiny_models.llama()), tiny_models.llama()
+    state = run(engine, chains=2, lanes=1)
+    tokens = prompt_of(4, 1)
+    engine.prefill([0, 1], [prompt_of(3, 2), tokens])
+    engine.transfer(torch.zeros(2, 4, dtype=torch.int32), torch.tensor([[0, 0, 0, 2], [1, 1, 0, 3]], dtype=torch.int32))
+    for position in range(3, 12):
+        if position == 9:
+            engine.move(1, 0)
+        state.input_id.fill_(tokens[-1])
+        state.position.fill_(position)
+        logits = engine._decode(state)[1 if position < 9 else 0]
+        assert_close(logits[None], plain_logits(reference, [tokens], MAX_LENGTH))
+        tokens.append(position)
 
 
 def test_step_draws_from_the_logits_with_the_state_s_counters():
@@ -352,7 +390,7 @@ def model_state(model) -> list:
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_the_model_is_changed_only_during_a_forward_pass(family):
-    model, reference = tiny_models.FAMILIES[family](), tiny_models.FAMILIES[family]()
+    model, reference = (tiny_models.FAMILIES[family](attention_dropout=p) for p in (0.5, 0.0))
     model.train()
     model.model.layers[0].mlp.eval()  # a mixture, to be put back as it was
     before = model_state(model)
@@ -363,8 +401,8 @@ def test_the_model_is_changed_only_during_a_forward_pass(family):
     assert model_state(model) == before
     script.play()
     assert model_state(model) == before
-    with torch.no_grad():  # the owner may use it between two steps
-        assert_close(model(ids).logits, reference(ids).logits)
+    with torch.no_grad():  # the owner may train it between two steps
+        assert (model(ids).logits - reference(ids).logits).abs().max() > TOLERANCE
     assert model_state(model) == before
 
     def fail(*args):
@@ -544,7 +582,7 @@ def test_the_host_s_bound_is_never_below_the_longest_position(delay):
     for bound.clock in range(600):
         for c in range(4):
             if rng.random() < 0.02:  # a chain ends, another takes its slot
-                base[c], length[c] = rng.integers(1, 30), 0
+                base[c], length[c] = rng.integers(1, 80), 0
                 bound.admit(int(base[c]))
         position = base[:, None] + rng.integers(0, length[:, None] + 1, (4, 2)) - 1
         state.position.copy_(torch.from_numpy(position.reshape(-1)))

@@ -229,7 +229,7 @@ class HuggingFaceEngine:
         if self._written[slot] is None:
             return 0
         base, at = self._written[slot]
-        return min(base + self._steps - at + 1, self._slabs.positions)
+        return min(base + self._steps - at, self._slabs.positions)
 
     def _clear(self, slot: int, keep: int = 0) -> None:
         reach = self._reach(slot)

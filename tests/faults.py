@@ -165,3 +165,6 @@ class EarlyRejectionOneTokenLate(ReferenceChain):
         if closed:
             return super().rejects(answer, proposal, closed, theta)
         return self.law.early_rejection and proposal.cumw[-1] - self.log_n[len(proposal)] < theta
+
+
+HARMLESS = (EarlyRejectionWithoutProposalLength, LogOfUniform, EarlyRejectionOneTokenLate)

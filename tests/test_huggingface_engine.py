@@ -593,3 +593,20 @@ def test_the_host_s_bound_is_never_below_the_longest_position(delay):
         tight += claimed <= (base + length).max() + 2 * (delay + 16)
         length = np.minimum(length + rng.integers(0, 2, 4), 64)
     assert tight > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "mixed_qwen2", "gemma2", "phi3"])
+def test_nothing_in_a_step_waits_for_a_device(family):
+    """On meta tensors whatever reads a value raises: `.item()`, boolean indexing, copies to the host."""
+    engine = HuggingFaceEngine(tiny_models.FAMILIES[family]())
+    engine.model.to("meta")
+    engine.device = torch.device("meta")
+    engine.begin(chains=2, lanes=2, max_length=70, alpha=2.0, beta=2.0, seed=0)
+    assert engine._slabs.positions == 128
+    assert engine.prefill([0, 1], [prompt_of(5, 1), prompt_of(9, 2)]) == [4, 8]
+    state = ChainState.allocate(2, 2, Law(max_new_tokens=8, block_size=8, mcmc_steps=1), "meta")
+    for _ in range(20):
+        engine.transfer(state.commit_range, state.open_range)
+        drawn = engine.step(state.first(2))
+        assert drawn.token.shape == (4,)
+    engine.move(1, 0)

@@ -65,8 +65,7 @@ def _write_index(rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor
 
 
 class DecodeView:
-    """One token a lane. rows: how many lanes, from the first. position: int64 [rows]. length: above all
-    positions."""
+    """One token for each of the first `rows` lanes. position: int64 [rows], all below `length`."""
 
     of_chains = False
 
@@ -94,48 +93,18 @@ class DecodeView:
             self._masks[key] = mask.masked_fill_(hidden, -math.inf)[:, None, None]
         return self._masks[key]
 
-    def head_mask(self, window: int | None, dtype: torch.dtype, heads: int) -> torch.Tensor:
-        """The same a KV head, [rows * heads, 1, length]."""
-        key = (window, dtype, heads)
-        if key not in self._masks:
-            self._masks[key] = self.mask(window, dtype)[:, 0].repeat_interleave(heads, dim=0)
-        return self._masks[key]
-
     def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None):
         rows, heads, _, dim = query.shape
         kv_heads, group = keys.shape[1], heads // keys.shape[1]
-        if (query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)) or softcap is not None:
-            out = self._attend_matmul(query, keys, values, scale, window, softcap)
-        else:
-            out = functional.scaled_dot_product_attention(
-                query.reshape(rows, kv_heads, group, dim),
-                keys[:rows, :, : self.length],
-                values[:rows, :, : self.length],
-                attn_mask=self.mask(window, query.dtype),
-                scale=scale,
-            )
+        out = _attention(
+            query.reshape(rows, kv_heads, group, dim),
+            keys[:rows, :, : self.length],
+            values[:rows, :, : self.length],
+            self.mask(window, query.dtype),
+            scale,
+            softcap,
+        )
         return out.reshape(rows, 1, heads, values.shape[-1])
-
-    def _attend_matmul(self, query, keys, values, scale, window, softcap):
-        # Faster than scaled_dot_product_attention for fp32 on CPUs (bench/findings.md), and it can cap the
-        # scores.
-        rows, heads, _, dim = query.shape
-        kv_heads, group = keys.shape[1], heads // keys.shape[1]
-        query = query.reshape(rows * kv_heads, group, dim)
-        keys = self._batched(keys, rows * kv_heads).transpose(1, 2)
-        values = self._batched(values, rows * kv_heads)
-        mask = self.head_mask(window, query.dtype, kv_heads)
-        if softcap is None:
-            scores = torch.baddbmm(mask, query, keys, alpha=scale)
-        else:
-            scores = _cap(torch.bmm(query, keys) * scale, softcap) + mask
-        weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query.dtype)).to(values.dtype)
-        return torch.bmm(weights, values)
-
-    def _batched(self, slab: torch.Tensor, batch: int) -> torch.Tensor:
-        """[rows, heads, S, dim] as [rows * heads, length, dim], a view: row and head strides nest."""
-        _, _, positions, dim = slab.shape
-        return slab.as_strided((batch, self.length, dim), (positions * dim, dim, 1), slab.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -210,21 +179,18 @@ class PrefillView:
         # The group's query heads as further queries of their KV head: nothing is repeated.
         query = query.reshape(1, kv_heads, group * tokens, dim)
         mask = self.mask(segment, window, query.dtype, group)
-        if softcap is None:
-            out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-        else:
-            scores = _cap(torch.matmul(query, keys.transpose(2, 3)) * scale, softcap) + mask
-            weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query.dtype)).to(values.dtype)
-            out = torch.matmul(weights, values)
+        out = _attention(query, keys, values, mask, scale, softcap)
         return out.reshape(1, heads, tokens, values.shape[-1])
 
 
-def _cap(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    return torch.tanh(scores / softcap) * softcap
-
-
-def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _attention(query, keys, values, mask: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """[batch, kv_heads, queries, dim] against [batch, kv_heads, length, dim]; mask is added to the scores."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    scores = torch.tanh(torch.matmul(query, keys.transpose(2, 3)) * (scale / softcap)) * softcap + mask
+    # Rows of half-precision weights are normalised in float32, as transformers' eager attention does.
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.matmul(scores.softmax(dim=-1, dtype=dtype).to(values.dtype), values)
 
 
 @dataclass

@@ -28,23 +28,19 @@ _REWINDABLE = frozenset({"full_attention", "sliding_attention", "attention"})
 # gives more than a half; rounding through the layers stays well below these.
 _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
-# How many steps pass between two looks at the longest position on a device; the bound in between grows by
-# one a step.
+# Steps between two looks at the longest position on a device; the bound in between grows by one a step.
 _LOOK_EVERY = 16
 _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distinct shapes small
 
 
 class HuggingFaceEngine:
-    """Runs a transformers causal LM for the driver. See `power_kernels.api.engine.Engine` for what the
-    calls promise.
+    """Runs a transformers causal LM for the driver. `power_kernels.api.engine.Engine` says what the calls promise.
 
     model: any decoder-only `PreTrainedModel` on one device whose layers are full or sliding-window
         attention and go through transformers' attention interface (Llama, Mistral, Qwen2/3, Phi-3, Gemma
         2/3, OLMo, Granite, Cohere, ...).
-    prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never
-    padded.
-    self_check: compare a small ragged batch with rollbacks to plain forward passes of the untouched model
-    first.
+    prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never padded.
+    self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
     engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, attention
@@ -79,11 +75,9 @@ class HuggingFaceEngine:
     # -- a run
 
     def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
-        """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and take over the
-        model.
+        """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and fix the rotary regime.
 
-        Raises ArgumentError for sizes or exponents that are not allowed and for max_length above
-        `max_context`.
+        Raises ArgumentError for sizes or exponents that are not allowed and for max_length above `max_context`.
         """
         for name, value in (("chains", chains), ("lanes", lanes), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
@@ -128,15 +122,13 @@ class HuggingFaceEngine:
         return self._prefill(slots, [tuple(prompt) for prompt in prompts])
 
     def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
-        """Copy lane -> chain ranges, then chain -> lane ranges. See the protocol; int32 [C, 4] and [C*P,
-        4]."""
+        """Copy lane -> chain ranges int32 [C, 4], then chain -> lane ranges int32 [C*P, 4]. See the protocol."""
         self._check_running()
         self._slabs.commit(commit_range)
         self._slabs.open(open_range)
 
     def step(self, state: ChainState) -> Sampled:
-        """Feed and sample every lane of the first `state.chains` slots. No host synchronisation on a
-        device."""
+        """Feed and sample every lane of the first `state.chains` slots. Never waits for a device."""
         self._check_running()
         logits = self._decode(state)
         rows = logits.shape[0]
@@ -182,11 +174,9 @@ class HuggingFaceEngine:
             return module(input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True)
 
     def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
-        """Wipe what rows with bad logits just wrote: a NaN there would reach the lane's next proposal
-        through 0 * NaN.
+        """Wipe what rows with bad logits just wrote: 0 * NaN would carry it into the lane's next proposal.
 
-        Earlier positions are finite, or an earlier step's logits would have been bad: a position always
-        sees itself.
+        Earlier positions are finite, or an earlier step's logits would have been bad: a position always sees itself.
         """
         bad = status != Status.OK
         if self.device.type == "cpu" and not bool(bad.any()):

@@ -8,7 +8,7 @@ otherwise there is one such pair of slabs for each shape. A layer's cache is a v
 cloned or moved while decoding: a forward pass writes each row at that row's own position, and whatever lies
 beyond it is masked until it is written again.
 
-Masked garbage must be finite, for 0 * NaN is NaN: slabs start as zeros, and `scrub` wipes what a bad row
+Masked garbage must be finite, for 0 * NaN is NaN: slabs start as zeros, and `scrub_lanes` wipes what a bad row
 wrote.
 """
 

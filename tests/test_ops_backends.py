@@ -574,6 +574,20 @@ def test_a_tail_18_nats_below_the_head_is_uniform_inside(cpp, dtype):
     assert (np.diff(out.token.numpy()[np.argsort(place)]) >= 0).all()
 
 
+def test_a_uniform_in_the_tail_draws_the_entry_that_float64_says(backend):
+    # A float32 prefix over the tiles alone moves each boundary by some four entries behind the head (6e-8 / 1.5e-8).
+    # What float32 masses allow is 2^-23 of the tail, far less than one entry.
+    vocab, head, rows = 50257, 10_000, few(backend, 500, 10)
+    mass = math.exp(-18.0)
+    z = torch.full((1, vocab), -18.0)
+    z[0, head] = 0.0
+    total = 1.0 + (vocab - 1) * mass
+    want = np.linspace(head + 1, vocab - 1, rows).astype(np.int64)
+    uniform = (1.0 + (want - 1 + 0.5) * mass) / total  # the middle of each entry's own interval
+    out = sample(z.expand(rows, vocab), 4.0, 1.0, counter_of_uniform(uniform), entropy=False)
+    assert out.token.tolist() == want.tolist()
+
+
 def test_the_tail_is_uniform_when_its_head_is_excluded(cpp):
     rows = 10_000
     out = sample(vast_row().expand(rows, VAST), 4.0, 4.0, serial_counters(rows), HEAD, entropy=False)

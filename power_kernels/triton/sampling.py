@@ -5,7 +5,7 @@
     weight = (alpha - beta) logp + log1p(Rb) - beta log1p(R1)          entropy = log1p(R1) - E / (1 + R1)
     E = sum_v (z_v - m) exp(z_v - m)   x = the first v, in vocabulary order, with CDF_q(v) > u
 
-Two launches. `_mass_kernel`, one program a (row, tile), reads every logit once and writes four fp32 numbers a tile,
+Two launches. `_mass_kernel`, one warp a (row, tile), reads every logit once and writes four fp32 numbers a tile,
 relative to the tile's own maximum; it knows neither randomness nor exclusion and also serves scoring. `_finish_kernel`,
 one program a row, combines the tiles in float64, picks a tile by their prefix and reads that tile once more (and the
 excluded token's tile when there is one).
@@ -20,20 +20,23 @@ import torch
 import triton
 import triton.language as tl
 
+from power_kernels.state import Status
 from power_kernels.triton import POINTER, Configuration, launch
 from power_kernels.triton.rng import uniforms
 
-TILE = 2048
-MASS = {"TILE": TILE, "num_warps": 4}
+# A tile is one warp's, 32 entries a thread: the reductions of larger programs through shared memory were a third of the
+# kernel's instructions.
+TILE = 1024
+MASS = {"TILE": TILE, "num_warps": 1}
+_PROGRAMS = 8192  # one-warp programs that fill any device; beyond that each takes more tiles, to save their starts
 FINISH = {"TILE": TILE, "num_warps": 4}
-RECORDS = 4  # numbers a tile: maximum, R1, Rb, entropy sum
-LEAST_TILES = 128  # every vocabulary up to 262,144 shares one specialisation
+LEAST_TILES = 256  # every vocabulary up to 262,144 shares one specialisation
 
-_OK = tl.constexpr(0)
-_NAN = tl.constexpr(1)
-_POS_INF = tl.constexpr(2)
-_NO_MASS = tl.constexpr(3)
-_BAD_TOKEN = tl.constexpr(4)
+_OK = tl.constexpr(int(Status.OK))
+_NAN = tl.constexpr(int(Status.NAN))
+_POS_INF = tl.constexpr(int(Status.POS_INF))
+_NO_MASS = tl.constexpr(int(Status.NO_MASS))
+_BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -63,8 +66,8 @@ def take(values, index, at):
 
 
 @triton.jit
-def _power_sum(e, d, beta):
-    """sum exp2(beta d) from e = exp2(d): the small integers need no second exponential."""
+def _power_sum(e, beta):
+    """sum e**beta of a tile, beta = 1, 2, ... 8: no second exponential."""
     if beta == 4.0:
         e = e * e
         total = tl.sum(e * e, 0)
@@ -83,16 +86,50 @@ def _power_sum(e, d, beta):
     elif beta == 7.0:
         e2 = e * e
         total = tl.sum(e2 * e2 * e2 * e, 0)
-    elif beta == 8.0:
+    else:
         e = e * e
         e = e * e
         total = tl.sum(e * e, 0)
-    else:
-        total = tl.sum(tl.exp2(d * beta), 0)
     return total
 
 
-@triton.jit(do_not_specialize=["V", "tiles"])
+@triton.jit
+def _tile_record(logits, beta, record, tiles, V, first, ENTROPY: tl.constexpr, TILE: tl.constexpr):
+    """The four numbers of one tile, from logits (a pointer to its first entry) to record."""
+    entry = tl.arange(0, TILE)
+    # Two branches so that full tiles load without a mask: one at a V that is no multiple of 16 would split their
+    # 16-byte loads.
+    if first + TILE <= V:
+        z = tl.load(logits + entry).to(tl.float32)
+    else:
+        z = tl.load(logits + entry, mask=entry < V - first, other=-_INF).to(tl.float32)
+
+    top = tl.max(z, 0)
+    if top == _INF:  # NaN is told first, and max() skips it
+        top = tl.where(tl.max((z != z).to(tl.int32), 0) > 0, _UNDEFINED, top)
+    shift = tl.where(top == -_INF, 0.0, top)
+    peak = z == shift
+    ties = tl.sum(peak.to(tl.int32), 0)
+    # Every entry at the maximum leaves the sums, all but one come back: nothing is rounded against the removed 1.
+    back = tl.maximum(ties - 1, 0).to(tl.float32)
+    d = tl.where(peak, -_INF, z - shift) * _LOG2E
+    power = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= 8.0)
+    rb = back
+    if not power:  # before e, so that the two exponentials never share the registers
+        rb = tl.sum(tl.exp2(d * beta), 0)
+    e = tl.exp2(d)
+    r1 = tl.sum(e, 0)
+    if ENTROPY:
+        # exp2(-300) is 0 in fp32, so the bound only keeps -inf * 0 out.
+        tl.store(record + 3 * tiles, tl.sum(tl.maximum(d, -300.0) * e, 0) * _LN2)
+    tl.store(record, tl.where((r1 != r1) & (top != _INF), _UNDEFINED, top))  # a NaN below a finite maximum
+    tl.store(record + tiles, r1 + back)
+    if power:
+        rb = _power_sum(e, beta)
+    tl.store(record + 2 * tiles, rb + back)
+
+
+@triton.jit(do_not_specialize=["V", "tiles", "programs", "share"])
 def _mass_kernel(
     logits_ptr,  # [B, V] fp32 | fp16 | bf16, row stride stride_row
     beta_ptr,  # [B] fp32
@@ -100,55 +137,35 @@ def _mass_kernel(
     V,
     stride_row,
     tiles,
+    programs,  # a row
+    share,  # tiles a program
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of one row.
+    """A share of one row's tiles, one after the other.
 
-    The tile's record tells a finisher what is wrong with it by its maximum: NaN if any entry is, else +inf if any is,
-    -inf if it has no mass.
+    A tile's maximum also tells what is wrong with it: NaN if an entry is NaN, else +inf if one is +inf, -inf if there
+    is no mass.
     """
-    program = tl.program_id(0)
-    row = program // tiles
-    tile = program % tiles
-    first = tile * TILE
-    lane = tl.arange(0, TILE)
-    base = logits_ptr + row.to(tl.int64) * stride_row + first
-    # Two branches so that the full tiles load without a mask: a mask of a V that is not a multiple of 16 would split
-    # their 16-byte loads.
-    if first + TILE <= V:
-        z = tl.load(base + lane).to(tl.float32)
-    else:
-        z = tl.load(base + lane, mask=lane < V - first, other=-_INF).to(tl.float32)
-
-    top = tl.max(z, 0)
-    shift = tl.where(top == -_INF, 0.0, top)
-    peak = z == shift
-    ties = tl.sum(peak.to(tl.int32), 0)
-    # Every entry at the maximum leaves the sums, all but one come back: nothing is rounded against the removed 1.
-    back = tl.maximum(ties - 1, 0).to(tl.float32)
-    d = tl.where(peak, -_INF, z - shift) * _LOG2E
-    e = tl.exp2(d)
-    r1 = tl.sum(e, 0) + back
-    # exp2(-300) is 0 in fp32, so the bound only keeps -inf * 0 out.
-    gap = tl.sum(tl.maximum(d, -300.0) * e, 0) * _LN2 if ENTROPY else 0.0
-    rb = _power_sum(e, d, tl.load(beta_ptr + row)) + back
-
-    # max() skips NaN, sums do not: +inf gives inf - inf, so R1 is NaN for both.
-    if top == _INF:
-        top = tl.where(tl.max((z != z).to(tl.int32), 0) > 0, _UNDEFINED, top)
-    elif r1 != r1:
-        top = r1
-
-    record = work_ptr + row.to(tl.int64) * (4 * tiles) + tile
-    tl.store(record, top)
-    tl.store(record + tiles, r1)
-    tl.store(record + 2 * tiles, rb)
-    if ENTROPY:
-        tl.store(record + 3 * tiles, gap)
+    row = tl.program_id(0) // programs
+    start = (tl.program_id(0) % programs) * share
+    logits = logits_ptr + row.to(tl.int64) * stride_row
+    record = work_ptr + row.to(tl.int64) * (4 * tiles)
+    beta = tl.load(beta_ptr + row)
+    for tile in range(start, tl.minimum(start + share, tiles)):
+        first = tile * TILE
+        _tile_record(logits + first, beta, record + tile, tiles, V, first, ENTROPY, TILE)
 
 
 # ---- rows
+
+
+@triton.jit
+def _read_tile(row_ptr, tile, V, skip, TILE: tl.constexpr):
+    """The logits of one tile again, fp32 [TILE], -inf at `skip` and past the vocabulary."""
+    token = tile * TILE + tl.arange(0, TILE)
+    z = tl.load(row_ptr + token, mask=token < V, other=-_INF).to(tl.float32)
+    return tl.where(token == skip, -_INF, z)
 
 
 @triton.jit
@@ -166,8 +183,8 @@ def row_masses(work_ptr, row, tiles, beta, ENTROPY: tl.constexpr, TILES: tl.cons
     rb = tl.load(record + 2 * tiles, mask=live, other=0.0).to(tl.float64)
 
     m = tl.max(top, 0)
-    has_nan = tl.max((top != top).to(tl.int32), 0) > 0
-    status = tl.where(has_nan, _NAN, tl.where(m == _INF, _POS_INF, tl.where(m == -_INF, _NO_MASS, _OK)))
+    nan = tl.max((top != top).to(tl.int32), 0)
+    status = tl.where(nan > 0, _NAN, tl.where(m == _INF, _POS_INF, tl.where(m == -_INF, _NO_MASS, _OK)))
     m = tl.where(status == _OK, m, 0.0)
 
     empty = top == -_INF
@@ -206,14 +223,6 @@ def store_quantities(
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, tl.where(ok, entropy, _UNDEFINED).to(tl.float32))
     tl.store(status_ptr + row, status)
-
-
-@triton.jit
-def _read_tile(row_ptr, tile, V, skip, TILE: tl.constexpr):
-    """The logits of one tile again, fp32 [TILE], -inf at `skip` and past the vocabulary."""
-    token = tile * TILE + tl.arange(0, TILE)
-    z = tl.load(row_ptr + token, mask=token < V, other=-_INF).to(tl.float32)
-    return tl.where(token == skip, -_INF, z)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -326,9 +335,11 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
     """Write the tile records of every row. logits [B, V], beta [B] f32, workspace f32 (>= B * 4 * tiles entries)."""
     rows, vocabulary = logits.shape
     tiles = tile_count(vocabulary)
+    share = max(1, rows * tiles // _PROGRAMS)
+    programs = triton.cdiv(tiles, share)
     launch(
         _mass_kernel,
-        (rows * tiles,),
+        (rows * programs,),
         logits.device,
         logits,
         beta,
@@ -336,6 +347,8 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
         vocabulary,
         logits.stride(0),
         tiles,
+        programs,
+        share,
         ENTROPY=entropy,
         **MASS,
     )
@@ -413,6 +426,8 @@ def configurations() -> list[Configuration]:
                             "V": "i32",
                             "stride_row": "i32",
                             "tiles": "i32",
+                            "programs": "i32",
+                            "share": "i32",
                         },
                         constexprs={"ENTROPY": entropy, **constexprs},
                         aligned=("logits_ptr", "beta_ptr", "work_ptr", *(("stride_row",) if even else ())),

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from power_kernels.state import Status
 from power_kernels.triton import POINTER, Configuration, launch
 from power_kernels.triton.sampling import (
     LEAST_TILES,
@@ -24,10 +25,10 @@ from power_kernels.triton.sampling import (
     tiles_block,
 )
 
-SCORE = {"num_warps": 1}
+SCORE = {"num_warps": 4}
 
-_OK = tl.constexpr(0)
-_BAD_TOKEN = tl.constexpr(4)
+_OK = tl.constexpr(int(Status.OK))
+_BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 
 
 @triton.jit(do_not_specialize=["V", "tiles"])

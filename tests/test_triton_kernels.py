@@ -220,6 +220,15 @@ def test_ties_at_the_maximum_leave_exactly_one_out():
     assert got["logp"].tolist() == pytest.approx([-np.log(4100), -np.log(2050), -np.log(3)], rel=1e-6)
 
 
+def test_the_largest_finite_logits_overflow_nowhere():
+    logits = make_logits(3, 2500)
+    logits[0, 0], logits[0, 1:] = 3.4e38, -3.4e38  # differences of the tiles' maxima, too, exceed fp32
+    logits[1, 2400] = 1e38
+    logits[2, 3] = -3.4e38
+    got, _ = check_sample(logits, 4.0, 2.5, make_counters(3), [-1, 2400, -1])
+    assert int(got["token"][0]) == 0
+
+
 def test_a_bad_row_is_reported_and_spoils_no_other():
     logits = make_logits(9, 2100)
     logits[0, 2099] = NAN

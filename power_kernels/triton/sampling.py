@@ -188,7 +188,8 @@ def row_masses(work_ptr, row, tiles, beta, ENTROPY: tl.constexpr, TILES: tl.cons
     m = tl.where(status == _OK, m, 0.0)
 
     empty = top == -_INF
-    d = tl.where(empty, 0.0, top - m).to(tl.float64)
+    # in float64: fp32 would overflow between logits of opposite signs
+    d = tl.where(empty, 0.0, top.to(tl.float64) - m.to(tl.float64))
     # Exactly one argmax of the row leaves the sums: that of the first tile which holds one.
     argmax_tile = index == tl.min(tl.where(top == m, index, _FAR), 0)
     e1 = tl.where(empty, 0.0, tl.exp(d))

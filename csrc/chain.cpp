@@ -290,7 +290,9 @@ class Advance {
     for (int64_t other = first_; other < end_; ++other) {
       set_status(other, LaneStatus::IDLE_);
       int32_t& valid = lane_field(other, LaneField::VALID_);
-      valid = std::min(valid, base + div);
+      // A lane that walked on in this launch counts on a copy that its next opening will replace.
+      const int32_t* range = s_.open_range + other * 4;
+      valid = std::min(range[3] > range[2] ? range[2] : valid, base + div);
     }
     lane_field(lane, LaneField::VALID_) = base + pos - 1;
     if (mode() == Mode::EXTEND_) {

@@ -270,7 +270,10 @@ class _Advance:
         # The chain's KV lacks its last token; an extension starts there and so must copy it too.
         s["commit_range"][c] = (c, lane, base + min(div, length - 1), base + pos - 1)
         for other in self.mine:
-            self.set_lane(other, STATUS=LaneStatus.IDLE, VALID=min(self.lane(other, LF.VALID), base + div))
+            # A lane that walked on in this launch counts on a copy that its next opening will replace.
+            start, stop = s["open_range"][other, 2:]
+            copied = self.lane(other, LF.VALID) if stop <= start else int(start)
+            self.set_lane(other, STATUS=LaneStatus.IDLE, VALID=min(copied, base + div))
         self.set_lane(lane, VALID=base + pos - 1)
         if field[CF.MODE] == Mode.EXTEND:
             field[CF.MODE] = Mode.PROPOSE

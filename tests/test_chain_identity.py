@@ -689,9 +689,7 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
         sampled = made_up(generator, before, 6)
         for name, state in states.items():
             with pk.use_backend(name):
-                pk.mh_advance(
-                    state, law, log_n, key, eos, sampled.token, sampled.logq, sampled.weight, sampled.status
-                )
+                pk.mh_advance(state, law, log_n, key, eos, sampled.token, sampled.logq, sampled.weight, sampled.status)
         # The interpreter's log is NumPy's, which may round the other way.
         assert_same_state(states[backend], want, theta=1e-15 if backend == "triton" else 0.0)
         tally.add(before, want, sampled)

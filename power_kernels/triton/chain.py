@@ -441,7 +441,9 @@ def _mh_advance_kernel(
             ending = tl.load(token_ptr + n - 1 + tl.zeros_like(index))
             chain_closed = tl.max(_is_eos(ending, eos_ptr, eos_count).to(tl.int32), 0)
             lane_status = tl.zeros_like(lane_status) + _IDLE
-            valid = tl.where(index == winner, base + n - 1, tl.minimum(valid, base + d))
+            # A lane that walked on in this launch counts on a copy that its next opening will replace.
+            copied = tl.where(open_stop > open_start, open_start, valid)
+            valid = tl.where(index == winner, base + n - 1, tl.minimum(copied, base + d))
             if mode == _EXTEND:
                 mode = tl.zeros_like(mode) + _PROPOSE
                 last = opened - 1 + mcmc_steps

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels
 from power_kernels.api.engine import Sampled, UnsupportedModelError
+from power_kernels.api.engines.cpu_linear import speed_up
 from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
@@ -256,6 +257,7 @@ class HuggingFaceEngine:
                 patches.add(module, "training", False)
         pin_rope(self.model, max_length, patches)
         if attention:
+            speed_up(self.model, patches)
             for config in _configs(self.model):
                 patches.add(config, "_attn_implementation_internal", NAME)
         return patches

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_INHERITED = object()
+
 
 class Patches:
     """A context that sets attributes on entry and puts the old values back on exit, exceptions included.
@@ -21,7 +23,9 @@ class Patches:
     def __enter__(self) -> Patches:
         try:
             for owner, name, value in self._entries:
-                self._saved.append((owner, name, getattr(owner, name)))
+                # What the class provides is uncovered again by deleting, not by a copy in the instance.
+                own = name in vars(owner) or not hasattr(type(owner), name)
+                self._saved.append((owner, name, getattr(owner, name) if own else _INHERITED))
                 setattr(owner, name, value)
         except BaseException:
             self.__exit__()
@@ -30,4 +34,8 @@ class Patches:
 
     def __exit__(self, *error) -> None:
         while self._saved:
-            setattr(*self._saved.pop())
+            owner, name, value = self._saved.pop()
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

@@ -44,9 +44,8 @@ def account(result, prompt_length: int) -> list[str]:
     early = "unknown, as answers may end anywhere" if cost.saved_early is None else str(cost.saved_early)
     plain = prompt_length + len(result.tokens) - 1
     kept = result.accepted + result.unchanged
-    rate = f"{kept / result.steps:.2f}" if result.steps else "undefined"
     return [
-        f"acceptance rate {rate}: of {result.steps} steps {result.accepted} changed the answer, "
+        f"acceptance rate {result.acceptance_rate:.2f}: of {result.steps} steps {result.accepted} changed the answer, "
         f"{result.unchanged} proposed it again, {result.steps - kept} were rejected",
         f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals = "
         f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})",

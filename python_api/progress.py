@@ -30,14 +30,14 @@ class ProgressBar:
 
     def finished(self, result: PowerResult) -> None:
         self.steps += result.steps
-        self.accepted += result.accepted
+        self.accepted += result.accepted + result.unchanged
         self.bar.update(1)
         self.show()
 
     def show(self) -> None:
         rate = self.tokens / max(time.monotonic() - self.started, 1e-9)
         accepted = f"{self.accepted / self.steps:.2f}" if self.steps else "-"
-        self.bar.set_postfix_str(f"steps {self.steps}, accepted {accepted}, {rate:.0f} tokens/s")
+        self.bar.set_postfix_str(f"steps {self.steps}, acceptance rate {accepted}, {rate:.0f} tokens/s")
 
     def close(self) -> None:
         self.bar.close()

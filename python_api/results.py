@@ -77,7 +77,8 @@ class PowerResult:
 
     @property
     def acceptance_rate(self) -> float:
-        return self.accepted / self.steps if self.steps else float("nan")
+        """Share of the steps whose proposal was accepted, those that proposed the current answer again included."""
+        return (self.accepted + self.unchanged) / self.steps if self.steps else float("nan")
 
 
 def read_result(

@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ArgumentError, BackendError) as error:
         print(f"power-kernels: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first answer", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,10 +87,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from power_kernels.api.config import PowerConfig
+    from power_kernels.api.engine import UnsupportedModelError
     from power_kernels.api.output_file import OutputFile, digest, record
     from power_kernels.api.sampler import PowerSampler
 
-    # Everything that can be wrong is looked at before a model is loaded or a file touched.
+    # What needs no model is looked at before one is loaded.
     config = PowerConfig(
         alpha=arguments.alpha,
         max_new_tokens=arguments.max_new_tokens,
@@ -102,13 +106,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     prompts = _read_prompts(arguments)
     model, tokenizer = _load(arguments)
-    sampler = PowerSampler(model, tokenizer)
-    tokens = [_tokens(prompt, tokenizer, arguments.chat) for prompt in prompts]
+    try:
+        sampler = PowerSampler(model, tokenizer)
+    except UnsupportedModelError as error:
+        raise ArgumentError(f"--model {arguments.model}: {error}") from error
+    tokens = [_tokens(i, prompt, tokenizer, arguments.chat) for i, prompt in enumerate(prompts)]
     eos = [] if arguments.ignore_eos else None
+    # Lanes and the exact shortcuts change what is computed and never the answer: a run may go on with others.
+    exact = {"lanes", "early_rejection", "free_prefix"}
     run = {
         "model": arguments.model,
         "dtype": str(model.dtype),
-        "config": dataclasses.asdict(config),
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in exact},
         "seed": arguments.seed,
         "eos": eos,
     }
@@ -118,7 +127,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         for k in range(arguments.num_chains)
     }
     output = OutputFile(arguments.out, digests) if arguments.out else None
-    drawn = faults = 0
+    drawn = 0
+    faults = output.faults if output else 0
     skipped = output.finished if output else set()
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -178,10 +188,10 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
             raise ArgumentError(f"--prompts {arguments.prompts} line {number} is not JSON: {error}") from None
         kinds = {"prompt": str, "messages": list, "tokens": list}
         given = [k for k, kind in kinds.items() if isinstance(prompt, dict) and isinstance(prompt.get(k), kind)]
-        if len(given) != 1:
+        if len(given) != 1 or not prompt[given[0]]:
             raise ArgumentError(
                 f"--prompts {arguments.prompts} line {number} must be an object with one of prompt (text), messages "
-                "(list) and tokens (list)"
+                "(list) and tokens (list), not empty"
             )
         prompts.append(prompt)
     if not prompts:
@@ -199,18 +209,23 @@ def _load(arguments: argparse.Namespace):
     try:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # hubs, files, formats and devices fail in as many ways as there are
         raise ArgumentError(f"--model {arguments.model} cannot be loaded on {device}: {error}") from error
     return model, tokenizer
 
 
-def _tokens(prompt: dict, tokenizer, chat: bool) -> list[int]:
+def _tokens(index: int, prompt: dict, tokenizer, chat: bool) -> list[int]:
     if "tokens" in prompt:
         return prompt["tokens"]
-    if "messages" in prompt or chat:
-        messages = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
+    if "messages" not in prompt and not chat:
+        return tokenizer(prompt["prompt"]).input_ids
+    messages = prompt["messages"] if "messages" in prompt else [{"role": "user", "content": prompt["prompt"]}]
+    try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
-    return tokenizer(prompt["prompt"]).input_ids
+    except Exception as error:  # templates are programs that come with the model
+        raise ArgumentError(f"prompt {index} does not fit the chat template of the model: {error}") from error
 
 
 def _show(line: dict) -> None:

@@ -14,7 +14,8 @@ from power_kernels.errors import ArgumentError
 # Stopping criteria that generate() adds by itself and that the chain already obeys.
 _OBEYED = {"MaxLengthCriteria", "EosTokenCriteria"}
 
-_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Models that have passed the engine's self check. Engines are not kept: they hold their model, which may change.
+_checked: weakref.WeakSet = weakref.WeakSet()
 
 
 def power_sample(
@@ -59,6 +60,12 @@ def power_sample(
     others = [type(c).__name__ for c in stopping_criteria or () if type(c).__name__ not in _OBEYED]
     if others:
         raise ArgumentError(f"stopping_criteria holds {', '.join(others)}; only length and EOS are allowed")
+    for name, value, only in (
+        ("num_beams", generation_config.num_beams, (None, 1)),
+        ("return_dict_in_generate", generation_config.return_dict_in_generate, (None, False)),
+    ):
+        if value not in only:
+            raise ArgumentError(f"{name} is {value}; power sampling allows only {only[1]}")
     length = input_ids.shape[1]
     limit = generation_config.max_length - length
     if limit < 1:
@@ -81,10 +88,10 @@ def power_sample(
     mask = model_kwargs.get("attention_mask")  # padding, the one thing in generate()'s own arguments that matters here
     mask = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
-    if model not in _engines:
-        _engines[model] = HuggingFaceEngine(model)
+    engine = HuggingFaceEngine(model, self_check=model not in _checked)
+    _checked.add(model)
     eos = generation_config.eos_token_id
-    results = PowerSampler(_engines[model]).generate(
+    results = PowerSampler(engine).generate(
         prompts,
         config,
         num_chains=num_chains,

@@ -39,7 +39,7 @@ def cache_root() -> Path:
         return Path(os.environ["POWER_KERNELS_CACHE"]).expanduser()
     # The XDG specification has relative values ignored.
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "power_kernels"
+    return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))) / "power_kernels"
 
 
 def model_directory() -> Path:

@@ -19,6 +19,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy", "tqdm", "gguf")
 def report() -> dict:
     """Everything that `doctor` prints, as plain data."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    failures = {device: _failure(device) for device in devices}
     return {
         "power_kernels": power_kernels.__version__,
         "python": platform.python_version(),
@@ -26,9 +27,23 @@ def report() -> dict:
         "devices": {device: _device_name(device) for device in devices},
         "threads": torch.get_num_threads(),
         "forced_backend": ops.forced_backend(),
-        "ops": {name.removesuffix("_out"): {d: ops.backend_for(d) for d in devices} for name in ops.KERNELS},
-        "missing": _missing(),
+        "ops": {
+            name.removesuffix("_out"): {d: "none" if failures[d] else ops.backend_for(d) for d in devices}
+            for name in ops.KERNELS
+        },
+        "missing": _missing() + [f"{device}: a kernel does not run: {f}" for device, f in failures.items() if f],
     }
+
+
+def _failure(device: str) -> str | None:
+    """Why one draw does not run on a device, or None: a GPU's kernels are compiled at their first launch."""
+    try:
+        alpha, seed = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        counter = torch.zeros(1, 4, dtype=torch.int32, device=device)
+        out = power_kernels.sample_tokens(torch.zeros(1, 8, device=device), alpha, alpha, seed, counter)
+        return None if int(out.status) == 0 else f"status {int(out.status)} for a sound row"
+    except Exception as error:  # whatever a driver, a compiler or a cache directory can raise is the finding
+        return f"{type(error).__name__}: {error}"
 
 
 def _version(package: str) -> str | None:

@@ -6,12 +6,11 @@ afterwards:
 
     begin -> (prefill | transfer -> step | move)* -> end
 
-A lane is a row that may be fed; lanes [c*P, (c+1)*P) belong to chain slot c. Before each `step` the driver
-hands over two lists of ranges: `commit_range` (an accepted lane's tokens become its chain's) and
-`open_range` (a lane starts again from a prefix of its chain). An engine that keeps KV rows copies them; one
-that does not (a serving stack with a prefix cache) may take them as notices that a lane's request is void:
-it then submits prompt + prefix as a new request, and reports the lane as PENDING until its first token is
-there.
+A lane is a row that may be fed; lanes [c*P, (c+1)*P) belong to chain slot c. Before each `step` the driver hands over
+two lists of ranges: `commit_range` (an accepted lane's tokens become its chain's) and `open_range` (a lane starts
+again from a prefix of its chain). An engine that keeps KV rows copies them. One that does not (a serving stack with a
+prefix cache) watches the lanes' serials instead, submits prompt + prefix as a new request when a lane starts again, and
+reports the lane as PENDING until its first token is there.
 """
 
 from __future__ import annotations
@@ -27,6 +26,10 @@ from power_kernels.state import ChainState
 class UnsupportedModelError(ValueError):
     """The model holds or computes something that this engine cannot rewind exactly. Raised before any
     work."""
+
+
+class EngineBusyError(RuntimeError):
+    """The engine is in the middle of another run, which goes on. Exhaust that stream or close() it first."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Engine(Protocol):
         """Get ready for `chains` slots of `lanes` lanes each, with all positions below `max_length`.
 
         max_length: prompt + max_new_tokens of the longest request. alpha, beta: the exponents of the
-        target and of the proposal (DESIGN section 2). seed: 64 bits.
+        target and of the proposal (DESIGN section 2). seed: 64 bits. Raises EngineBusyError, and leaves the other run
+        alone, while one is on: an engine keeps the past of one run.
         """
         ...
 
@@ -77,8 +81,11 @@ class Engine(Protocol):
     def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
         """Commit, then open. commit_range int32 [C, 4] rows (chain, lane, start, stop): the chain takes the
         lane's positions [start, stop). open_range int32 [C*P, 4] rows (lane, chain, start, stop): the lane
-        takes the chain's; positions are absolute, and what either held at `stop` and beyond is void. stop
-        <= start moves nothing.
+        takes the chain's; positions are absolute. stop <= start moves nothing.
+
+        The ranges are instructions to copy and nothing else: a lane that already holds what it needs gets an empty one.
+        An engine without KV rows of its own sees a lane start again by its SERIAL or DIVERGENCE in `lane_field`
+        changing, and finds the tokens to start from in the chain's row of `ChainState.token`.
         """
         ...
 

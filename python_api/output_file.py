@@ -47,8 +47,12 @@ class OutputFile:
 
     def __init__(self, path: str | os.PathLike, digests: dict[tuple[int, int], str]):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.created = not self.path.exists()
+            self.file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise ArgumentError(f"--out {self.path} cannot be written: {error}") from None
         try:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,6 +69,7 @@ class OutputFile:
         content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]
         finished = set()
+        self.faults = 0  # records of chains that stopped at bad logits
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 known = json.loads(line)
@@ -80,6 +85,7 @@ class OutputFile:
                     "configuration, seed or prompt; name another file or repeat the first command"
                 )
             finished.add(key)
+            self.faults += known.get("finish") == "fault"
         if len(whole) < len(content):
             self.file.truncate(len(whole))
         return finished
@@ -96,6 +102,6 @@ class OutputFile:
         return self.file.read().count(b"\n")
 
     def close(self) -> None:
-        if self.file.tell() == 0:  # bad input stopped the run before its first answer
+        if self.created and self.file.tell() == 0:  # bad input stopped the run before its first answer
             self.path.unlink(missing_ok=True)
         self.file.close()

@@ -13,7 +13,7 @@ from power_kernels.api.results import PowerResult
 class ProgressBar:
     """A tqdm bar over answers. `advance` is cheap enough for every decode step."""
 
-    INTERVAL = 0.5 if sys.stderr.isatty() else 10.0  # seconds between refreshes
+    INTERVAL = 0.5 if (sys.stderr is not None and sys.stderr.isatty()) else 10.0  # seconds between refreshes
 
     def __init__(self, total: int, initial: int = 0):
         self.bar = tqdm(total=total, initial=initial, unit="answer", dynamic_ncols=True)

@@ -18,7 +18,7 @@ import torch
 import power_kernels as pk
 from power_kernels import reference
 from power_kernels.api.config import PowerConfig
-from power_kernels.api.engine import Engine, Sampled
+from power_kernels.api.engine import Engine, EngineBusyError, Sampled
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.progress import ProgressBar
 from power_kernels.api.results import PowerResult, read_result
@@ -59,7 +59,6 @@ class PowerSampler:
             )
         self.engine: Engine = model
         self.tokenizer = tokenizer
-        self._streaming = False
 
     def generate(
         self,
@@ -182,17 +181,7 @@ class PowerSampler:
             )
         seed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits, as int64 holds them
         run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
-        return self._alone(run.results(ProgressBar(total, total - len(jobs)) if progress else None))
-
-    def _alone(self, results: Iterator[PowerResult]) -> Iterator[PowerResult]:
-        """One run at a time: the engine keeps the past of one."""
-        if self._streaming:
-            raise RuntimeError("an earlier stream of this PowerSampler has not ended; exhaust it or close() it first")
-        self._streaming = True
-        try:
-            yield from results
-        finally:
-            self._streaming = False
+        return run.results(ProgressBar(total, total - len(jobs)) if progress else None)
 
 
 def _integer(what: str, value, least: int, most: int | None = None) -> None:
@@ -245,7 +234,14 @@ class _Run:
                 beta=config.beta,
                 seed=self.seed,
             )
+        except EngineBusyError:
+            raise
+        except BaseException:
+            engine.end()
+            raise
+        try:
             self.state = pk.ChainState.allocate(self.slots, config.lanes, self.law, engine.device)
+            self.active = self.state.first(0)
             while self.admit():
                 stopped: list[int] = []
                 while not stopped:
@@ -266,10 +262,6 @@ class _Run:
             if bar is not None:
                 bar.close()
 
-    @property
-    def active(self) -> pk.ChainState:
-        return self.state.first(len(self.prefill_cost))
-
     def admit(self) -> int:
         """Fill the free slots behind the active ones. Returns how many chains are active now."""
         first = len(self.prefill_cost)
@@ -279,6 +271,7 @@ class _Run:
             self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
             for slot, job in zip(slots, jobs, strict=True):
                 self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
+            self.active = self.state.first(len(self.prefill_cost))
             self.advance(self.nothing_sampled())  # opens the new chains, leaves the others as they are
         return len(self.prefill_cost)
 
@@ -312,4 +305,5 @@ class _Run:
             self.engine.move(last, slot)
             self.prefill_cost[slot] = self.prefill_cost[last]
         self.prefill_cost.pop()
+        self.active = self.state.first(last)
         return result

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from power_kernels.api import PowerConfig, PowerSampler
 from power_kernels.api.cli import INTERRUPTED, main
+from tests.tiny_models import mamba
 
 VOCAB = 32
 
@@ -142,6 +144,25 @@ def test_a_file_of_another_run_is_refused_and_left_alone(model_path, prompts, tm
     assert "line 1 is not a record" in capsys.readouterr().err
 
 
+def test_a_run_may_go_on_with_other_lanes(model_path, prompts, tmp_path, uninterrupted, capsys):
+    assert run(model_path, prompts, tmp_path / "whole.jsonl", "--lanes", "2", "--no-free-prefix") == 0
+    assert "0 answers written" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_rewound_is_refused(prompts, tmp_path, model_path, capsys):
+    path = tmp_path / "recurrent"
+    mamba().save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(model_path, name), path)
+    assert run(str(path), prompts, tmp_path / "none.jsonl") == 2
+    assert f"--model {path}: " in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_an_error(model_path, prompts, tmp_path, capsys):
+    assert run(model_path, prompts, tmp_path) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_two_processes_cannot_write_one_file(model_path, prompts, tmp_path, capsys):
     import fcntl
 
@@ -170,6 +191,8 @@ def test_prompts_are_printed_without_a_file(model_path, capsys):
         (["--max-new-tokens", "256"], "must not exceed the model's context of 256"),
         (["--num-chains", "0"], "num_chains is 0"),
         (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
+        (["--device", "cuda:99"], "cannot be loaded on cuda:99"),
+        (["--chat"], "prompt 0 does not fit the chat template"),
     ],
 )
 def test_bad_options_exit_with_2_and_name_the_option(model_path, prompts, tmp_path, capsys, options, message):
@@ -185,7 +208,9 @@ def test_bad_options_exit_with_2_and_name_the_option(model_path, prompts, tmp_pa
         ('{"text": "w1"}', "line 2 must be an object with one of"),
         ('{"prompt": 3}', "line 2 must be an object with one of"),
         ('{"tokens": [99]}', "holds token id 99"),
-        ('{"tokens": []}', "is empty"),
+        ('{"tokens": []}', "line 2 must be an object with one of"),
+        ('{"messages": []}', "line 2 must be an object with one of"),
+        ('{"messages": [{"role": "user"}]}', "prompt 1 does not fit the chat template"),
     ],
 )
 def test_bad_prompt_files_name_the_line(model_path, tmp_path, capsys, line, message):

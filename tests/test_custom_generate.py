@@ -1,5 +1,8 @@
 """`model.generate(custom_generate=power_sample)`: the chains of PowerSampler in the shape that generate() returns."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -80,12 +83,23 @@ def test_the_model_generates_plainly_afterwards(model):
     assert torch.equal(before, model.generate(IDS, **plain))
 
 
+def test_a_model_is_not_kept_alive():
+    model = llama()
+    generate(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"do_sample": True}, "logits_processor holds TopKLogitsWarper"),  # generate()'s hidden top_k = 50
         ({"do_sample": True, "top_k": 0, "temperature": 0.5}, "logits_processor holds TemperatureLogitsWarper"),
         ({"repetition_penalty": 1.5}, "logits_processor holds RepetitionPenaltyLogitsProcessor"),
+        ({"num_beams": 3}, "num_beams is 3"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate is True"),
         ({"max_time": 5.0}, "stopping_criteria holds MaxTimeCriteria"),
         ({"alpha": 0.5}, "alpha is 0.5"),
         ({"max_new_tokens": 100_000}, "must not exceed the model's context"),

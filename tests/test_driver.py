@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from power_kernels import rng
-from power_kernels.api import GenerationInterrupted, PowerConfig, PowerSampler
+from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import Outcome, Status
@@ -32,9 +32,9 @@ class WatchedEngine(ToyEngine):
         self.raise_at, self.error = raise_at, error
 
     def begin(self, **kwargs):
+        super().begin(**kwargs)
         self.begun += 1
         self.seed_given = kwargs["seed"]
-        super().begin(**kwargs)
 
     def step(self, state):
         self.steps += 1
@@ -43,6 +43,7 @@ class WatchedEngine(ToyEngine):
         return super().step(state)
 
     def end(self):
+        super().end()
         self.ended += 1
 
 
@@ -392,8 +393,10 @@ def test_closing_a_stream_early_ends_the_engine_and_frees_the_sampler():
     stream = sampler.stream([[5]], CONFIG, num_chains=10, max_chains=2)
     next(stream)
     assert engine.ended == 0
-    with pytest.raises(RuntimeError, match="earlier stream"):  # it would write over the first one's past
-        sampler.generate([[5]], CONFIG)
+    with pytest.raises(EngineBusyError):  # it would write over the first one's past
+        PowerSampler(engine).generate([[5]], CONFIG)
+    assert engine.ended == 0  # the first run goes on
+    next(stream)
     stream.close()
     assert engine.ended == engine.begun == 1
     assert len(sampler.generate([[5]], CONFIG)) == 1

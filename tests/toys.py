@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import power_kernels as pk
-from power_kernels.api.engine import Sampled
+from power_kernels.api.engine import EngineBusyError, Sampled
 from power_kernels.state import LaneField, LaneStatus
 
 
@@ -78,8 +78,12 @@ class ToyEngine:
         self.max_context = None
         self.eos_token_ids = toy.eos
         self.forwarded = 0
+        self.running = False
 
     def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
+        if self.running:
+            raise EngineBusyError("a run of this engine is on")
+        self.running = True
         self.lanes = lanes
         self.chain_kv = torch.full((2, chains, 1, max_length, 1), -1, dtype=torch.int32)
         self.lane_kv = torch.full((2, chains * lanes, 1, max_length, 1), -1, dtype=torch.int32)
@@ -140,4 +144,4 @@ class ToyEngine:
         self.prompts[target] = self.prompts[source]
 
     def end(self) -> None:
-        pass
+        self.running = False

@@ -15,15 +15,35 @@ so models above `PACKED_BYTES` keep torch's linear there.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import linear
 
 from power_kernels.api.engines.patches import Patches
 
 DOUBLED_ROWS = 2
 PACKED_ROWS = 128
 PACKED_BYTES = 4 << 30
+
+
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: about how many rows to expect
+
+
+def _times_reordered(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _can_reorder() -> bool:
+    """Whether this build of torch has oneDNN with the two operators above, which its own compiler uses."""
+    rows, weight = torch.ones(3, 8), torch.ones(4, 8)
+    try:
+        return torch.equal(_times_reordered(rows, _reordered(weight), None), torch.full((3, 4), 8.0))
+    except (AttributeError, RuntimeError):
+        return False
 
 
 class SmallBatchLinear:
@@ -43,18 +63,17 @@ class SmallBatchLinear:
             out = out if bias is None else out + bias
         elif 0 < count <= PACKED_ROWS and self.pack:
             if self.packed is None:
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-            out = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
+                self.packed = _reordered(weight)
+            out = _times_reordered(rows, self.packed, bias)
         else:
-            return functional.linear(x, weight, bias)
+            return linear(x, weight, bias)
         return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def speed_up(model: nn.Module, patches: Patches) -> None:
     """Patch the linear layers of a model that runs in fp32 on a CPU. Packed weights live as long as `patches`."""
     layers = [module for module in model.modules() if _is_plain(module)]
-    packed_bytes = sum(module.weight.nbytes for module in layers)
-    pack = torch.backends.mkldnn.is_available() and packed_bytes <= PACKED_BYTES
+    pack = sum(module.weight.nbytes for module in layers) <= PACKED_BYTES and _can_reorder()
     for module in layers:
         patches.add(module, "forward", SmallBatchLinear(module, pack))
 

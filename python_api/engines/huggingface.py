@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels
-from power_kernels.api.engine import Sampled, UnsupportedModelError
+from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines.cpu_linear import speed_up
 from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
@@ -88,7 +88,8 @@ class HuggingFaceEngine:
                 raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
         if self.max_context is not None and max_length > self.max_context:
             raise ArgumentError(f"max_length is {max_length}; the model's context is {self.max_context}")
-        self.end()
+        if self._slabs is not None:
+            raise EngineBusyError("a run of this engine is on; exhaust its stream or close() it first")
         self._patches = self._patched(max_length)
         on_device = self.device.type != "cpu"
         positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
@@ -110,6 +111,8 @@ class HuggingFaceEngine:
 
     def end(self) -> None:
         """Free the KV. Does nothing when no run is on."""
+        if self._patches is not None:
+            self._patches.restore()  # for an interrupt that came between two lines of their own clean-up
         self._slabs = self._cache = self._patches = None
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
@@ -408,7 +411,7 @@ class _LengthBound:
     def _start_copy(self, longest: torch.Tensor) -> None:
         self._value.copy_(longest, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(longest.device))  # the model's device need not be the current one
 
     def _arrived(self) -> bool:
         return self._event.query()

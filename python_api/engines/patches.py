@@ -28,14 +28,19 @@ class Patches:
                 self._saved.append((owner, name, getattr(owner, name) if own else _INHERITED))
                 setattr(owner, name, value)
         except BaseException:
-            self.__exit__()
+            self.restore()
             raise
         return self
 
     def __exit__(self, *error) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put every old value back. May be interrupted at any point and called again."""
         while self._saved:
-            owner, name, value = self._saved.pop()
+            owner, name, value = self._saved[-1]
             if value is _INHERITED:
-                delattr(owner, name)
+                vars(owner).pop(name, None)
             else:
                 setattr(owner, name, value)
+            self._saved.pop()

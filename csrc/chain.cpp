@@ -475,12 +475,14 @@ STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) {
 }  // namespace power_kernels
 
 extern "C" __attribute__((visibility("default"))) const char* power_kernels_state_layout() {
-#define PK_STRING(x) #x
+#define PK_SPELL(x) #x
+#define PK_STRING(x) PK_SPELL(x)  // of what a macro stands for
 #define PK_NAME(name, value) "," #name "=" PK_STRING(value)
   // Each list begins with a comma, which the Python side writes too.
   return "ChainField:" PK_CHAIN_FIELDS(PK_NAME) ";LaneField:" PK_LANE_FIELDS(PK_NAME) ";Mode:" PK_MODES(PK_NAME)
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
-      ";Status:" PK_STATUSES(PK_NAME) ";pitch=16,8";
+      ";Status:" PK_STATUSES(PK_NAME) ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
 #undef PK_NAME
 #undef PK_STRING
+#undef PK_SPELL
 }

@@ -14,6 +14,8 @@
 // buffer while its maximum is found; the exponentials then read the first-level cache.
 #pragma once
 
+#include "state.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,8 +31,6 @@ using torch::stable::Tensor;
 // Long enough that its reductions cost little, short enough to stay in 32 KB of cache next to the following
 // tile, which is prefetched meanwhile.
 constexpr int64_t TILE = 2048;
-
-enum Status : int32_t { OK = 0, NAN_LOGIT = 1, POS_INF = 2, NO_MASS = 3, BAD_TOKEN = 4 };
 
 struct TileMass {  // one workspace slot
   float max, r1, rb, moment;
@@ -86,15 +86,15 @@ struct RowMass {
 
 inline RowMass combine(const TileMass* slots, int64_t tiles, double beta, bool entropy) {
   const double nan = std::nan("");
-  RowMass row{OK, -INFINITY, nan, nan, nan};
+  RowMass row{Status::OK_, -INFINITY, nan, nan, nan};
   int64_t top = 0;
   for (int64_t t = 0; t < tiles; ++t) {
-    if (std::isnan(slots[t].r1)) row.status = NAN_LOGIT;
+    if (std::isnan(slots[t].r1)) row.status = Status::NAN_;
     if (slots[t].max > row.max) row.max = slots[t].max, top = t;
   }
-  if (row.status == OK && row.max == INFINITY) row.status = POS_INF;
-  if (row.status == OK && row.max == -INFINITY) row.status = NO_MASS;
-  if (row.status != OK) return row;
+  if (row.status == Status::OK_ && row.max == INFINITY) row.status = Status::POS_INF_;
+  if (row.status == Status::OK_ && row.max == -INFINITY) row.status = Status::NO_MASS_;
+  if (row.status != Status::OK_) return row;
   double r1 = 0, rb = 0, moment = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     const TileMass& s = slots[t];

@@ -99,17 +99,17 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
       TileMass* slots = all_slots + b * logits.tiles;
       RowMass row = combine(slots, logits.tiles, beta[b], has_entropy);
       const int64_t excluded = has_exclude && exclude[b] >= 0 ? exclude[b] : -1;
-      if (row.status == OK && excluded >= logits.V) row.status = BAD_TOKEN;
+      if (row.status == Status::OK_ && excluded >= logits.V) row.status = Status::BAD_TOKEN_;
       int64_t x = -1;
-      if (row.status == OK) {
+      if (row.status == Status::OK_) {
         Words words;
         for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
         x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed).u0, excluded, slots);
         // Sound logits always hold mass; a beta that is not finite and positive makes it NaN.
-        if (x < 0) row.status = NAN_LOGIT;
+        if (x < 0) row.status = Status::NAN_;
       }
-      status[b] = row.status;
-      if (row.status != OK) {
+      status[b] = static_cast<int32_t>(row.status);
+      if (row.status != Status::OK_) {
         token[b] = -1;
         logp[b] = logq[b] = weight[b] = NAN;
         if (has_entropy) entropy[b] = NAN;

@@ -26,14 +26,14 @@ void score_tokens_out(Tensor logits_, Tensor tokens_, Tensor alpha_, Tensor beta
     for (int64_t b = begin; b < end; ++b) {
       RowMass row = combine(all_slots + b * logits.tiles, logits.tiles, beta[b], has_entropy);
       const int64_t x = tokens[b];
-      if (row.status == OK && (x < 0 || x >= logits.V)) row.status = BAD_TOKEN;
+      if (row.status == Status::OK_ && (x < 0 || x >= logits.V)) row.status = Status::BAD_TOKEN_;
       TokenScore s{NAN, NAN, NAN};
-      if (row.status == OK) s = score(row, logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
-      status[b] = row.status;
+      if (row.status == Status::OK_) s = score(row, logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
+      status[b] = static_cast<int32_t>(row.status);
       logp[b] = s.logp;
       logq[b] = s.logq;
       weight[b] = s.weight;
-      if (has_entropy) entropy[b] = row.status == OK ? static_cast<float>(row.entropy) : NAN;
+      if (has_entropy) entropy[b] = row.status == Status::OK_ ? static_cast<float>(row.entropy) : NAN;
     }
   });
 }

@@ -29,7 +29,10 @@ enum class Cost : int32_t { PK_COSTS(PK_ENUMERATOR) };
 enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR
 
-constexpr int64_t CHAIN_FIELDS = 16;
-constexpr int64_t LANE_FIELDS = 8;
+// Row pitches. Macros, so that the layout string can spell them.
+#define PK_CHAIN_PITCH 16
+#define PK_LANE_PITCH 8
+constexpr int64_t CHAIN_FIELDS = PK_CHAIN_PITCH;
+constexpr int64_t LANE_FIELDS = PK_LANE_PITCH;
 
 }  // namespace power_kernels

@@ -84,9 +84,14 @@ struct RowMass {
   double max, log1p_r1, log1p_rb, entropy;
 };
 
-inline RowMass combine(const TileMass* slots, int64_t tiles, double beta, bool entropy) {
+inline bool sound_exponent(double value) { return value > 0 && value < INFINITY; }
+
+inline RowMass combine(const TileMass* slots, int64_t tiles, double alpha, double beta, bool entropy) {
   const double nan = std::nan("");
-  RowMass row{Status::OK_, -INFINITY, nan, nan, nan};
+  // The Python wrapper refuses unsound exponents, but not under torch.compile or when the operators are called directly.
+  const bool sound = sound_exponent(alpha) && sound_exponent(beta);
+  RowMass row{sound ? Status::OK_ : Status::NAN_, -INFINITY, nan, nan, nan};
+  if (!sound) return row;
   int64_t top = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     if (std::isnan(slots[t].r1)) row.status = Status::NAN_;

@@ -244,10 +244,15 @@ struct FlushSubnormals {
 #endif
 };
 
+// A subnormal beta would count as 0 under FlushSubnormals, and 0 * -inf is NaN. No row tells it from the least normal
+// one unless its logits are 1e30 apart.
+PK_INLINE float normal(float beta) { return beta < __FLT_MIN__ ? __FLT_MIN__ : beta; }
+
 template <class T>
 static void mass(const void* row, int64_t V, int64_t first, int64_t last, float beta, bool entropy,
                  TileMass* slots) {
   typedef typename T::Item Item;
+  beta = normal(beta);
   const FlushSubnormals flush;
   const Sums run = entropy ? sums_for<true>(beta) : sums_for<false>(beta);
   Staged s;
@@ -268,6 +273,7 @@ static void mass(const void* row, int64_t V, int64_t first, int64_t last, float 
 
 template <class T>
 static TileMass mass_without(const void* tile, int64_t n, int64_t skip, float beta) {
+  beta = normal(beta);
   const FlushSubnormals flush;
   Staged s;
   stage<T>(s, (const typename T::Item*)tile, n, skip);
@@ -288,6 +294,7 @@ static void masses_in_place(Staged& s, float beta) {
 
 template <class T>
 static int64_t draw(const void* tile, int64_t n, int64_t skip, float beta, double fraction) {
+  beta = normal(beta);
   const FlushSubnormals flush;
   Staged s;
   stage<T>(s, (const typename T::Item*)tile, n, skip);

@@ -27,7 +27,7 @@ double load_cdf(const TileMass* slot) {
   return cdf;
 }
 
-// The token drawn from row b, whose logits are known to be sound; -1 if the masses are NaN. excluded: -1 for none.
+// The token drawn from row b, whose logits and exponents are known to be sound. excluded: -1 for none.
 int64_t draw_token(const Logits& logits, int64_t b, double row_max, float beta, double u, int64_t excluded,
                    TileMass* slots) {
   const int64_t tiles = logits.tiles;
@@ -65,7 +65,7 @@ int64_t draw_token(const Logits& logits, int64_t b, double row_max, float beta, 
   const double fraction = (target - before) / (load_cdf(slots + tile) - before);
   const int64_t entry = logits.kernels->draw(logits.tile(b, tile), logits.tile_size(tile),
                                              tile == hole ? excluded - hole * TILE : -1, beta, fraction);
-  return entry < 0 ? -1 : tile * TILE + entry;
+  return tile * TILE + entry;
 }
 
 }  // namespace
@@ -97,7 +97,7 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   torch::stable::parallel_for(0, B, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       TileMass* slots = all_slots + b * logits.tiles;
-      RowMass row = combine(slots, logits.tiles, beta[b], has_entropy);
+      RowMass row = combine(slots, logits.tiles, alpha[b], beta[b], has_entropy);
       const int64_t excluded = has_exclude && exclude[b] >= 0 ? exclude[b] : -1;
       if (row.status == Status::OK_ && excluded >= logits.V) row.status = Status::BAD_TOKEN_;
       int64_t x = -1;
@@ -105,8 +105,6 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
         Words words;
         for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
         x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed).u0, excluded, slots);
-        // Sound logits always hold mass; a beta that is not finite and positive makes it NaN.
-        if (x < 0) row.status = Status::NAN_;
       }
       status[b] = static_cast<int32_t>(row.status);
       if (row.status != Status::OK_) {

@@ -24,7 +24,7 @@ void score_tokens_out(Tensor logits_, Tensor tokens_, Tensor alpha_, Tensor beta
   const TileMass* all_slots = mass_pass(logits, beta, has_entropy, workspace);
   torch::stable::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      RowMass row = combine(all_slots + b * logits.tiles, logits.tiles, beta[b], has_entropy);
+      RowMass row = combine(all_slots + b * logits.tiles, logits.tiles, alpha[b], beta[b], has_entropy);
       const int64_t x = tokens[b];
       if (row.status == Status::OK_ && (x < 0 || x >= logits.V)) row.status = Status::BAD_TOKEN_;
       TokenScore s{NAN, NAN, NAN};

@@ -7,7 +7,8 @@ The dispatcher chooses by device. A machine without the C++ extension serves the
 
 The `*_out` functions allocate nothing, never wait for the device, and are safe inside a CUDA graph. The functional
 ones check their arguments, allocate and call them. Shapes, dtypes and strides are checked on every device; values
-(alpha, beta, ranges) only where the tensors are on the host, since looking at them elsewhere would wait for the device.
+(alpha, beta, ranges) only where the tensors are on the host, since looking at them elsewhere would wait for the device:
+there the kernels report bad exponents by row, as Status.NAN, and skip bad ranges.
 """
 
 from __future__ import annotations
@@ -297,7 +298,8 @@ def sample_tokens(
     """Draw one token a row from q = softmax(beta * logits), with its log-probabilities (DESIGN 2, 4, 5.1).
 
     logits: float32, float16 or bfloat16 [B, V], unit inner stride, any row stride; -inf entries are never drawn.
-    alpha, beta: float32 [B], finite and positive. seed: int64 [1].
+    alpha, beta: float32 [B], finite and positive; where they are on a device and so are not looked at beforehand, a row
+        with others has Status.NAN. seed: int64 [1].
     counter: int32 [B, 4], the Philox counter of each row (`power_kernels.rng`): its first uniform draws the token.
     exclude: int64 [B] or None: a token that may not be drawn (-1: none); q is renormalised for the draw, while logq and
         weight are those of the full row. It is returned all the same when nothing else has mass.

@@ -30,6 +30,12 @@ def _write(target: torch.Tensor | None, values: list) -> None:
         target.copy_(torch.tensor(values, dtype=torch.float64).reshape(target.shape))
 
 
+def _row_status(z: np.ndarray, alpha: float, beta: float) -> Status:
+    """The wrappers look at exponents only where they lie on the host, so every backend reports bad ones by row."""
+    sound = 0.0 < alpha < math.inf and 0.0 < beta < math.inf
+    return ref.row_status(z) if sound else Status.NAN
+
+
 def sample_tokens_out(
     logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status
 ) -> None:
@@ -40,7 +46,7 @@ def sample_tokens_out(
     skip = [-1] * logits.shape[0] if exclude is None else exclude.tolist()
     for i, z in enumerate(_rows(logits)):
         a, b = float(alpha[i]), float(beta[i])
-        row = ref.row_status(z)
+        row = _row_status(z, a, b)
         if row is Status.OK and skip[i] >= z.size:
             row = Status.BAD_TOKEN
         if row is Status.OK:
@@ -66,11 +72,12 @@ def score_tokens_out(logits, tokens, alpha, beta, workspace, logp, logq, weight,
     columns: list[list] = [[], [], [], [], []]
     given = tokens.tolist()
     for i, z in enumerate(_rows(logits)):
-        row = ref.row_status(z)
+        a, b = float(alpha[i]), float(beta[i])
+        row = _row_status(z, a, b)
         if row is Status.OK and not 0 <= given[i] < z.size:
             row = Status.BAD_TOKEN
         if row is Status.OK:
-            q = _scored(z, given[i], float(alpha[i]), float(beta[i]))
+            q = _scored(z, given[i], a, b)
             values = (q.logp, q.logq, q.weight, ref.entropy(z) if entropy is not None else _NAN)
         else:
             values = (_NAN,) * 4

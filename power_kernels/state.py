@@ -90,7 +90,7 @@ class Status(IntEnum):
 
     PENDING = -1  # only as an input of mh_advance: this lane has no sample this time
     OK = 0
-    NAN = 1
+    NAN = 1  # among the logits; or alpha or beta is not finite and positive
     POS_INF = 2
     NO_MASS = 3  # every logit is -inf
     BAD_TOKEN = 4  # a token outside [0, V)

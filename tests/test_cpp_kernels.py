@@ -364,17 +364,17 @@ def test_scored_tokens_outside_the_vocabulary_and_without_mass():
     assert out.logp[2] == out.logq[2] == out.weight[2] == -INF
 
 
-@pytest.mark.parametrize("beta", [NAN, INF, -INF, 0.0, -1.0, -1e30, 3e38, 1e-40])
-def test_an_exponent_out_of_range_reads_nothing_out_of_bounds(beta):
-    # The public wrapper refuses most of these; the kernel must still stay inside the row.
+@pytest.mark.parametrize("beta", [3e38, 1e-38, 1e-40, 1e-45])
+def test_sound_exponents_at_the_ends_of_float32_draw_and_score(beta):
+    # A subnormal one would be 0 in the mass kernels, which flush subnormals, and 0 * -inf NaN.
     z = normal_rows(50, 3000)
     z[:, ::3] = -INF
     for exclude in (None, 7):
         out = sample(z, 4.0, beta, counters(50), exclude=exclude)
-        bad = out.status == Status.NAN
-        assert (bad | (out.status == Status.OK)).all()
-        assert ((out.token >= 0) & (out.token < 3000))[~bad].all()
-        assert (out.token[bad] == -1).all()
+        assert (out.status == Status.OK).all()
+        assert z[torch.arange(50), out.token].isfinite().all()
+        assert len(out.token.unique()) > 20
+        assert out.weight.isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------

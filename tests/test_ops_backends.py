@@ -313,6 +313,38 @@ def test_nan_is_told_before_infinity_before_no_mass_before_a_bad_token(backend):
     assert score(z, 3).status.tolist() == want
 
 
+UNSOUND = (NAN, INF, -INF, 0.0, -0.0, -1.0, -1e30)
+
+
+def test_exponents_that_nobody_looked_at_are_reported_by_row(backend, monkeypatch):
+    """On a device the wrappers do not look at values; here the kernels get what they would get there."""
+    z = normal_logits(1, 300).repeat(2 * len(UNSOUND) + 3, 1)
+    z[:, ::3] = -INF
+    rows, last = z.shape[0], len(UNSOUND)
+    alpha, beta = torch.full((rows,), 4.0), torch.full((rows,), 2.5)
+    alpha[:last] = beta[last : 2 * last] = torch.tensor(UNSOUND)
+    alpha[-2], beta[-1] = 3e38, 1e-40  # odd but sound
+    words, exclude = counters(rows, 3), torch.arange(rows) - 1
+    bad = torch.arange(rows) < 2 * last
+    with pytest.raises(pk.ArgumentError):
+        sample(z, alpha, beta, words)
+    monkeypatch.setattr(pk.ops, "_check_exponents", lambda **exponents: None)
+    drawn, scored = sample(z, alpha, beta, words, exclude), score(z, 1, alpha, beta)
+    for out in (drawn, scored):
+        assert out.status.tolist() == [Status.NAN if b else Status.OK for b in bad]
+        for name in FLOATS:
+            assert getattr(out, name)[bad].isnan().all(), name
+            assert not getattr(out, name)[~bad].isnan().any(), name
+    assert (drawn.token[bad] == -1).all()
+    alpha[bad], beta[bad] = 4.0, 2.5
+    for out, sound in ((drawn, sample(z, alpha, beta, words, exclude)), (scored, score(z, 1, alpha, beta))):
+        assert_same_bits([c[~bad] for c in out], [c[~bad] for c in sound])
+    # told like a NaN among the logits: before everything else
+    z = torch.stack([torch.full((3,), INF), torch.full((3,), -INF), torch.zeros(3)])
+    assert sample(z, 4.0, NAN, exclude=3).status.tolist() == [Status.NAN] * 3
+    assert score(z, 3, 0.0, 4.0).status.tolist() == [Status.NAN] * 3
+
+
 def test_uniforms_at_both_ends_draw_the_first_and_the_last_entry_with_mass(backend):
     z = normal_logits(1, 2100, scale=0.5)[0]  # every mass far above 2^-53 of the total
     z[:3] = z[2047:2051] = z[-2:] = -INF

@@ -169,8 +169,8 @@ def _read_tile(row_ptr, tile, V, skip, TILE: tl.constexpr):
 
 
 @triton.jit
-def row_masses(work_ptr, row, tiles, beta, ENTROPY: tl.constexpr, TILES: tl.constexpr):
-    """The records of one row, combined in float64. beta: float64.
+def row_masses(work_ptr, row, tiles, alpha, beta, ENTROPY: tl.constexpr, TILES: tl.constexpr):
+    """The records of one row, combined in float64. alpha, beta: float64; unsound ones make the status NAN.
 
     Returns status, tile numbers [TILES], tile maxima fp32 [TILES], tile masses 1 + rb float64 [TILES], and the row's
     maximum, R1, Rb, entropy.
@@ -185,6 +185,9 @@ def row_masses(work_ptr, row, tiles, beta, ENTROPY: tl.constexpr, TILES: tl.cons
     m = tl.max(top, 0)
     nan = tl.max((top != top).to(tl.int32), 0)
     status = tl.where(nan > 0, _NAN, tl.where(m == _INF, _POS_INF, tl.where(m == -_INF, _NO_MASS, _OK)))
+    # Nobody looked at the exponents before: that would have made the host wait.
+    sound = (alpha > 0.0) & (alpha < _INF) & (beta > 0.0) & (beta < _INF)
+    status = tl.where(sound, status, _NAN)
     m = tl.where(status == _OK, m, 0.0)
 
     empty = top == -_INF
@@ -253,7 +256,7 @@ def _finish_kernel(
     alpha = tl.load(alpha_ptr + row).to(tl.float64)
     beta = tl.load(beta_ptr + row).to(tl.float64)
     status, index, top, mass, m, rest_1, rest_b, entropy = row_masses(
-        work_ptr, row, tiles, beta, entropy_ptr is not None, TILES
+        work_ptr, row, tiles, alpha, beta, entropy_ptr is not None, TILES
     )
 
     skip = -1

@@ -52,7 +52,9 @@ def _score_kernel(
     row = tl.program_id(0)
     alpha = tl.load(alpha_ptr + row).to(tl.float64)
     beta = tl.load(beta_ptr + row).to(tl.float64)
-    status, _, _, _, m, rest_1, rest_b, entropy = row_masses(work_ptr, row, tiles, beta, entropy_ptr is not None, TILES)
+    status, _, _, _, m, rest_1, rest_b, entropy = row_masses(
+        work_ptr, row, tiles, alpha, beta, entropy_ptr is not None, TILES
+    )
     token = tl.load(tokens_ptr + row)
     inside = (token >= 0) & (token < V)
     status = tl.where((status == _OK) & (inside == 0), _BAD_TOKEN, status)

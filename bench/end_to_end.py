@@ -16,6 +16,9 @@ the extremes. Acceptance: steps that kept the proposal over steps made; "changed
 was another answer. log p: base log-probability of the answers, nats, mean. Methods of the same law should
 agree within a few standard deviations of the mean, which is given.
 
+Plain sampling through our engine (alpha = 1, no steps) separates what the engine gains, faster matrix products among it,
+from what the algorithm costs.
+
 The methods that sample the power law make the same number of steps from the same schedule. The answers run
 to their full length: no token ends them, and then the published algorithm has the same law as the exact one.
 """
@@ -55,15 +58,18 @@ QUESTIONS = [
     "hour, and say which of the two is the more efficient for one passenger, and why.",
 ]
 
-SINGLE = ("published", "kv-loop", "kv-loop-early", "ours-1")
-METHODS = (*SINGLE, "ours-16")
+SINGLE = ("published", "kv-loop", "kv-loop-early", "engine-1", "ours-1")
+BATCHED = ("engine-16", "ours-16")
+METHODS = (*SINGLE, *BATCHED)
 LABELS = {
     "plain-1": "plain generate",
     "published": "published algorithm (re-prefill)",
     "kv-loop": "KV-keeping MH loop",
     "kv-loop-early": "KV-keeping MH loop, early reject",
     "ours-1": "power_kernels, 1 chain",
+    "engine-1": "plain sampling, our engine",
     "plain-16": "plain generate, batch {batch}",
+    "engine-16": "plain sampling, our engine, {batch}",
     "ours-16": "power_kernels, {batch} chains",
 }
 # What must hold (tokens over plain, processor time over plain at one chain and at sixteen, gain of a batch).
@@ -138,15 +144,18 @@ class Bench:
         }
 
     def call(self, method: str, prompt: int, seed: int) -> Timed:
-        """method: plain, a one-chain method of METHODS, or ours-16; prompt is ignored by the batches."""
+        """method: plain-1, plain-16 or one of METHODS; prompt is ignored by the batches."""
         tokens, schedule = self.prompts[prompt], self.schedule
         batch = [self.prompts[i] for i in self.batch_prompts()]
+        plain = self.config(alpha=1.0, max_new_tokens=self.length, block_size=None, mcmc_steps=0)
         calls = {
             "plain-1": lambda: opponents.plain(self.model, [tokens], max_new_tokens=self.length, seed=seed),
             "plain-16": lambda: opponents.plain(self.model, batch, max_new_tokens=self.length, seed=seed),
             "published": lambda: opponents.published(self.model, tokens, seed=seed, **schedule),
             "kv-loop": lambda: opponents.kv_loop(self.model, tokens, seed=seed, **schedule),
             "kv-loop-early": lambda: opponents.kv_loop(self.model, tokens, early_rejection=True, seed=seed, **schedule),
+            "engine-1": lambda: self.sampler.generate([tokens], plain, seed=seed, eos_token_id=[]),
+            "engine-16": lambda: self.sampler.generate(batch, plain, seed=seed, eos_token_id=[], max_chains=len(batch)),
             # The prompt's identity makes this the same chain as in the batch.
             "ours-1": lambda: self.sampler.generate(
                 [tokens], self.config(**schedule), seed=seed, eos_token_id=[], prompt_ids=[prompt]
@@ -170,7 +179,7 @@ class Bench:
         """Everything once, short: the first call of a kind pays for imports, compilation and page faults."""
         length = self.length
         self.setting(4)
-        for method in ("plain-1", *methods, *(["plain-16"] if "ours-16" in methods else [])):
+        for method in ("plain-1", *methods, *(["plain-16"] if set(BATCHED) & set(methods) else [])):
             self.call(method, 0, 0)
         self.setting(length)
 
@@ -192,7 +201,7 @@ def sandwich(bench: Bench, plain: str, methods, prompt: int, seed: int, say) -> 
         cell.setdefault("plain_forwarded", {})[method] = expected
         if run.account:
             # What the prefill would be if chains of one prompt did not share it.
-            every = [prompt] if method != "ours-16" else bench.batch_prompts()
+            every = bench.batch_prompts() if method in BATCHED else [prompt]
             run.account["prefill_unshared"] = sum(len(bench.prompts[i]) - 1 for i in every)
         if method == plain and run.forwarded != expected:
             raise AssertionError(f"plain generation forwarded {run.forwarded} tokens, not {expected}")
@@ -339,9 +348,10 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     bench = Bench(arguments)
     single = [method for method in SINGLE if method in methods]
+    batched = [method for method in BATCHED if method in methods]
     started, done = time.perf_counter(), 0
     rounds = arguments.seeds * (
-        arguments.prompts * (len(single) + 2 if single else 0) + (3 if "ours-16" in methods else 0)
+        arguments.prompts * (len(single) + 2 if single else 0) + (len(batched) + 2 if batched else 0)
     )
 
     def say(text: str) -> None:
@@ -355,8 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         if single:
             for prompt in range(arguments.prompts):
                 cells.append(sandwich(bench, "plain-1", single, prompt, seed, say))
-        if "ours-16" in methods:
-            batches.append(sandwich(bench, "plain-16", ["ours-16"], 0, seed, say))
+        if batched:
+            batches.append(sandwich(bench, "plain-16", batched, 0, seed, say))
     for cell in cells + batches:
         for method, run in cell["runs"].items():
             if not run.logp:  # plain generation keeps none; not part of its time
@@ -366,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
 
     rows = [summary(cells, method, "plain-1") for method in (["plain-1", *single] if single else [])]
     if batches:
-        rows += [summary(batches, method, "plain-16") for method in ("plain-16", "ours-16")]
+        rows += [summary(batches, method, "plain-16") for method in ("plain-16", *batched)]
     lengths = [len(prompt) for prompt in bench.prompts]
     info = machine() | {"backend": backend()}
     print(
@@ -374,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{max(lengths)} tokens x {arguments.seeds} seeds; T = {bench.length}, {arguments.blocks} blocks, "
         f"{arguments.steps} steps a block, alpha {arguments.alpha:g}\n"
         f"{info['cpu']}, {info['cores']} cores, load {info['load']:.1f}; torch {info['torch']}, "
-        f"transformers {info['transformers']}; kernels: {info['backend']}; commit {info['commit']}\n"
+        f"transformers {info['transformers']}; kernels: {info['backend']}\n"
     )
     print(table(rows, arguments.batch))
     for row in rows:

@@ -1,4 +1,4 @@
-"""PowerConfig: what to sample, checked when it is made (DESIGN sections 3 and 8)."""
+"""PowerConfig: what to sample, checked when it is made (DESIGN section 3)."""
 
 from __future__ import annotations
 

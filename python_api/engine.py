@@ -1,4 +1,4 @@
-"""What the driver asks of the stack that runs the model (DESIGN sections 3.5, 6 and 8).
+"""What the driver asks of the stack that runs the model (DESIGN sections 3.5 and 6).
 
 The driver owns the chains (`ChainState`) and decides, an engine owns the model and whatever it keeps of the
 past. The driver never sees a KV cache. It names positions, and each call below says what must hold

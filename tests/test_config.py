@@ -1,4 +1,4 @@
-"""PowerConfig: what is refused, by name and value, and what awkward numbers are still accepted (DESIGN 3, 8)."""
+"""PowerConfig: what is refused, by name and value, and what awkward numbers are still accepted (DESIGN 3)."""
 
 import math
 from dataclasses import FrozenInstanceError, fields

@@ -1,4 +1,4 @@
-"""PowerSampler: what it refuses, what it returns, and what it leaves behind (DESIGN section 8)."""
+"""PowerSampler: what it refuses, what it returns, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -27,13 +27,32 @@ def python(code: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("reason", ["no compiler", "no torch in the build environment"])
-def test_an_install_without_the_extension_works_and_says_so(tmp_path, reason):
+def install(tmp_path: Path, **environment: str) -> tuple[Path, str]:
+    """A plain install, not an editable one: (its directory, what pip printed)."""
     source = tmp_path / "source"  # a copy, so that the build leaves nothing behind in the checkout
     for folder in ("csrc", "power_kernels", "python_api"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    target = tmp_path / "site"
+    installed = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", target, source],
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    return target, installed.stdout + installed.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_an_install_with_a_compiler_has_the_extension(tmp_path):
+    target, _ = install(tmp_path)
+    path, backend = python(SAMPLE, tmp_path, PYTHONPATH=str(target)).split()
+    assert path.startswith(str(target))
+    assert backend == "cpp"
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "no torch in the build environment"])
+def test_an_install_without_the_extension_works_and_says_so(tmp_path, reason):
     if reason == "no compiler":
         broken = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "/nonexistent/compiler")
     else:
@@ -45,13 +64,7 @@ def test_an_install_without_the_extension_works_and_says_so(tmp_path, reason):
             "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
         )
         broken = {"PYTHONPATH": str(hidden)}
-    target = tmp_path / "site"
-    installed = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--target", target, source],
-        env={**os.environ, **broken}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert installed.returncode == 0, installed.stdout + installed.stderr
-    said = installed.stdout + installed.stderr
+    target, said = install(tmp_path, **broken)
     if reason == "no compiler":
         assert "a failure here still gives a working install" in said
     else:

@@ -209,9 +209,18 @@ class Advance {
       if (pos + 1 == field(ChainField::LENGTH_)) unchanged(lane, serial);
       return;
     }
-    if (s_.sampled_status[lane] != static_cast<int32_t>(Status::OK_)) {
+    const float logq = s_.sampled_logq[lane], weight = s_.sampled_weight[lane];
+    Status sampled = static_cast<Status>(s_.sampled_status[lane]);
+    if (sampled == Status::OK_) {  // numbers that would poison the chain, whoever made them
+      if (std::isnan(weight) || std::isnan(logq)) {
+        sampled = Status::NAN_;
+      } else if (weight == INFINITY) {
+        sampled = Status::POS_INF_;
+      }
+    }
+    if (sampled != Status::OK_) {
       set_status(lane, LaneStatus::FAULTED_);
-      lane_field(lane, LaneField::FAULT_) = s_.sampled_status[lane];
+      lane_field(lane, LaneField::FAULT_) = static_cast<int32_t>(sampled);
       return;
     }
     const int64_t token = s_.sampled_token[lane];
@@ -220,10 +229,9 @@ class Advance {
       return;
     }
     double* lane_cumw = s_.lane_cumw + lane * s_.width;
-    const double total =
-        (pos == div ? cumw_[pos] : lane_cumw[pos]) + static_cast<double>(s_.sampled_weight[lane]);
+    const double total = (pos == div ? cumw_[pos] : lane_cumw[pos]) + static_cast<double>(weight);
     s_.lane_token[lane * s_.width + pos] = static_cast<int32_t>(token);
-    s_.lane_logq[lane * s_.width + pos] = s_.sampled_logq[lane];
+    s_.lane_logq[lane * s_.width + pos] = logq;
     lane_cumw[pos + 1] = total;
     lane_field(lane, LaneField::POSITION_) = ++pos;
     const bool closed = is_eos(token) || pos == cap();

@@ -539,7 +539,8 @@ def mh_advance(
     log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1]. eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
     returned them for the last plan; Status.PENDING leaves a lane as it is. A bad status stops its chain (Mode.FAULT)
-    when, and only when, the serial chain would have reached it. Errors: as `sample_tokens`.
+    when, and only when, the serial chain would have reached it; so does a status OK with a weight or logq that is NaN
+    (as Status.NAN) or a weight of +inf (as Status.POS_INF). Errors: as `sample_tokens`.
     """
     for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
         if not isinstance(value, kind):

@@ -215,6 +215,11 @@ class _Advance:
             if pos + 1 == self.field[CF.LENGTH]:
                 self.unchanged(lane, serial)
             return
+        if status == Status.OK:  # numbers that would poison the chain, whoever made them
+            if np.isnan(weight) or np.isnan(logq):
+                status = Status.NAN
+            elif weight == np.inf:
+                status = Status.POS_INF
         if status != Status.OK:
             self.set_lane(lane, STATUS=LaneStatus.FAULTED, FAULT=status)
             return

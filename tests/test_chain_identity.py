@@ -28,6 +28,7 @@ from power_kernels import reference, rng
 from power_kernels.api import PowerConfig, PowerResult, PowerSampler, Sampled
 from power_kernels.reference import Answer, ReferenceChain
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Law, Mode, Outcome, Status
+from tests.op_helpers import serving
 from tests.toys import Toy, ToyEngine, power_toy
 
 PROMPTS = {0: [5], 1: [6, 7, 1]}  # by id; a lone token has no prefilled KV
@@ -616,7 +617,9 @@ def made_up(generator: np.random.Generator, state: ChainState, vocab: int) -> Sa
     # The ends of `leave_probability`: 0, -0, above 0 from rounding, below float64's resolution at 1, certain.
     logq = generator.choice([0.0, -0.0, 1e-8, -1e-20, -1e-9, -0.05, -0.3, -1.0, -20.0, -800.0, -np.inf], size=rows)
     weight = -0.5 * np.abs(generator.normal(size=rows))
-    odds = {Status.OK: 0.8, Status.PENDING: 0.192, Status.NAN: 0.004, Status.POS_INF: 0.002, Status.NO_MASS: 0.002}
+    for values, poison in ((weight, np.nan), (weight, np.inf), (logq, np.nan)):
+        values[generator.random(rows) < 0.001] = poison
+    odds = {Status.OK: 0.8, Status.PENDING: 0.195, Status.NAN: 0.002, Status.POS_INF: 0.001, Status.NO_MASS: 0.002}
     status = generator.choice([int(s) for s in odds], p=list(odds.values()), size=rows)
     floats = (torch.from_numpy(values.astype(np.float32)) for values in (logq, weight))
     return Sampled(torch.from_numpy(token), *floats, torch.from_numpy(status.astype(np.int32)))
@@ -694,6 +697,37 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
         assert_same_state(states[backend], want, theta=1e-15 if backend == "triton" else 0.0)
         tally.add(before, want, sampled)
     return tally
+
+
+POISON = [  # weight, logq and status of a sample, and what its chain must say of it
+    (np.nan, -0.1, Status.OK, Status.NAN),
+    (-0.1, np.nan, Status.OK, Status.NAN),
+    (np.inf, -0.1, Status.OK, Status.POS_INF),
+    (np.inf, np.nan, Status.OK, Status.NAN),
+    (np.nan, np.nan, Status.POS_INF, Status.POS_INF),
+    (np.inf, -0.1, Status.NO_MASS, Status.NO_MASS),
+    (np.nan, np.nan, Status.PENDING, Status.OK),
+    (-np.inf, -np.inf, Status.OK, Status.OK),
+    (0.3, 1e-8, Status.OK, Status.OK),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_a_weight_or_logq_that_is_no_number_stops_its_chain(backend):
+    law = Law(7, 3, 4, 3)
+    state = ChainState.allocate(len(POISON), 1, law)
+    for slot in range(state.chains):
+        state.admit(slot, [3], chain_id=slot, prompt_id=0)
+    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    weight, logq, status, want = zip(*POISON, strict=True)
+    token, floats = torch.ones(len(POISON), dtype=torch.int64), [torch.tensor(v) for v in (logq, weight)]
+    with serving(backend):
+        for given in ([Status.PENDING] * len(POISON), status):
+            pk.mh_advance(state, law, *common, token, *floats, torch.tensor(given, dtype=torch.int32))
+    assert state.field[:, ChainField.FAULT].tolist() == list(want)
+    assert state.field[:, ChainField.MODE].tolist() == [Mode.FAULT if w else Mode.EXTEND for w in want]
+    appended = [w is Status.OK and s is not Status.PENDING for s, w in zip(status, want, strict=True)]
+    assert state.lane_field[:, LaneField.POSITION].tolist() == appended
 
 
 LAWS = {

@@ -481,6 +481,8 @@ def random_samples(state: ChainState, g: torch.Generator, eos: int, hostile: flo
     logq[chance(0.1)] = -3.0
     logq[chance(0.02)] = -INF
     weight = -0.3 * torch.rand(rows, generator=g)
+    for values, poison in ((weight, NAN), (weight, INF), (logq, NAN)):
+        values[chance(hostile / 4)] = poison
     status = torch.zeros(rows, dtype=torch.int32)
     status[chance(hostile)] = int(Status.NAN)
     status[chance(0.1)] = int(Status.PENDING)

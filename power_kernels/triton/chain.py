@@ -347,6 +347,12 @@ def _mh_advance_kernel(
     tl.store(outcome_ptr + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
     lane_status = tl.where(kept, _IDLE, lane_status)
 
+    new_logq = tl.load(new_logq_ptr + lane, mask=got, other=0.0)
+    new_weight = tl.load(new_weight_ptr + lane, mask=got, other=0.0)
+    # numbers that would poison the chain, whoever made them
+    undefined = (new_weight != new_weight) | (new_logq != new_logq)
+    status = tl.where((status == _OK) & undefined, _NAN, status)
+    status = tl.where((status == _OK) & (new_weight == _INF), _POS_INF, status)
     bad = got & (pos >= div) & (status != _OK)
     lane_status = tl.where(bad, _FAULTED_LANE, lane_status)
     lane_fault = tl.where(bad, status, lane_fault)
@@ -359,9 +365,9 @@ def _mh_advance_kernel(
     first = append & (pos == div)
     before = tl.load(cumw_ptr + pos, mask=first, other=0.0)
     before += tl.load(lane_cumw_ptr + lane_row + pos, mask=append & (pos > div), other=0.0)
-    total = before + tl.load(new_weight_ptr + lane, mask=append, other=0.0).to(tl.float64)
+    total = before + new_weight.to(tl.float64)
     tl.store(lane_token_ptr + lane_row + pos, token.to(tl.int32), mask=append)
-    tl.store(lane_logq_ptr + lane_row + pos, tl.load(new_logq_ptr + lane, mask=append, other=0.0), mask=append)
+    tl.store(lane_logq_ptr + lane_row + pos, new_logq, mask=append)
     tl.store(lane_cumw_ptr + lane_row + pos + 1, total, mask=append)
     pos = tl.where(prefix | append, pos + 1, pos)
 

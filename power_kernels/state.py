@@ -15,6 +15,18 @@ from enum import IntEnum
 
 import torch
 
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.rng import MAX_PROMPT_ID
+
+_INT32_MAX = 2**31 - 1
+
+
+def _check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
+    if not least <= value <= most:
+        raise ArgumentError(f"{name} is {value}; it must lie in [{least}, {most}]")
+
 
 class ChainField(IntEnum):
     """Columns of `ChainState.field` int32 [C, 16]."""
@@ -99,7 +111,11 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Law:
-    """The constants of one run (DESIGN section 3). All are host integers, fixed while a run lasts."""
+    """The constants of one run (DESIGN section 3). All are host numbers, fixed while a run lasts.
+
+    max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. Raises ArgumentError for another value,
+    ArgumentTypeError for another type.
+    """
 
     max_new_tokens: int
     block_size: int
@@ -108,6 +124,15 @@ class Law:
     early_rejection: bool = True
     free_prefix: bool = True
     karan_du: bool = False
+
+    def __post_init__(self) -> None:
+        # The kernels index by these numbers and do not look at them.
+        for name, least in (("max_new_tokens", 1), ("block_size", 1), ("mcmc_steps", 0), ("final_steps", 0)):
+            _check_integer(name, getattr(self, name), least)
+        for name in ("early_rejection", "free_prefix", "karan_du"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
 
     @property
     def stages(self) -> int:
@@ -145,7 +170,11 @@ class ChainState:
 
     @staticmethod
     def allocate(chains: int, lanes: int, law: Law, device: torch.device | str = "cpu") -> ChainState:
-        """A state of `chains` idle chains with `lanes` lanes each."""
+        """A state of `chains` >= 1 idle chains with `lanes` >= 1 lanes each. Raises as `Law` does."""
+        _check_integer("chains", chains, 1)
+        _check_integer("lanes", lanes, 1)
+        if not isinstance(law, Law):
+            raise ArgumentTypeError(f"law is a {type(law).__name__}; it must be a Law")
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -190,7 +219,17 @@ class ChainState:
         )
 
     def admit(self, chain: int, prompt: list[int], chain_id: int, prompt_id: int) -> None:
-        """Put a fresh chain into slot `chain`; the next `mh_advance` opens it. Its lanes' KV rows hold nothing."""
+        """Put a fresh chain into slot `chain`; the next `mh_advance` opens it. Its lanes' KV rows hold nothing.
+
+        prompt: token ids, at least one. chain_id in [0, 2^31) and prompt_id in [0, `rng.MAX_PROMPT_ID`] are words of
+        the chain's random numbers (DESIGN section 4). Raises as `Law` does.
+        """
+        _check_integer("chain", chain, 0, self.chains - 1)
+        _check_integer("chain_id", chain_id, 0)
+        _check_integer("prompt_id", prompt_id, 0, MAX_PROMPT_ID)
+        if len(prompt) == 0:
+            raise ArgumentError("prompt is empty; the first decode feeds its last token")
+        _check_integer("prompt[-1]", prompt[-1], 0)
         row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32)
         row[ChainField.MODE] = Mode.START
         row[ChainField.BASE] = len(prompt)

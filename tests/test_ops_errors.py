@@ -351,6 +351,77 @@ def test_a_state_or_law_of_another_type_is_refused(value):
         pk.mh_advance(state, value, *rest)
 
 
+# ---- the law and the state
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("max_new_tokens", 0, "[1, 2147483647]"),
+        ("max_new_tokens", 2**31, "[1, 2147483647]"),
+        ("block_size", 0, "[1, 2147483647]"),
+        ("block_size", -1, "[1, 2147483647]"),
+        ("mcmc_steps", -1, "[0, 2147483647]"),
+        ("final_steps", -3, "[0, 2147483647]"),
+    ],
+)
+def test_a_law_out_of_range_is_refused_with_the_field(name, value, allowed):
+    with pytest.raises(ArgumentError, match=re.escape(f"{name} is {value}; it must lie in {allowed}")):
+        pk.Law(**{**vars(LAW), name: value})
+
+
+@pytest.mark.parametrize("name", pk.Law.__dataclass_fields__)
+@pytest.mark.parametrize("value", [None, 1.0, "1", True, 1])
+def test_a_law_of_other_types_is_refused_with_the_field(name, value):
+    flag = isinstance(getattr(LAW, name), bool)
+    if type(value) is (bool if flag else int):
+        pk.Law(**{**vars(LAW), name: value})
+    else:
+        kind = "a bool" if flag else "an int"
+        with pytest.raises(ArgumentTypeError, match=re.escape(f"{name} is {value!r}, a ") + f".*it must be {kind}"):
+            pk.Law(**{**vars(LAW), name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 1, LAW), ArgumentError, "chains is 0"),
+        ((1, 0, LAW), ArgumentError, "lanes is 0"),
+        ((1, -2, LAW), ArgumentError, "lanes is -2"),
+        ((1.0, 1, LAW), ArgumentTypeError, "chains is 1.0, a float"),
+        ((1, True, LAW), ArgumentTypeError, "lanes is True, a bool"),
+        ((1, 1, (6, 3, 2)), ArgumentTypeError, "law is a tuple; it must be a Law"),
+    ],
+)
+def test_a_state_of_no_chains_no_lanes_or_no_law_is_not_allocated(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        pk.ChainState.allocate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (dict(chain=2), ArgumentError, "chain is 2; it must lie in [0, 1]"),
+        (dict(chain=-1), ArgumentError, "chain is -1"),
+        (dict(chain=None), ArgumentTypeError, "chain is None"),
+        (dict(prompt=[]), ArgumentError, "prompt is empty"),
+        (dict(prompt=[3, -1]), ArgumentError, "prompt[-1] is -1"),
+        (dict(prompt=[3, 2**31]), ArgumentError, "prompt[-1] is 2147483648"),
+        (dict(prompt="ab"), ArgumentTypeError, "prompt[-1] is 'b', a str"),
+        (dict(chain_id=-1), ArgumentError, "chain_id is -1"),
+        (dict(chain_id=2**31), ArgumentError, "chain_id is 2147483648; it must lie in [0, 2147483647]"),
+        (dict(prompt_id=2**29), ArgumentError, "prompt_id is 536870912; it must lie in [0, 536870911]"),
+        (dict(prompt_id=0.5), ArgumentTypeError, "prompt_id is 0.5, a float"),
+    ],
+)
+def test_a_chain_that_cannot_run_is_not_admitted(changed, error, message):
+    state = pk.ChainState.allocate(2, 2, LAW)
+    with pytest.raises(error, match=re.escape(message)):
+        state.admit(**{**dict(chain=1, prompt=[5, 6], chain_id=0, prompt_id=0), **changed})
+    assert not any(tensor.any() for tensor in state.tensors()), "a refused chain left something behind"
+    state.admit(1, [5, 2**31 - 1], chain_id=2**31 - 1, prompt_id=2**29 - 1)
+
+
 # ---- the errors themselves, and backends that cannot run
 
 

@@ -540,7 +540,8 @@ def mh_advance(
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
     returned them for the last plan; Status.PENDING leaves a lane as it is. A bad status stops its chain (Mode.FAULT)
     when, and only when, the serial chain would have reached it; so does a status OK with a weight or logq that is NaN
-    (as Status.NAN) or a weight of +inf (as Status.POS_INF). Errors: as `sample_tokens`.
+    (as Status.NAN) or a weight of +inf (as Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises
+    ArgumentError for more than 16 lanes a chain.
     """
     for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
         if not isinstance(value, kind):

@@ -14,6 +14,7 @@ import triton.language as tl  # noqa: E402
 
 from power_kernels import reference as ref  # noqa: E402
 from power_kernels import reference_ops, rng  # noqa: E402
+from power_kernels.errors import ArgumentError  # noqa: E402
 from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
 from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
 from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
@@ -535,6 +536,25 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
     assert accepted >= 4
     assert finished >= 1
     assert lanes == 1 or voided >= 1
+
+
+def test_more_lanes_than_are_compiled_offline_are_refused():
+    law = Law(4, 4, 1)
+    common = (on(ref.log_table(4)), on([SEED], torch.int64), on([1], torch.int64))
+    for lanes in (chain.MAX_LANES, chain.MAX_LANES + 1):
+        state = ChainState.allocate(2, lanes, law, DEVICE)
+        sampled = (
+            state.input_id,
+            state.lane_theta.float(),
+            state.lane_theta.float(),
+            state.lane_field[:, 0].contiguous(),
+        )
+        call = (*state.tensors(), *common, *sampled, *(getattr(law, f.name) for f in fields(law)))
+        if lanes > chain.MAX_LANES:
+            with pytest.raises(ArgumentError, match="state has 17 lanes a chain; backend 'triton' runs at most 16"):
+                chain.mh_advance(*call)
+        else:
+            chain.mh_advance(*call)
 
 
 # ---- KV copies

@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 
 from power_kernels import rng as contract
+from power_kernels.errors import ArgumentError
 from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
     ChainField,
+    ChainState,
     Cost,
     LaneField,
     LaneStatus,
@@ -155,7 +157,7 @@ def mh_accept_out(
 
 # 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads.
 ADVANCE = {"BLOCK": 128, "num_warps": 4}
-MAX_LANES = 16
+MAX_LANES = 16  # a chain: what is compiled and checked offline
 
 _MODE = tl.constexpr(int(ChainField.MODE))
 _LENGTH = tl.constexpr(int(ChainField.LENGTH))
@@ -584,27 +586,29 @@ def _lanes(lanes: int) -> dict[str, int]:
     return {"P": lanes, "P_PAD": triton.next_power_of_2(lanes)}
 
 
-def mh_advance(
-    *args,
-) -> None:
+def mh_advance(*args) -> None:
     """One decode step of the whole law for every lane, in one launch. See `power_kernels.mh_advance`.
 
     Takes the 17 tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1], eos i64 [E], the sampled token i64,
-    logq f32, weight f32, status i32 [C*P], and the constants of `Law` in order.
+    logq f32, weight f32, status i32 [C*P], and the constants of `Law` in order. Raises ArgumentError for more than
+    MAX_LANES lanes a chain.
     """
+    n_state = len(ChainState.__dataclass_fields__)
     *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du = args
-    field, token, outcome, lane_field, eos = (tensors[i] for i in (0, 1, 4, 6, 19))
-    chains = field.shape[0]
-    if chains == 0:
+    state = ChainState(*tensors[:n_state])
+    _log_n, _seed, eos, *_sampled = tensors[n_state:]
+    if state.chains == 0:
         return
+    if state.lanes > MAX_LANES:
+        raise ArgumentError(f"state has {state.lanes} lanes a chain; backend 'triton' runs at most {MAX_LANES}")
     launch(
         _mh_advance_kernel,
-        (chains,),
-        field.device,
+        (state.chains,),
+        state.field.device,
         *tensors,
         eos.shape[0],
-        token.shape[1],
-        outcome.shape[1],
+        state.token.shape[1],
+        state.outcome.shape[1],
         max_new_tokens,
         block_size,
         mcmc_steps,
@@ -612,7 +616,7 @@ def mh_advance(
         EARLY_REJECTION=early_rejection,
         FREE_PREFIX=free_prefix,
         KARAN_DU=karan_du,
-        **_lanes(lane_field.shape[0] // chains),
+        **_lanes(state.lanes),
         **ADVANCE,
     )
 

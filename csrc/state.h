@@ -1,5 +1,5 @@
 // The columns and codes of power_kernels/state.py, which explains them. `power_kernels_state_layout` (chain.cpp) spells
-// them out, and the Python side refuses to load an extension that differs.
+// them out; the Python side looks for that string in the file and does not load one without it.
 #pragma once
 
 #include <cstdint>

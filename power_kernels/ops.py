@@ -13,7 +13,6 @@ there the kernels report bad exponents by row, as Status.NAN, and skip bad range
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import math
@@ -95,18 +94,17 @@ def _load_extension() -> str | None:
     if not paths:
         return "power_kernels._C was not built (no C++ compiler, or torch was missing from the build environment)"
     try:
+        # Read, not asked: loading the file would already register its kernels, which would then write other columns.
+        if state_layout().encode() + b"\0" not in paths[0].read_bytes():
+            return f"{paths[0].name} was built from other sources than this package; build it again"
         torch.ops.load_library(paths[0])
-        layout = ctypes.CDLL(str(paths[0])).power_kernels_state_layout
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:
         return f"{paths[0].name} does not load with torch {torch.__version__}: {error}"
-    layout.restype = ctypes.c_char_p
-    if layout().decode() != state_layout():
-        raise BackendError(f"{paths[0].name} was built from other sources than this package; build it again")
     return None
 
 
 def state_layout() -> str:
-    """The columns and codes that Python and C++ must agree on, as one string."""
+    """The columns and codes that Python and C++ must agree on, as the string that csrc/chain.cpp compiles in."""
     enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status)
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
@@ -145,6 +143,7 @@ def check_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operator from one backend, whatever the device: 'cpp', 'triton' or 'reference'.
 
+    The choice is the process's, not the thread's: blocks in several threads at once end each other's.
     Triton on CPU tensors needs TRITON_INTERPRET=1 before triton is imported. Raises BackendError when `name` cannot
     run. The environment variable POWER_KERNELS_BACKEND does the same for a whole process.
     """
@@ -602,7 +601,8 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
     dst [G, R, heads, S, D] and src [G, R', heads, S', D], G = 2 * layers, of one dtype, unit inner stride, not sharing
     memory. ranges: int32 [N, 4], rows (dst_row, src_row, start, stop): for every g and head,
     dst[g, dst_row, :, start:stop] = src[g, src_row, :, start:stop]; stop <= start copies nothing. No two ranges may
-    write the same positions. A range outside the slabs raises ArgumentError on the CPU and is skipped on a device.
+    write the same positions. Neither that, nor that the slabs do not overlap in memory, is checked. A range outside the
+    slabs raises ArgumentError on the CPU and is skipped on a device.
     Errors: as `sample_tokens`.
     """
     _check_tensor("dst", dst, shape=(None,) * 5)

@@ -2,7 +2,7 @@
 
 C chains, P lanes a chain (lane c*P + p belongs to chain c), H = max_new_tokens, S = the most steps a chain can make.
 Integer fields are packed, one row a chain or lane; the enums below name the columns, and csrc/state.h mirrors them
-(the extension refuses to load when they differ).
+(an extension built from others is not loaded).
 
 Everything here is answer-relative except `BASE` (the prompt's length), `VALID`, `position` and the KV ranges, which
 count from the start of the prompt.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 import power_kernels as pk
 from power_kernels import ops
+from power_kernels.api import doctor
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from tests.op_helpers import BACKENDS, INF, NAN, serving
 from tests.test_ops_contract import (
@@ -448,6 +453,45 @@ def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "power_kernels.triton.sampling", None)
     with pytest.raises(BackendError, match="triton"), pk.use_backend("triton"):
         pass
+
+
+def extension() -> Path:
+    if ops.EXTENSION_MISSING:
+        pytest.skip(ops.EXTENSION_MISSING)
+    return next(Path(ops.__file__).parent.glob("_C*.so"))
+
+
+def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says_so(tmp_path):
+    """A process whose package is a copy with one column of the state elsewhere in its C++."""
+    built, package = extension(), tmp_path / "power_kernels"
+    ignored = shutil.ignore_patterns("__pycache__", "_C*")
+    shutil.copytree(built.parent, package, ignore=ignored)
+    shutil.copytree(Path(doctor.__file__).parent, package / "api", ignore=ignored)
+    (package / built.name).write_bytes(built.read_bytes().replace(b",LENGTH=1,", b",LENGTH=9,"))
+    code = "import power_kernels, sys; print(power_kernels.__file__); from power_kernels.api.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(package)), run.stdout
+    assert f"{built.name} was built from other sources than this package; build it again" in run.stdout
+    assert "cpp" not in run.stdout, "something is served by kernels that write other columns"
+
+
+def test_an_extension_is_not_loaded_before_its_layout_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    assert "was not built" in ops._load_extension()
+    for contents in (b"", ops.state_layout().encode(), ops.state_layout().encode() + b",X=1\0"):
+        (tmp_path / "_C.abi3.so").write_bytes(contents)
+        assert "_C.abi3.so was built from other sources" in ops._load_extension()
+
+
+def test_a_file_that_is_no_extension_is_reported_with_the_loaders_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    (tmp_path / "_C.abi3.so").write_bytes(ops.state_layout().encode() + b"\0")
+    assert re.match(rf"_C.abi3.so does not load with torch {re.escape(torch.__version__)}: .+", ops._load_extension())
 
 
 def test_triton_on_cpu_tensors_outside_its_interpreter_is_refused(monkeypatch):

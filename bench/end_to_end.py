@@ -16,8 +16,8 @@ the extremes. Acceptance: steps that kept the proposal over steps made; "changed
 was another answer. log p: base log-probability of the answers, nats, mean. Methods of the same law should
 agree within a few standard deviations of the mean, which is given.
 
-Plain sampling through our engine (alpha = 1, no steps) separates what the engine gains, faster matrix products included,
-from what the algorithm costs.
+Plain sampling through our engine (alpha = 1, no steps) separates what the engine gains, faster matrix
+products included, from what the algorithm costs.
 
 The methods that sample the power law make the same number of steps from the same schedule. The answers run
 to their full length: no token ends them, and then the published algorithm has the same law as the exact one.

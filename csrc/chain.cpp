@@ -241,7 +241,9 @@ class Advance {
       if (law_.karan_du) {
         rejected = closed && total - cumw_[pos] < theta;
       } else if (closed || law_.early_rejection) {
-        rejected = total - s_.log_n[closed ? pos : pos + 1] < theta;
+        // An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
+        const int32_t at_least = s_.eos_count > 0 ? pos + 1 : cap();
+        rejected = total - s_.log_n[closed ? pos : at_least] < theta;
       }
     }
     if (rejected) {

@@ -279,5 +279,7 @@ class ReferenceChain:
             return closed and proposal.cumw[-1] - answer.cumw[len(proposal)] < theta
         if not (closed or self.law.early_rejection):
             return False
-        length = len(proposal) if closed else len(proposal) + 1
+        # An open proposal ends at its next token at the earliest, and where `answer` ends if no token is EOS.
+        at_least = len(proposal) + 1 if self.eos else len(answer)
+        length = len(proposal) if closed else at_least
         return proposal.cumw[-1] - self.log_n[length] < theta

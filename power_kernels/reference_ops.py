@@ -240,7 +240,9 @@ class _Advance:
             if law.karan_du:
                 rejected = closed and total - self.s["cumw"][c, pos] < theta
             elif closed or law.early_rejection:
-                rejected = total - self.log_n[pos if closed else pos + 1] < theta
+                # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
+                at_least = pos + 1 if self.eos else self.cap()
+                rejected = total - self.log_n[pos if closed else at_least] < theta
         if rejected:
             self.s["outcome"][c, serial] = Outcome.REJECTED
             self.set_lane(lane, STATUS=LaneStatus.IDLE)

@@ -385,7 +385,9 @@ def _mh_advance_kernel(
     else:
         if not EARLY_REJECTION:
             tested = tested & closed
-        against = tl.load(log_n_ptr + tl.where(closed, pos, pos + 1), mask=tested, other=0.0)
+        # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
+        at_least = tl.where(eos_count > 0, pos + 1, cap)
+        against = tl.load(log_n_ptr + tl.where(closed, pos, at_least), mask=tested, other=0.0)
     rejected = tested & (total - against < theta)
     tl.store(outcome_ptr + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
     saved_early += tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)

@@ -376,7 +376,7 @@ EXECUTIONS = {
     "prefix forwarded": dict(free=False),
     "sixteen slots": dict(slots=16),
     "five slots, two lanes": dict(slots=5, lanes=2),
-    "one slot, three lanes": dict(slots=1, lanes=3, chains=48),
+    "one slot, three lanes": dict(slots=1, lanes=3, chains=64),
     "prompts backwards, 100 slots, four lanes": dict(slots=100, lanes=4, backwards=True),
     "paused lanes, four lanes": dict(lanes=4, engine=PausingEngine),
     "paused lanes, one lane, no shortcut": dict(early=False, free=False, engine=PausingEngine),

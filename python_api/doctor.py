@@ -10,8 +10,8 @@ import shutil
 import torch
 
 import power_kernels
-from power_kernels import ops
 from power_kernels.errors import BackendError
+from power_kernels.ops import dispatch
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "tqdm", "gguf")
 
@@ -26,10 +26,10 @@ def report() -> dict:
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": {device: _device_name(device) for device in devices},
         "threads": torch.get_num_threads(),
-        "forced_backend": ops.forced_backend(),
+        "forced_backend": dispatch.forced_backend(),
         "ops": {
-            name.removesuffix("_out"): {d: "none" if failures[d] else ops.backend_for(d) for d in devices}
-            for name in ops.KERNELS
+            name.removesuffix("_out"): {d: "none" if failures[d] else dispatch.backend_for(d) for d in devices}
+            for name in dispatch.KERNELS
         },
         "missing": _missing() + [f"{device}: a kernel does not run: {f}" for device, f in failures.items() if f],
     }
@@ -59,14 +59,14 @@ def _device_name(device: str) -> str:
 
 def _missing() -> list[str]:
     missing = []
-    if ops.EXTENSION_MISSING:
-        missing.append(f"C++ backend: {ops.EXTENSION_MISSING}. CPU tensors are served by the slow reference.")
+    if dispatch.EXTENSION_MISSING:
+        missing.append(f"C++ backend: {dispatch.EXTENSION_MISSING}. CPU tensors are served by the slow reference.")
         if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
             missing.append(
                 "C++ compiler: none was found; install g++ 10 or newer and reinstall with --no-build-isolation"
             )
     try:
-        ops.check_backend("triton")
+        dispatch.check_backend("triton")
     except BackendError as error:
         missing.append(f"Triton backend: {error}. GPU tensors cannot be served.")
     if not torch.cuda.is_available():

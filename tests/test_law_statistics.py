@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels import ops, reference
+from power_kernels import reference
+from power_kernels.ops import dispatch
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import ChainField, ChainState, LaneField, Law, Mode, Outcome, Status
 from tests import faults
@@ -184,8 +185,8 @@ def advance_until_done(toy: Toy, law: Law, chains: int, lanes: int, seed: int, a
 )
 def test_cpp_chains_have_the_law_of_the_product_of_matrices(law, lanes):
     """32,768 chains of sample_tokens and mh_advance in C++; p < 1e-5 fails; seed 160."""
-    if ops.EXTENSION_MISSING:
-        pytest.skip(ops.EXTENSION_MISSING)
+    if dispatch.EXTENSION_MISSING:
+        pytest.skip(dispatch.EXTENSION_MISSING)
     with pk.use_backend("cpp"):
         state = advance_until_done(POWER, law, CHAINS, lanes, 160, ALPHA, BETA)
     lengths = state.field[:, ChainField.LENGTH].tolist()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels import ops, reference
+from power_kernels import reference
+from power_kernels.ops import dispatch
 from power_kernels.state import Status
 from tests.op_helpers import (
     BACKENDS,
@@ -147,15 +148,15 @@ OTHER_ARGUMENTS = {
 
 
 def test_every_operator_of_the_namespace_is_tested_here():
-    assert set(ARGUMENTS) == set(ops.SCHEMAS)
+    assert set(ARGUMENTS) == set(dispatch.SCHEMAS)
 
 
 def test_what_writes_its_arguments_returns_nothing_and_what_returns_writes_nothing():
-    for name in ops.SCHEMAS:
+    for name in dispatch.SCHEMAS:
         schema = getattr(NAMESPACE, name).default._schema
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         assert writes == (len(schema.returns) == 0), name
-        assert writes == (name in ops.KERNELS), name
+        assert writes == (name in dispatch.KERNELS), name
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -344,31 +345,31 @@ def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():
 
 
 def test_the_backend_of_a_device_and_of_a_block(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", None)
+    monkeypatch.setattr(dispatch, "_chosen", None)
     assert pk.backend_for("cuda") == "triton"
     assert pk.backend_for("meta") == "reference"
-    assert pk.backend_for("cpu") == ("reference" if ops.EXTENSION_MISSING else "cpp")
+    assert pk.backend_for("cpu") == ("reference" if dispatch.EXTENSION_MISSING else "cpp")
     with pk.use_backend("reference"):
         assert pk.backend_for("cuda") == "reference"
         with pk.use_backend("triton"):
             assert pk.backend_for("cpu") == "triton"
         assert pk.backend_for("cpu") == "reference"
-    assert ops._chosen is None
+    assert dispatch._chosen is None
 
 
 def test_a_block_ends_its_backend_even_when_it_raises(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", None)
+    monkeypatch.setattr(dispatch, "_chosen", None)
     with pytest.raises(ZeroDivisionError), pk.use_backend("reference"):
         1 / 0  # noqa: B018
-    assert ops._chosen is None
+    assert dispatch._chosen is None
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_the_backend_that_is_asked_for_is_the_one_that_runs(monkeypatch, name):
     ran = []
-    kernel = name if name in ops.KERNELS else name + "_out"
-    original = getattr(ops.reference_ops, kernel)
-    monkeypatch.setattr(ops.reference_ops, kernel, lambda *args: (ran.append(kernel), original(*args))[1])
+    kernel = name if name in dispatch.KERNELS else name + "_out"
+    original = getattr(dispatch.reference_ops, kernel)
+    monkeypatch.setattr(dispatch.reference_ops, kernel, lambda *args: (ran.append(kernel), original(*args))[1])
     arguments = ARGUMENTS[name]()
     with pk.use_backend("reference"):
         call(name, arguments)

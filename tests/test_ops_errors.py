@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels import ops
 from power_kernels.api import doctor
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
+from power_kernels.ops import dispatch
+from power_kernels.ops.checks import LOGIT_DTYPES
 from tests.op_helpers import BACKENDS, INF, NAN, serving
 from tests.test_ops_contract import (
     LAW,
@@ -38,7 +39,7 @@ FLOAT, INT, LONG, DOUBLE = torch.float32, torch.int32, torch.int64, torch.float6
 # ---- every operator's arguments by name: dtype (or dtypes) and shape, None where any size will do
 
 SAMPLE = {
-    "logits": (ops.LOGIT_DTYPES, (None, None)),
+    "logits": (LOGIT_DTYPES, (None, None)),
     "alpha": (FLOAT, (ROWS,)),
     "beta": (FLOAT, (ROWS,)),
     "seed": (LONG, (1,)),
@@ -147,7 +148,7 @@ def test_the_tables_name_every_argument():
     for name in SPECIFICATIONS:
         assert set(SPECIFICATIONS[name]) == set(arguments_of(name))
         call(name, arguments_of(name))  # and the unchanged call is accepted
-    assert set(ops.SCHEMAS) == set(SPECIFICATIONS)
+    assert set(dispatch.SCHEMAS) == set(SPECIFICATIONS)
 
 
 # ---- Python types, dtypes, devices, layouts
@@ -446,19 +447,19 @@ def test_an_unknown_backend_is_refused_with_those_that_exist(name):
 
 
 def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(ops, "EXTENSION_MISSING", "no compiler was found")
+    monkeypatch.setattr(dispatch, "EXTENSION_MISSING", "no compiler was found")
     with pytest.raises(BackendError, match="'cpp' cannot run: no compiler was found"), pk.use_backend("cpp"):
         pass
-    ops._triton_kernel.cache_clear()
+    dispatch._triton_family.cache_clear()
     monkeypatch.setitem(sys.modules, "power_kernels.triton.sampling", None)
     with pytest.raises(BackendError, match="triton"), pk.use_backend("triton"):
         pass
 
 
 def extension() -> Path:
-    if ops.EXTENSION_MISSING:
-        pytest.skip(ops.EXTENSION_MISSING)
-    return next(Path(ops.__file__).parent.glob("_C*.so"))
+    if dispatch.EXTENSION_MISSING:
+        pytest.skip(dispatch.EXTENSION_MISSING)
+    return next(dispatch.PACKAGE.glob("_C*.so"))
 
 
 def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says_so(tmp_path):
@@ -481,17 +482,19 @@ def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says
 
 def test_an_extension_is_not_loaded_before_its_layout_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    assert "was not built" in ops._load_extension()
-    for contents in (b"", ops.state_layout().encode(), ops.state_layout().encode() + b",X=1\0"):
+    monkeypatch.setattr(dispatch, "PACKAGE", tmp_path)
+    assert "was not built" in dispatch._load_extension()
+    for contents in (b"", dispatch.state_layout().encode(), dispatch.state_layout().encode() + b",X=1\0"):
         (tmp_path / "_C.abi3.so").write_bytes(contents)
-        assert "_C.abi3.so was built from other sources" in ops._load_extension()
+        assert "_C.abi3.so was built from other sources" in dispatch._load_extension()
 
 
 def test_a_file_that_is_no_extension_is_reported_with_the_loaders_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    (tmp_path / "_C.abi3.so").write_bytes(ops.state_layout().encode() + b"\0")
-    assert re.match(rf"_C.abi3.so does not load with torch {re.escape(torch.__version__)}: .+", ops._load_extension())
+    monkeypatch.setattr(dispatch, "PACKAGE", tmp_path)
+    (tmp_path / "_C.abi3.so").write_bytes(dispatch.state_layout().encode() + b"\0")
+    assert re.match(
+        rf"_C.abi3.so does not load with torch {re.escape(torch.__version__)}: .+", dispatch._load_extension()
+    )
 
 
 def test_triton_on_cpu_tensors_outside_its_interpreter_is_refused(monkeypatch):

@@ -1,8 +1,4 @@
-"""The operators of DESIGN section 5 on top of `reference.py`: any device, any dtype, no speed.
-
-They serve devices without kernels of their own, and they are the specification of what the C++ and Triton
-implementations write, field by field.
-"""
+"""mh_accept and mh_advance on top of `reference.py`: the law of DESIGN section 3, one lane after the other."""
 
 from __future__ import annotations
 
@@ -13,84 +9,12 @@ import torch
 
 from power_kernels import reference as ref
 from power_kernels import rng
+from power_kernels.reference_ops.sampling import write
 from power_kernels.state import ChainField as CF
 from power_kernels.state import ChainState, Cost, LaneStatus, Law, Mode, Outcome, Status
 from power_kernels.state import LaneField as LF
 
 _NAN = float("nan")
-
-
-def _rows(logits: torch.Tensor):
-    for row in logits:
-        yield row.to(device="cpu", dtype=torch.float64).numpy()
-
-
-def _write(target: torch.Tensor | None, values: list) -> None:
-    if target is not None:
-        target.copy_(torch.tensor(values, dtype=torch.float64).reshape(target.shape))
-
-
-def _row_status(z: np.ndarray, alpha: float, beta: float) -> Status:
-    """The wrappers look at exponents only where they lie on the host, so every backend reports bad ones by row."""
-    sound = 0.0 < alpha < math.inf and 0.0 < beta < math.inf
-    return ref.row_status(z) if sound else Status.NAN
-
-
-def sample_tokens_out(
-    logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status
-) -> None:
-    """One token of softmax(beta z) a row, with its quantities. Shapes: see `power_kernels.sample_tokens`."""
-    out_token, out_logp, out_logq, out_weight, out_entropy, out_status = [], [], [], [], [], []
-    words = counter.cpu().numpy().view(np.uint32)
-    uniform = rng.uniforms(words, int(seed.item()))[..., 0]
-    skip = [-1] * logits.shape[0] if exclude is None else exclude.tolist()
-    for i, z in enumerate(_rows(logits)):
-        a, b = float(alpha[i]), float(beta[i])
-        row = _row_status(z, a, b)
-        if row is Status.OK and skip[i] >= z.size:
-            row = Status.BAD_TOKEN
-        if row is Status.OK:
-            drawn = ref.draw_token(z, b, float(uniform[i]), skip[i])
-            q = ref.token_quantities(z, drawn, a, b)
-            values = (drawn, q.logp, q.logq, q.weight, ref.entropy(z) if entropy is not None else _NAN)
-        else:
-            values = (-1, _NAN, _NAN, _NAN, _NAN)
-        for column, value in zip(
-            (out_token, out_logp, out_logq, out_weight, out_entropy, out_status), (*values, row), strict=True
-        ):
-            column.append(value)
-    token.copy_(torch.tensor(out_token, dtype=torch.int64))
-    _write(logp, out_logp)
-    _write(logq, out_logq)
-    _write(weight, out_weight)
-    _write(entropy, out_entropy)
-    _write(status, out_status)
-
-
-def score_tokens_out(logits, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status) -> None:
-    """The quantities of given tokens. Shapes: see `power_kernels.score_tokens`."""
-    columns: list[list] = [[], [], [], [], []]
-    given = tokens.tolist()
-    for i, z in enumerate(_rows(logits)):
-        a, b = float(alpha[i]), float(beta[i])
-        row = _row_status(z, a, b)
-        if row is Status.OK and not 0 <= given[i] < z.size:
-            row = Status.BAD_TOKEN
-        if row is Status.OK:
-            q = _scored(z, given[i], a, b)
-            values = (q.logp, q.logq, q.weight, ref.entropy(z) if entropy is not None else _NAN)
-        else:
-            values = (_NAN,) * 4
-        for column, value in zip(columns, (*values, row), strict=True):
-            column.append(value)
-    for target, column in zip((logp, logq, weight, entropy, status), columns, strict=True):
-        _write(target, column)
-
-
-def _scored(z: np.ndarray, token: int, alpha: float, beta: float) -> ref.TokenQuantities:
-    if z[token] == -np.inf:  # cannot be drawn, can be asked for: probability 0, weight -inf whatever alpha - beta
-        return ref.TokenQuantities(-math.inf, -math.inf, -math.inf)
-    return ref.token_quantities(z, token, alpha, beta)
 
 
 def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, log_ratio, status) -> None:
@@ -120,15 +44,8 @@ def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, l
         ratios.append(verdict[1])
         statuses.append(row)
     accept.copy_(torch.tensor(accepts, dtype=torch.bool))
-    _write(log_ratio, ratios)
-    _write(status, statuses)
-
-
-def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -> None:
-    """Ragged slices of every layer's K and V. See `power_kernels.kv_copy_ranges`."""
-    for dst_row, src_row, start, stop in ranges.tolist():
-        if stop > start:
-            dst[:, dst_row, :, start:stop] = src[:, src_row, :, start:stop]
+    write(log_ratio, ratios)
+    write(status, statuses)
 
 
 def mh_advance(*args) -> None:

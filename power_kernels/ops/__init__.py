@@ -1,0 +1,31 @@
+"""Every operator: schema, validation, fake, dispatch (DESIGN section 5). One family a file.
+
+The `*_out` functions allocate nothing, never wait for the device, and are safe inside a CUDA graph. The functional
+ones check their arguments, allocate and call them. Shapes, dtypes and strides are checked on every device; values
+(alpha, beta, ranges) only where the tensors are on the host, since looking at them elsewhere would wait for the device:
+there the kernels report bad exponents by row, as Status.NAN, and skip bad ranges.
+"""
+
+from power_kernels.ops.chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
+from power_kernels.ops.dispatch import backend_for, use_backend
+from power_kernels.ops.kv_cache import kv_copy_ranges
+from power_kernels.ops.rows import workspace_size
+from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
+from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
+
+__all__ = [
+    "AcceptOutput",
+    "SampleOutput",
+    "ScoreOutput",
+    "backend_for",
+    "kv_copy_ranges",
+    "mh_accept",
+    "mh_accept_out",
+    "mh_advance",
+    "sample_tokens",
+    "sample_tokens_out",
+    "score_tokens",
+    "score_tokens_out",
+    "use_backend",
+    "workspace_size",
+]

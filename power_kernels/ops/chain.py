@@ -1,0 +1,184 @@
+"""mh_accept and mh_advance: the law of DESIGN section 3 (5.4, 5.5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.ops.checks import check_rows, check_tensor, check_vectors
+from power_kernels.ops.dispatch import define_functional, define_kernel, run
+from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainState, Cost, Law
+
+_STATE_ARGUMENTS = ", ".join(
+    f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(ChainState.__dataclass_fields__)
+)
+
+
+class AcceptOutput(NamedTuple):
+    """accept bool [B]; log_ratio float64 [B] in nats; status int32 [B]."""
+
+    accept: torch.Tensor
+    log_ratio: torch.Tensor
+    status: torch.Tensor
+
+
+def _check_accept(weights_cur, weights_prop, len_cur, len_prop, log_u) -> None:
+    check_tensor("weights_cur", weights_cur, dtypes=(torch.float32,), shape=(None, None))
+    rows = (weights_cur.shape[0],)
+    check_tensor("weights_prop", weights_prop, dtypes=(torch.float32,), shape=(*rows, None), like=weights_cur)
+    check_rows("weights_cur", weights_cur)
+    check_rows("weights_prop", weights_prop)
+    check_vectors(
+        weights_cur,
+        len_cur=(len_cur, torch.int32, rows),
+        len_prop=(len_prop, torch.int32, rows),
+        log_u=(log_u, torch.float64, rows),
+    )
+
+
+def mh_accept(
+    weights_cur: torch.Tensor,
+    weights_prop: torch.Tensor,
+    len_cur: torch.Tensor,
+    len_prop: torch.Tensor,
+    log_u: torch.Tensor,
+) -> AcceptOutput:
+    """Accept or reject whole answers (DESIGN 3.2, 5.4), for stacks that keep their own chains.
+
+    weights_cur, weights_prop: float32 [B, T] and [B, T'], the per-token weights of the current and the proposed answer
+    (shared prefix included), of which the first len_cur and len_prop (int32 [B]) are read. log_u: float64 [B].
+    With F = sum of the weights (running float64, in order) - log n: log_ratio = F' - F, accept = log_u <= log_ratio.
+    Returns accept bool [B], log_ratio float64 [B], status int32 [B]: NAN or POS_INF for a bad weight, BAD_LENGTH for a
+    length outside [1, T]; such a row is not accepted. Errors: as `sample_tokens`.
+    """
+    _check_accept(weights_cur, weights_prop, len_cur, len_prop, log_u)
+    return AcceptOutput(*torch.ops.power_kernels.mh_accept(weights_cur, weights_prop, len_cur, len_prop, log_u))
+
+
+def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, log_ratio, status) -> None:
+    """`mh_accept` into preallocated tensors."""
+    _check_accept(weights_cur, weights_prop, len_cur, len_prop, log_u)
+    rows = (weights_cur.shape[0],)
+    check_vectors(
+        weights_cur,
+        accept=(accept, torch.bool, rows),
+        log_ratio=(log_ratio, torch.float64, rows),
+        status=(status, torch.int32, rows),
+    )
+    args = (weights_cur, weights_prop, len_cur, len_prop, log_u, accept, log_ratio, status)
+    run("mh_accept_out", weights_cur.device, *args)
+
+
+def _mh_accept_fake(weights_cur, weights_prop, len_cur, len_prop, log_u):
+    rows = weights_cur.shape[0]
+    return (
+        weights_cur.new_empty(rows, dtype=torch.bool),
+        weights_cur.new_empty(rows, dtype=torch.float64),
+        weights_cur.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _mh_accept(weights_cur, weights_prop, len_cur, len_prop, log_u):
+    out = _mh_accept_fake(weights_cur, weights_prop, len_cur, len_prop, log_u)
+    args = (weights_cur, weights_prop, len_cur, len_prop, log_u, *out)
+    run("mh_accept_out", weights_cur.device, *args)
+    return out
+
+
+define_kernel(
+    "mh_accept_out",
+    "chain",
+    "(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tensor len_prop, Tensor log_u, "
+    "Tensor(a!) accept, Tensor(b!) log_ratio, Tensor(c!) status) -> ()",
+)
+define_functional(
+    "mh_accept",
+    "(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tensor len_prop, Tensor log_u) "
+    "-> (Tensor, Tensor, Tensor)",
+    _mh_accept,
+    _mh_accept_fake,
+)
+
+
+def mh_advance(
+    state: ChainState,
+    law: Law,
+    log_n: torch.Tensor,
+    seed: torch.Tensor,
+    eos: torch.Tensor,
+    sampled_token: torch.Tensor,
+    sampled_logq: torch.Tensor,
+    sampled_weight: torch.Tensor,
+    sampled_status: torch.Tensor,
+) -> None:
+    """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
+
+    state: `ChainState` of C chains with P lanes each, updated in place: what was sampled is appended, proposals are
+    rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then the plan
+    is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy before it,
+    first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
+    log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1]. eos: int64 [E], E may be 0.
+    sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
+    returned them for the last plan; Status.PENDING leaves a lane as it is. A bad status stops its chain (Mode.FAULT)
+    when, and only when, the serial chain would have reached it; so does a status OK with a weight or logq that is NaN
+    (as Status.NAN) or a weight of +inf (as Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises
+    ArgumentError for more than 16 lanes a chain.
+    """
+    for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
+        if not isinstance(value, kind):
+            raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+    check_tensor("field", state.field, shape=(None, CHAIN_FIELDS))
+    check_tensor("lane_field", state.lane_field, shape=(None, LANE_FIELDS))
+    chains, rows = state.chains, state.lane_field.shape[0]
+    if chains < 1 or rows % chains:
+        raise ArgumentError(f"state has {rows} lanes for {chains} chains; every chain must have as many")
+    width = law.max_new_tokens + 1
+    per_chain, per_lane = (chains, width), (rows, width)
+    shapes = {
+        "field": (torch.int32, (chains, CHAIN_FIELDS)),
+        "token": (torch.int32, per_chain),
+        "logq": (torch.float32, per_chain),
+        "cumw": (torch.float64, per_chain),
+        "outcome": (torch.int8, (chains, law.max_steps + 1)),
+        "cost": (torch.int64, (chains, len(Cost))),
+        "lane_field": (torch.int32, (rows, LANE_FIELDS)),
+        "lane_token": (torch.int32, per_lane),
+        "lane_logq": (torch.float32, per_lane),
+        "lane_cumw": (torch.float64, per_lane),
+        "lane_theta": (torch.float64, (rows,)),
+        "input_id": (torch.int64, (rows,)),
+        "position": (torch.int64, (rows,)),
+        "counter": (torch.int32, (rows, 4)),
+        "exclude": (torch.int64, (rows,)),
+        "commit_range": (torch.int32, (chains, 4)),
+        "open_range": (torch.int32, (rows, 4)),
+    }
+    like = state.field
+    check_vectors(like, **{name: (getattr(state, name), *want) for name, want in shapes.items()})
+    check_vectors(
+        like,
+        log_n=(log_n, torch.float64, (law.max_new_tokens + 2,)),
+        seed=(seed, torch.int64, (1,)),
+        eos=(eos, torch.int64, (None,)),
+        sampled_token=(sampled_token, torch.int64, (rows,)),
+        sampled_logq=(sampled_logq, torch.float32, (rows,)),
+        sampled_weight=(sampled_weight, torch.float32, (rows,)),
+        sampled_status=(sampled_status, torch.int32, (rows,)),
+    )
+    run(
+        "mh_advance", like.device,
+        *state.tensors(), log_n, seed, eos, sampled_token, sampled_logq, sampled_weight, sampled_status,
+        law.max_new_tokens, law.block_size, law.mcmc_steps, law.final_steps,
+        law.early_rejection, law.free_prefix, law.karan_du,
+    )  # fmt: skip
+
+
+define_kernel(
+    "mh_advance",
+    "chain",
+    f"({_STATE_ARGUMENTS}, Tensor log_n, Tensor seed, Tensor eos, Tensor sampled_token, "
+    "Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status, int max_new_tokens, int block_size, "
+    "int mcmc_steps, int final_steps, bool early_rejection, bool free_prefix, bool karan_du) -> ()",
+)

@@ -1,0 +1,163 @@
+"""The operator library: registration, backends, dispatch (DESIGN section 5).
+
+    CUDA, ROCm -> power_kernels.triton     CPU -> csrc (power_kernels._C)     anything else -> reference_ops
+
+The dispatcher chooses by device. A machine without the C++ extension serves the CPU from the reference, and
+`power-kernels doctor` says so. `use_backend` names a backend explicitly; what cannot run raises `BackendError`.
+Each family of operators has one file of this package, and one of the same name in each backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from power_kernels import reference_ops
+from power_kernels.errors import ArgumentError, BackendError
+from power_kernels.state import (
+    CHAIN_FIELDS,
+    LANE_FIELDS,
+    ChainField,
+    Cost,
+    LaneField,
+    LaneStatus,
+    Mode,
+    Outcome,
+    Status,
+)
+
+SCHEMAS: dict[str, str] = {}
+KERNELS: dict[str, str] = {}  # what a backend implements, and its family; the functional forms are built on these
+
+PACKAGE = Path(__file__).parents[1]
+
+_LIBRARY = torch.library.Library("power_kernels", "DEF")
+
+
+def define_kernel(name: str, family: str, schema: str) -> None:
+    """An operator that every backend implements under this name, in its file `family`.
+
+    It returns nothing and only writes its arguments.
+    """
+    SCHEMAS[name], KERNELS[name] = schema, family
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, getattr(reference_ops, name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *args: _triton_kernel(name)(*args), "CUDA")
+    torch.library.register_fake(f"power_kernels::{name}", lambda *args: None)
+
+
+def define_functional(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
+    """An operator that allocates its results and calls a kernel, the same for every backend."""
+    SCHEMAS[name] = schema
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"power_kernels::{name}", fake)
+
+
+def _load_extension() -> str | None:
+    """Load csrc's CPU kernels. Returns why not, or None."""
+    paths = sorted(PACKAGE.glob("_C*.so"))
+    if not paths:
+        return "power_kernels._C was not built (no C++ compiler, or torch was missing from the build environment)"
+    try:
+        # Read, not asked: loading the file would already register its kernels, which would then write other columns.
+        if state_layout().encode() + b"\0" not in paths[0].read_bytes():
+            return f"{paths[0].name} was built from other sources than this package; build it again"
+        torch.ops.load_library(paths[0])
+    except (OSError, RuntimeError) as error:
+        return f"{paths[0].name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+def state_layout() -> str:
+    """The columns and codes that Python and C++ must agree on, as the string that csrc/chain.cpp compiles in."""
+    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status)
+    parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
+    return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
+
+
+@functools.cache
+def _triton_family(family: str):
+    try:
+        return importlib.import_module(f"power_kernels.triton.{family}")
+    except ImportError as error:
+        raise BackendError(f"the triton backend cannot be imported: {error}") from error
+
+
+def _triton_kernel(name: str) -> Callable:
+    return getattr(_triton_family(KERNELS[name]), name)
+
+
+EXTENSION_MISSING = _load_extension()
+
+BACKENDS = ("cpp", "triton", "reference")
+_chosen: str | None = None
+
+
+def check_backend(name: str) -> None:
+    """Raises BackendError, saying why, when a backend cannot run here; ArgumentError when there is no such backend."""
+    if name not in BACKENDS:
+        raise ArgumentError(f"backend is {name!r}; allowed: {', '.join(BACKENDS)}")
+    if name == "cpp" and EXTENSION_MISSING:
+        raise BackendError(f"backend 'cpp' cannot run: {EXTENSION_MISSING}")
+    if name == "triton":
+        _triton_family("sampling")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operator from one backend, whatever the device: 'cpp', 'triton' or 'reference'.
+
+    The choice is the process's, not the thread's: blocks in several threads at once end each other's.
+    Triton on CPU tensors needs TRITON_INTERPRET=1 before triton is imported. Raises BackendError when `name` cannot
+    run. The environment variable POWER_KERNELS_BACKEND does the same for a whole process.
+    """
+    global _chosen
+    check_backend(name)
+    previous, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or POWER_KERNELS_BACKEND names now."""
+    return _chosen
+
+
+def backend_for(device: torch.device | str) -> str:
+    """The backend that serves tensors of `device` now."""
+    if _chosen is not None:
+        return _chosen
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "triton"
+    return "cpp" if kind == "cpu" and not EXTENSION_MISSING else "reference"
+
+
+def run(name: str, device: torch.device, *args) -> None:
+    """Call a kernel on the backend that serves `device` now."""
+    if _chosen is None:
+        getattr(torch.ops.power_kernels, name)(*args)
+    elif _chosen == "cpp":
+        if device.type != "cpu":
+            raise BackendError(f"backend 'cpp' serves CPU tensors only, got {device}")
+        getattr(torch.ops.power_kernels, name)(*args)
+    elif _chosen == "triton":
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError("backend 'triton' runs on CPU tensors only under TRITON_INTERPRET=1")
+        _triton_kernel(name)(*args)
+    else:
+        getattr(reference_ops, name)(*args)
+
+
+if _environment := os.environ.get("POWER_KERNELS_BACKEND"):
+    check_backend(_environment)
+    _chosen = _environment

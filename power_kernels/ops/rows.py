@@ -1,0 +1,38 @@
+"""What the operators over rows of logits share: workspace, outputs and their checks."""
+
+from __future__ import annotations
+
+import torch
+
+from power_kernels.errors import ArgumentError
+from power_kernels.ops.checks import check_vectors
+
+SMALLEST_TILE = 256  # no backend's tile of the vocabulary is narrower, which bounds the workspace
+TILE_VALUES = 4  # max, rest at 1, rest at beta, entropy partial
+
+
+def workspace_size(rows: int, vocab: int) -> int:
+    """float32 elements of workspace that the `_out` forms of sampling and scoring need on any backend."""
+    return rows * -(-vocab // SMALLEST_TILE) * TILE_VALUES
+
+
+def check_outputs(logits, workspace, floats, entropy, status) -> None:
+    rows = (logits.shape[0],)
+    check_vectors(logits, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
+    need = workspace_size(*logits.shape)
+    if workspace.numel() < need:
+        raise ArgumentError(f"workspace has {workspace.numel()} elements; it must have at least {need}")
+    check_vectors(logits, **{name: (value, torch.float32, rows) for name, value in floats.items()})
+    if entropy is not None:
+        check_vectors(logits, entropy=(entropy, torch.float32, rows))
+
+
+def row_outputs(logits: torch.Tensor, floats: int, return_entropy: bool):
+    rows = logits.shape[0]
+    values = [logits.new_empty(rows, dtype=torch.float32) for _ in range(floats)]
+    entropy = logits.new_empty(rows if return_entropy else 0, dtype=torch.float32)
+    return (*values, entropy, logits.new_empty(rows, dtype=torch.int32))
+
+
+def new_workspace(logits: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty(workspace_size(*logits.shape), dtype=torch.float32)

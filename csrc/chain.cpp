@@ -484,7 +484,7 @@ STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) {
 
 }  // namespace power_kernels
 
-// Exported so that the string stays in the file, where power_kernels/ops.py looks for it before it loads the file.
+// Exported so that the string stays in the file, where power_kernels/ops/dispatch.py looks for it before it loads the file.
 extern "C" __attribute__((visibility("default"))) const char* power_kernels_state_layout() {
 #define PK_SPELL(x) #x
 #define PK_STRING(x) PK_SPELL(x)  // of what a macro stands for

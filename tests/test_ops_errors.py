@@ -456,6 +456,10 @@ def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
         pass
 
 
+def everything_an_extension_must_name() -> bytes:
+    return b"".join(text.encode() + b"\0" for text in (dispatch.state_layout(), *dispatch.KERNELS))
+
+
 def extension() -> Path:
     if dispatch.EXTENSION_MISSING:
         pytest.skip(dispatch.EXTENSION_MISSING)
@@ -484,14 +488,16 @@ def test_an_extension_is_not_loaded_before_its_layout_is_known(tmp_path, monkeyp
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
     monkeypatch.setattr(dispatch, "PACKAGE", tmp_path)
     assert "was not built" in dispatch._load_extension()
-    for contents in (b"", dispatch.state_layout().encode(), dispatch.state_layout().encode() + b",X=1\0"):
+    whole = everything_an_extension_must_name()
+    lacking = whole.replace(b"mh_advance\0", b"")
+    for contents in (b"", lacking, whole.replace(b"pitch=", b"pitch=1"), whole.replace(b"Mode:", b"Mode:X=9,")):
         (tmp_path / "_C.abi3.so").write_bytes(contents)
         assert "_C.abi3.so was built from other sources" in dispatch._load_extension()
 
 
 def test_a_file_that_is_no_extension_is_reported_with_the_loaders_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "PACKAGE", tmp_path)
-    (tmp_path / "_C.abi3.so").write_bytes(dispatch.state_layout().encode() + b"\0")
+    (tmp_path / "_C.abi3.so").write_bytes(everything_an_extension_must_name())
     assert re.match(
         rf"_C.abi3.so does not load with torch {re.escape(torch.__version__)}: .+", dispatch._load_extension()
     )

@@ -6,12 +6,16 @@ ones check their arguments, allocate and call them. Shapes, dtypes and strides a
 there the kernels report bad exponents by row, as Status.NAN, and skip bad ranges.
 """
 
+from power_kernels.ops import dispatch
 from power_kernels.ops.chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
 from power_kernels.ops.dispatch import backend_for, use_backend
 from power_kernels.ops.kv_cache import kv_copy_ranges
 from power_kernels.ops.rows import workspace_size
 from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
 from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
+
+dispatch.load_extension()
+dispatch.choose_from_environment()
 
 __all__ = [
     "AcceptOutput",

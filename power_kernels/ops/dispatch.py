@@ -66,8 +66,10 @@ def _load_extension() -> str | None:
     if not paths:
         return "power_kernels._C was not built (no C++ compiler, or torch was missing from the build environment)"
     try:
-        # Read, not asked: loading the file would already register its kernels, which would then write other columns.
-        if state_layout().encode() + b"\0" not in paths[0].read_bytes():
+        # Read, not asked: loading the file would already register its kernels, which would then write other columns,
+        # and a kernel that it lacks would silently be the reference's.
+        contents = paths[0].read_bytes()
+        if any(text.encode() + b"\0" not in contents for text in (state_layout(), *KERNELS)):
             return f"{paths[0].name} was built from other sources than this package; build it again"
         torch.ops.load_library(paths[0])
     except (OSError, RuntimeError) as error:
@@ -94,7 +96,22 @@ def _triton_kernel(name: str) -> Callable:
     return getattr(_triton_family(KERNELS[name]), name)
 
 
-EXTENSION_MISSING = _load_extension()
+EXTENSION_MISSING: str | None = "power_kernels.ops is not imported yet"
+
+
+def load_extension() -> None:
+    """Load csrc's kernels, once every family has been defined."""
+    global EXTENSION_MISSING
+    EXTENSION_MISSING = _load_extension()
+
+
+def choose_from_environment() -> None:
+    """Let POWER_KERNELS_BACKEND name the backend of the whole process."""
+    global _chosen
+    if name := os.environ.get("POWER_KERNELS_BACKEND"):
+        check_backend(name)
+        _chosen = name
+
 
 BACKENDS = ("cpp", "triton", "reference")
 _chosen: str | None = None
@@ -156,8 +173,3 @@ def run(name: str, device: torch.device, *args) -> None:
         _triton_kernel(name)(*args)
     else:
         getattr(reference_ops, name)(*args)
-
-
-if _environment := os.environ.get("POWER_KERNELS_BACKEND"):
-    check_backend(_environment)
-    _chosen = _environment

@@ -1,5 +1,6 @@
 """Exact, fused power sampling: the operators, on your own tensors. The driver is `power_kernels.api`. See README.md."""
 
+from power_kernels import nvtx
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from power_kernels.ops import (
     AcceptOutput,
@@ -21,6 +22,8 @@ from power_kernels.state import ChainState, Law, Status
 
 __version__ = "0.1.0"
 
+nvtx.enable_from_environment()
+
 __all__ = [
     "AcceptOutput",
     "ArgumentError",
@@ -36,6 +39,7 @@ __all__ = [
     "mh_accept",
     "mh_accept_out",
     "mh_advance",
+    "nvtx",
     "sample_tokens",
     "sample_tokens_out",
     "score_tokens",

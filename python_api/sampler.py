@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import power_kernels as pk
-from power_kernels import reference
+from power_kernels import nvtx, reference
 from power_kernels.api.config import PowerConfig
 from power_kernels.api.engine import Engine, EngineBusyError, Sampled
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
@@ -209,7 +209,11 @@ class _Run:
     POLL_STEPS = 8
 
     def __init__(self, engine: Engine, jobs: list[_Job], config: PowerConfig, seed: int, eos, slots, tokenizer):
-        self.engine, self.config, self.law, self.tokenizer = engine, config, config.law, tokenizer
+        self.engine = nvtx.traced(engine, ("prefill", "transfer", "step", "move"))
+        self.config, self.law, self.tokenizer = config, config.law, tokenizer
+        if nvtx.enabled():
+            for phase in ("admit", "advance", "retire"):
+                setattr(self, phase, nvtx.in_range(phase, getattr(self, phase)))
         self.waiting = deque(jobs)
         self.slots = slots
         self.seed = seed

@@ -38,13 +38,14 @@ class Sampled:
 
     token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
     `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
-    ignored.
+    ignored. recalled: bool [L] where lanes were sampled without a forward pass, None where none was.
     """
 
     token: torch.Tensor
     logq: torch.Tensor
     weight: torch.Tensor
     status: torch.Tensor
+    recalled: torch.Tensor | None = None
 
 
 @runtime_checkable

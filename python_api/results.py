@@ -15,21 +15,23 @@ class TokenAccount:
     """Tokens forwarded for one answer, by cause, and tokens that the exact shortcuts saved.
 
     prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, prefetched ones that
-    were voided included. saved_prefix: positions a proposal kept without a forward pass. saved_early: positions left
-    when a proposal was rejected early; None when answers can end early, since nobody knows how long it would have
-    become.
+    were voided included. recalled: those of the last two that the engine knew from an earlier forward pass of the same
+    prefix, and did not forward again. saved_prefix: positions a proposal kept without a forward pass. saved_early:
+    positions left when a proposal was rejected early; None when answers can end early, since nobody knows how long it
+    would have become.
     """
 
     prefill: int
     extension: int
     proposal: int
+    recalled: int
     saved_prefix: int
     saved_early: int | None
     answer: int
 
     @property
     def forwarded(self) -> int:
-        return self.prefill + self.extension + self.proposal
+        return self.prefill + self.extension + self.proposal - self.recalled
 
     @property
     def ratio(self) -> float:
@@ -82,7 +84,7 @@ class PowerResult:
 
 
 def read_result(
-    state: ChainState, chain: int, *, alpha: float, can_end_early: bool, prefill: int, tokenizer
+    state: ChainState, chain: int, *, alpha: float, can_end_early: bool, prefill: int, recalled: int, tokenizer
 ) -> PowerResult:
     """The result of a chain that has stopped. alpha: as float32 holds it."""
     field = state.field[chain].tolist()
@@ -108,6 +110,7 @@ def read_result(
             prefill=prefill,
             extension=cost[Cost.EXTENSION],
             proposal=cost[Cost.PROPOSAL],
+            recalled=recalled,
             saved_prefix=cost[Cost.SAVED_PREFIX],
             saved_early=None if can_end_early else cost[Cost.SAVED_EARLY],
             answer=n,

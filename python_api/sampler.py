@@ -225,7 +225,9 @@ class _Run:
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
         self.poll_steps = 1 if device.type == "cpu" else self.POLL_STEPS
-        self.prefill_cost: list[int] = []  # of the chain in each active slot
+        # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
+        self.prefill_cost: list[int] = []
+        self.recalled: list[int] = []
 
     def results(self, bar) -> Iterator[PowerResult]:
         engine, config = self.engine, self.config
@@ -273,6 +275,7 @@ class _Run:
         if jobs:
             slots = list(range(first, first + len(jobs)))
             self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
+            self.recalled += [0] * len(jobs)
             for slot, job in zip(slots, jobs, strict=True):
                 self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
             self.active = self.state.first(len(self.prefill_cost))
@@ -288,6 +291,9 @@ class _Run:
 
     def advance(self, sampled: Sampled) -> None:
         state = self.active
+        if sampled.recalled is not None:
+            for slot, tokens in enumerate(sampled.recalled.view(state.chains, -1).sum(1).tolist()):
+                self.recalled[slot] += tokens
         pk.mh_advance(
             state, self.law, self.log_n, self.seed_tensor, self.eos,
             sampled.token, sampled.logq, sampled.weight, sampled.status,
@@ -302,12 +308,15 @@ class _Run:
             alpha=self.alpha,
             can_end_early=self.can_end_early,
             prefill=self.prefill_cost[slot],
+            recalled=self.recalled[slot],
             tokenizer=self.tokenizer,
         )
         if slot != last:
             self.state.move(last, slot)
             self.engine.move(last, slot)
-            self.prefill_cost[slot] = self.prefill_cost[last]
+            for of_slot in (self.prefill_cost, self.recalled):
+                of_slot[slot] = of_slot[last]
         self.prefill_cost.pop()
+        self.recalled.pop()
         self.active = self.state.first(last)
         return result

@@ -142,7 +142,7 @@ class Script:
                 self.state.input_id[lane], self.state.position[lane] = token, held
             else:  # an idle lane is fed where nothing is trusted
                 self.state.input_id[lane], self.state.position[lane] = 0, self.valid[lane]
-        logits = self.engine._decode(self.state.first(self.active))
+        logits = self.engine._decode(self.state.first(self.active))[1]
         assert logits.shape == (len(rows), self.engine.vocab_size)
         compared = [lane for lane in rows if self.running[lane]]
         want = plain_logits(self.reference, [self.fed[lane] for lane in compared], self.max_length)
@@ -305,7 +305,7 @@ def test_bad_rows_are_reported_and_leave_nothing_behind():
     # The lane goes back before the bad position: its garbage is masked and finite.
     assert step([12, 13], [4, 8]).status.tolist() == [Status.OK, Status.OK]
     state.position.copy_(torch.tensor([5, 9]))
-    logits = engine._decode(state)
+    _, logits = engine._decode(state)
     assert_close(logits, plain_logits(model, [[*prompts[0][:4], 12, 12], [*prompts[1], 11, 13, 13]], MAX_LENGTH))
     # A bad prompt fills a chain row and then a lane row with NaN; the next tenant sees none of it, whether it is
     # admitted to the slot or moved there. The bad one is the longer, or it would be overwritten anyway.
@@ -324,7 +324,7 @@ def test_bad_rows_are_reported_and_leave_nothing_behind():
             want = [4, 5, 6]
         state.input_id.copy_(torch.tensor([want[-1], 14]))
         state.position.copy_(torch.tensor([len(want) - 1, 25]))  # a batchmate far ahead: all columns are read
-        assert_close(engine._decode(state)[:1], plain_logits(model, [want], MAX_LENGTH))
+        assert_close(engine._decode(state)[1][:1], plain_logits(model, [want], MAX_LENGTH))
 
 
 def test_a_move_takes_every_position_written():
@@ -339,7 +339,7 @@ def test_a_move_takes_every_position_written():
             engine.move(1, 0)
         state.input_id.fill_(tokens[-1])
         state.position.fill_(position)
-        logits = engine._decode(state)[1 if position < 9 else 0]
+        logits = engine._decode(state)[1][1 if position < 9 else 0]
         assert_close(logits[None], plain_logits(reference, [tokens], MAX_LENGTH))
         tokens.append(position)
 
@@ -356,7 +356,7 @@ def test_step_draws_from_the_logits_with_the_state_s_counters():
     state.position.copy_(torch.tensor([len(prompts[lane // 2]) - 1 for lane in range(4)]))
     state.counter.copy_(torch.arange(16, dtype=torch.int32).view(4, 4))
     state.exclude.copy_(torch.tensor([-1, 5, -1, 9]))
-    logits = engine._decode(state)
+    _, logits = engine._decode(state)
     rate = torch.full((4,), 2.0)
     want = pk.sample_tokens(logits.clone(), rate, rate, torch.tensor([7]), state.counter, state.exclude)
     got = engine.step(state)

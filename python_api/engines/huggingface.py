@@ -16,7 +16,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import power_kernels
 from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines.cpu_linear import speed_up
+from power_kernels.api.engines.lm_head import LmHead
 from power_kernels.api.engines.patches import Patches
+from power_kernels.api.engines.prefix_memory import PrefixMemory
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
 from power_kernels.api.engines.rope import check_rope, pin_rope
@@ -41,6 +43,7 @@ class HuggingFaceEngine:
         attention and go through transformers' attention interface (Llama, Mistral, Qwen2/3, Phi-3, Gemma
         2/3, OLMo, Granite, Cohere, ...).
     prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never padded.
+    remember: on a CPU, keep what a run has forwarded and forward no prefix twice (`engines/prefix_memory.py`).
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
@@ -52,13 +55,15 @@ class HuggingFaceEngine:
     a row's law never depends on its batchmates.
     """
 
-    def __init__(self, model: PreTrainedModel, *, prefill_chunk: int = 1024, self_check: bool = True):
+    def __init__(
+        self, model: PreTrainedModel, *, prefill_chunk: int = 1024, remember: bool = True, self_check: bool = True
+    ):
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
         if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
             raise ArgumentError(f"prefill_chunk is {prefill_chunk!r}; it must be an integer of at least 1")
         _refuse(model)
-        self.model, self.prefill_chunk = model, prefill_chunk
+        self.model, self.prefill_chunk, self.remember = model, prefill_chunk, remember
         self._config = model.config.get_text_config()
         self._decoder = model.get_decoder()
         self.device = next(model.parameters()).device
@@ -67,8 +72,11 @@ class HuggingFaceEngine:
         self.eos_token_ids = _eos_token_ids(model)
         self._input_vocab = model.get_input_embeddings().weight.shape[0]
         self._slabs: KvSlabs | None = None
+        self._patches: Patches | None = None
+        self._memory: PrefixMemory | None = None
         self._layout, self._windows, self.vocab_size = self._probe()
         _check_windows(self._config, self._windows)
+        self._head = self._find_head()
         if self_check:
             check_rope(model, self.device, self.dtype)
             self._self_check()
@@ -107,13 +115,18 @@ class HuggingFaceEngine:
         # How far a slot's rows may have been written: `base` positions at step number `at`, one more a step.
         self._written: list[tuple[int, int] | None] = [None] * chains
         self._length = _LengthBound(self.device)
+        # On a device it would have to be waited for what is known and what is not.
+        self._memory = None
+        if self.remember and self._head is not None and not on_device:
+            hidden_size = self._head.module.in_features
+            self._memory = PrefixMemory(slabs, chains=chains, hidden_size=hidden_size, dtype=self.dtype)
         self._slabs = slabs
 
     def end(self) -> None:
         """Free the KV. Does nothing when no run is on."""
         if self._patches is not None:
             self._patches.restore()  # for an interrupt that came between two lines of their own clean-up
-        self._slabs = self._cache = self._patches = None
+        self._slabs = self._cache = self._patches = self._memory = None
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         """Write all but the last token of each prompt into its chain slot. Returns the tokens forwarded for each.
@@ -132,15 +145,43 @@ class HuggingFaceEngine:
         self._slabs.open(open_range)
 
     def step(self, state: ChainState) -> Sampled:
-        """Feed and sample every lane of the first `state.chains` slots. Never waits for a device."""
+        """Feed and sample every lane of the first `state.chains` slots. Never waits for a device.
+
+        On a CPU a lane whose prefix was forwarded before in this run is answered without a forward pass; while there
+        are such lanes the others are PENDING.
+        """
         self._check_running()
-        logits = self._decode(state)
-        rows = logits.shape[0]
-        drawn = power_kernels.sample_tokens(
-            logits, self._alpha[:rows], self._beta[:rows], self._seed, state.counter, state.exclude
-        )
+        if self._memory is not None:
+            lanes, hidden = self._memory.recall(state)
+            if lanes:
+                return self._recalled(state, lanes, hidden)
+        hidden, logits = self._decode(state)
+        drawn = self._draw(state, slice(0, logits.shape[0]), logits)
+        if self._memory is not None:
+            self._memory.learn(state, hidden, drawn.status == Status.OK)
         self._scrub(state.position, drawn.status)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
+
+    def _draw(self, state: ChainState, rows, logits: torch.Tensor) -> power_kernels.SampleOutput:
+        alpha, beta = self._alpha[rows], self._beta[rows]
+        return power_kernels.sample_tokens(
+            logits, alpha, beta, self._seed, state.counter[rows].contiguous(), state.exclude[rows].contiguous()
+        )
+
+    def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
+        with self._patches, torch.inference_mode():
+            logits = self._head.logits(hidden)
+        self._steps += 1
+        drawn = self._draw(state, lanes, logits)
+        rows = state.position.shape[0]
+        token = torch.zeros(rows, dtype=torch.int64)
+        logq, weight = torch.zeros(2, rows).unbind()
+        status = torch.full((rows,), Status.PENDING, dtype=torch.int32)
+        for target, source in zip(
+            (token, logq, weight, status), (drawn.token, drawn.logq, drawn.weight, drawn.status), strict=True
+        ):
+            target[lanes] = source
+        return Sampled(token, logq, weight, status, recalled=status != Status.PENDING)
 
     def move(self, source: int, target: int) -> None:
         """Copy the used positions of slot `source` and its lanes over slot `target`."""
@@ -154,11 +195,14 @@ class HuggingFaceEngine:
         self._slabs.move(source, target, self._reach(source))
         self._prompts[target], self._prompts[source] = self._prompts[source], None
         self._written[target] = self._written[source]
+        if self._memory is not None:
+            self._memory.move(source, target)
 
     # -- decoding
 
-    def _decode(self, state: ChainState) -> torch.Tensor:
-        """Logits [rows, V] of the next position of every row of the state."""
+    def _decode(self, state: ChainState) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Feed every row of the state. Returns the last hidden states [rows, D], None for a model whose head is not
+        known, and the logits [rows, V] of the next position."""
         position = state.position
         length = self._length.of(state)
         if length is None:
@@ -168,9 +212,13 @@ class HuggingFaceEngine:
         else:
             length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
         view = DecodeView(position, length)
-        logits = self._forward(self.model, view, state.input_id[:, None], position[:, None]).logits
+        fed = (view, state.input_id[:, None], position[:, None])
         self._steps += 1
-        return logits[:, -1]
+        if self._head is None:
+            return None, self._forward(self.model, *fed).logits[:, -1]
+        hidden = self._forward(self._decoder, *fed).last_hidden_state[:, -1]
+        with self._patches, torch.inference_mode():
+            return hidden, self._head.logits(hidden)
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
@@ -215,6 +263,8 @@ class HuggingFaceEngine:
             self._slabs.copy_chain(source, target, stop)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._prompts[slot] = prompt
+            if self._memory is not None:
+                self._memory.admit(slot, prompt)
         forwarded = {slot: len(prompt) - 1 for slot, prompt in fresh}
         return [forwarded.get(slot, 0) for slot in slots]
 
@@ -295,6 +345,20 @@ class HuggingFaceEngine:
         if len(dtypes) != 1:
             raise UnsupportedModelError(f"layers cache different dtypes: {sorted(map(str, dtypes))}")
         return KvLayout(tuple(written), dtypes.pop()), probe.windows, logits.shape[-1]
+
+    def _find_head(self) -> LmHead | None:
+        head = LmHead.of(self.model)
+        if head is None:
+            return None
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+
+        def call(module):
+            recorder = Cache(layers=[_RecorderLayer() for _ in range(self._config.num_hidden_layers)])
+            with self._patched(1), attached(Probe(recorder.layers)), torch.inference_mode():
+                return module(input_ids=token, position_ids=token, past_key_values=recorder, use_cache=True)
+
+        explained = head.explains(lambda: call(self.model).logits, lambda: call(self._decoder).last_hidden_state)
+        return head if explained else None
 
     def _self_check(self) -> None:
         """Compare ragged decoding, a commit and a rollback with plain forward passes; a few tokens each."""

@@ -41,22 +41,27 @@ class KvSlabs:
     def __init__(self, layout: KvLayout, *, chains: int, lanes: int, positions: int, device: torch.device):
         shapes = layout.shapes()
         self.lanes, self.positions = lanes, positions
+        self._chains, self._device = chains, device
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # (lane slab, chain slab)
+        self._zeros: list[torch.Tensor] = []
         self._lane_views: list[torch.Tensor] = [None] * len(shapes)
         self._chain_views: list[torch.Tensor] = [None] * len(shapes)
         for heads, dim in dict.fromkeys(shapes):
             members = [i for i, shape in enumerate(shapes) if shape == (heads, dim)]
-            pair = tuple(
-                torch.zeros(len(members), rows, heads, positions, dim, dtype=layout.dtype, device=device)
-                for rows in (chains * lanes, chains)
-            )
-            self.pairs.append(pair)
+            pair = self.add_pair(len(members), heads=heads, dim=dim, dtype=layout.dtype)
             for place, i in enumerate(members):
                 self._lane_views[i], self._chain_views[i] = pair[0][place], pair[1][place]
+
+    def add_pair(self, members: int, *, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (lane slab, chain slab) [members, rows, heads, S, dim] of zeros whose rows follow every copy of a range."""
+        lane, chain = (
+            torch.zeros(members, rows, heads, self.positions, dim, dtype=dtype, device=self._device)
+            for rows in (self._chains * self.lanes, self._chains)
+        )
+        self.pairs.append((lane, chain))
         # A slab of zeros that takes no memory: the source of every device-side wipe.
-        self._zeros = [
-            torch.zeros(lane.shape[-1], dtype=lane.dtype, device=device).expand(lane.shape) for lane, _ in self.pairs
-        ]
+        self._zeros.append(torch.zeros(dim, dtype=dtype, device=self._device).expand(lane.shape))
+        return lane, chain
 
     def layer(self, index: int, *, of_chains: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, each [rows, heads, S, dim], views."""

@@ -1,0 +1,40 @@
+"""What the operators are compared with: torch.compile, and kernels of other libraries where they are installed.
+
+Another library's function is imported when its contender is made; one that cannot be imported, or that fails on a
+shape, is reported in the results with the reason, and nothing else is affected.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from power_kernels.api.bench.harness import Call, Workload
+
+NOT_COMPILED = "not compiled at this shape: torch.compile takes seconds a shape"
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` compiled for each set of shapes alone: the best case for torch.compile."""
+    torch._dynamo.config.cache_size_limit = 256  # else the ninth shape of a function would run eagerly
+    return torch.compile(function, dynamic=False)
+
+
+def bind(function: Callable, arguments: tuple) -> Call:
+    return lambda: function(*arguments)
+
+
+def add_library(work: Workload, name: str, module: str, make: Callable[[object], Call], device: torch.device) -> None:
+    """Add a contender of another library, made from its module, or the reason why there is none."""
+    if device.type != "cuda":
+        work.missing[name] = "needs a CUDA device"
+        return
+    try:
+        work.contenders[name] = make(importlib.import_module(module))
+        work.optional |= {name}
+    except ImportError:
+        work.missing[name] = "not installed"
+    except Exception as error:  # another version than the one this was written for
+        work.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,8 +1,7 @@
 // Instances of mass_kernel.h for each instruction set, the choice among them, and the threaded mass pass.
 
+#include "isa.h"
 #include "mass.h"
-
-#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -58,39 +57,14 @@ namespace avx512 {
 
 #endif  // __x86_64__
 
-namespace {
-
-enum Isa { BASELINE, AVX2, AVX512 };
-
-Isa detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  Isa isa = has_avx512 ? AVX512 : has_avx2 ? AVX2 : BASELINE;
-  // For tests and measurements: a lower instruction set than the machine's.
-  if (const char* wish = std::getenv("POWER_KERNELS_CPU")) {
-    if (!std::strcmp(wish, "baseline")) isa = BASELINE;
-    if (!std::strcmp(wish, "avx2") && has_avx2) isa = AVX2;
-  }
-  return isa;
-#else
-  return BASELINE;
-#endif
-}
-
-}  // namespace
-
 const MassKernels& mass_kernels(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
-  [[maybe_unused]] static const Isa isa = detect();
+  [[maybe_unused]] static const Isa isa = instruction_set();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "logits must be float32, float16 or bfloat16");
   const int index = dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;
 #if defined(__x86_64__)
-  if (isa == AVX512) return avx512::kernels(index);
+  if (isa >= AVX512) return avx512::kernels(index);
   if (isa == AVX2) return avx2::kernels(index);
 #endif
   return baseline::kernels(index);

@@ -10,6 +10,13 @@ from power_kernels.ops import dispatch
 from power_kernels.ops.chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
 from power_kernels.ops.dispatch import backend_for, use_backend
 from power_kernels.ops.kv_cache import kv_copy_ranges
+from power_kernels.ops.lm_head import (
+    hidden_workspace_size,
+    sample_from_hidden,
+    sample_from_hidden_out,
+    score_from_hidden,
+    score_from_hidden_out,
+)
 from power_kernels.ops.rows import workspace_size
 from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
 from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
@@ -22,12 +29,17 @@ __all__ = [
     "SampleOutput",
     "ScoreOutput",
     "backend_for",
+    "hidden_workspace_size",
     "kv_copy_ranges",
     "mh_accept",
     "mh_accept_out",
     "mh_advance",
+    "sample_from_hidden",
+    "sample_from_hidden_out",
     "sample_tokens",
     "sample_tokens_out",
+    "score_from_hidden",
+    "score_from_hidden_out",
     "score_tokens",
     "score_tokens_out",
     "use_backend",

@@ -1,0 +1,216 @@
+// The vector code of lm_head.cpp, for one instruction set. lm_head.cpp includes this file once per instruction set,
+// each time inside another namespace and target region. See vector.h.
+//
+// PK_DOT_BF16 (0 or 1) further says whether pairs of bfloat16 are multiplied by one instruction (AVX512_BF16).
+//
+// Every product z[b, v] = sum_k hidden[b, k] * lm_head[v, k] is summed in one fixed order, whatever the number of rows
+// and wherever it stands: lane i of one vector takes k = i, W + i, 2W + i, ... within a block of k, then the lanes are
+// added in one tree, then the blocks in order. So a row has the same bits alone and in a batch.
+
+#include "vector.h"
+
+constexpr int COLUMNS = 4;                 // entries of the vocabulary a panel
+constexpr int ROWS = PK_ISA == 5 ? 6 : 3;  // rows of hidden states a panel: 24 of 32, or 12 of 16 registers add
+
+// ---- what is multiplied: float32, or pairs of bfloat16
+
+struct FloatProduct {
+  typedef float Item;
+  typedef F Vector;
+  static constexpr int STEP = W;
+  PK_INLINE Vector load(const Item* p) { return (F) * (const F_any*)p; }
+  PK_INLINE F add(F sum, Vector a, Vector b) { return fma(a, b, sum); }
+};
+
+#if PK_DOT_BF16
+struct PairProduct {
+  typedef uint16_t Item;
+  typedef __m512bh Vector;
+  static constexpr int STEP = 2 * W;
+  PK_INLINE Vector load(const Item* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  PK_INLINE F add(F sum, Vector a, Vector b) { return (F)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+
+// How each dtype is multiplied.
+template <class T>
+struct ProductOf {
+  typedef FloatProduct Type;
+};
+#if PK_DOT_BF16
+template <>
+struct ProductOf<BFloat16> {
+  typedef PairProduct Type;
+};
+#endif
+
+// n items as the product takes them, zeros up to whole steps.
+template <class T, class P>
+PK_INLINE void pack(const typename T::Item* from, int64_t n, int64_t padded, typename P::Item* to) {
+  if constexpr (sizeof(typename T::Item) == sizeof(typename P::Item)) {
+    __builtin_memcpy(to, from, n * sizeof *to);
+  } else {
+    int64_t k = 0;
+    for (; k + W <= n; k += W) *(F_any*)(to + k) = T::load(from + k);
+    if (k < n) {
+      typename T::Item items[W] = {};
+      __builtin_memcpy(items, from + k, (n - k) * sizeof *from);
+      *(F_any*)(to + k) = T::load(items);
+    }
+  }
+  for (int64_t k = n; k < padded; ++k) to[k] = 0;
+}
+
+// ---- the product of a panel
+
+// The sums of the lanes of four vectors.
+PK_INLINE void add_lanes(const F* a, float* out) {
+#if PK_ISA == 5
+  const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
+  // With masks of ones: the plain forms read uninitialised registers in GCC's header, and it warns of them.
+  const F low = (F)_mm512_maskz_unpacklo_ps(-1, a0, a1) + (F)_mm512_maskz_unpackhi_ps(-1, a0, a1);
+  const F high = (F)_mm512_maskz_unpacklo_ps(-1, a2, a3) + (F)_mm512_maskz_unpackhi_ps(-1, a2, a3);
+  const F all = (F)_mm512_maskz_unpacklo_pd(-1, (__m512d)low, (__m512d)high) +
+                (F)_mm512_maskz_unpackhi_pd(-1, (__m512d)low, (__m512d)high);
+  const __m256 h = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(-1, (__m512)all, 0),
+                                 _mm512_maskz_extractf32x8_ps(-1, (__m512)all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#elif PK_ISA == 2
+  const __m256 p = _mm256_hadd_ps((__m256)a[0], (__m256)a[1]), q = _mm256_hadd_ps((__m256)a[2], (__m256)a[3]);
+  const __m256 h = _mm256_hadd_ps(p, q);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#else
+  for (int i = 0; i < COLUMNS; ++i) out[i] = horizontal_sum(a[i]);
+#endif
+}
+
+// z[r][c] = the product of rows r of hidden and c of the weights over `steps` steps, added to what is there if `more`.
+// While it runs, the cache fetches what lies `ahead` items further in the weights.
+template <class P, int R>
+static void panel(const typename P::Item* const* weights, int64_t ahead, const typename P::Item* hidden,
+                  int64_t hidden_pitch, int64_t steps, float* z, int64_t z_pitch, bool more) {
+  const typename P::Item *w0 = weights[0], *w1 = weights[1], *w2 = weights[2], *w3 = weights[3];
+  F sum[R][COLUMNS] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t k = s * P::STEP;
+    if (R == 1 || ahead) {
+      __builtin_prefetch(w0 + k + ahead);
+      __builtin_prefetch(w1 + k + ahead);
+      __builtin_prefetch(w2 + k + ahead);
+      __builtin_prefetch(w3 + k + ahead);
+    }
+    const typename P::Vector a = P::load(w0 + k), b = P::load(w1 + k), c = P::load(w2 + k), d = P::load(w3 + k);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const typename P::Vector x = P::load(hidden + r * hidden_pitch + k);
+      sum[r][0] = P::add(sum[r][0], a, x);
+      sum[r][1] = P::add(sum[r][1], b, x);
+      sum[r][2] = P::add(sum[r][2], c, x);
+      sum[r][3] = P::add(sum[r][3], d, x);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    float out[COLUMNS];
+    add_lanes(sum[r], out);
+    float* to = z + r * z_pitch;
+    for (int i = 0; i < COLUMNS; ++i) to[i] = more ? to[i] + out[i] : out[i];
+  }
+}
+
+template <class P>
+using Panel = void (*)(const typename P::Item* const*, int64_t, const typename P::Item*, int64_t, int64_t, float*,
+                       int64_t, bool);
+
+template <class P>
+static Panel<P> panel_of(int64_t rows) {
+#if PK_ISA == 5
+  constexpr Panel<P> table[] = {panel<P, 1>, panel<P, 2>, panel<P, 3>, panel<P, 4>, panel<P, 5>, panel<P, 6>};
+#else
+  constexpr Panel<P> table[] = {panel<P, 1>, panel<P, 2>, panel<P, 3>};
+#endif
+  return table[(rows < ROWS ? rows : ROWS) - 1];
+}
+
+// z[rows, n] = hidden[rows, D] @ weights[n, D]^T. Pitches in items. z has room for n rounded up to COLUMNS a row, and
+// scratch for SCRATCH_ITEMS(rows) floats.
+template <class T>
+static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, const void* weights_,
+                    int64_t weight_pitch, int64_t n, int64_t D, void* scratch, float* z, int64_t z_pitch) {
+  typedef typename ProductOf<T>::Type P;
+  typedef typename P::Item Item;
+  const auto* hidden = (const typename T::Item*)hidden_;
+  const auto* weights = (const typename T::Item*)weights_;
+  const int64_t blocks = (D + DEPTH - 1) / DEPTH;
+  const int64_t depth = ((D + blocks - 1) / blocks + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT;
+  Item* packed = (Item*)scratch;
+  Item* staged = packed + rows * depth;
+  for (int64_t k = 0; k < D; k += depth) {
+    const int64_t left = D - k < depth ? D - k : depth;
+    const int64_t steps = (left + P::STEP - 1) / P::STEP, pitch = steps * P::STEP;
+    const bool direct = sizeof(typename T::Item) == sizeof(Item) && left == pitch;
+    for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch + k, left, pitch, packed + r * pitch);
+    for (int64_t v = 0; v < n; v += COLUMNS) {
+      const Item* column[COLUMNS];
+      for (int c = 0; c < COLUMNS; ++c) {
+        // Behind the last entry its own row again: the sums are left unused.
+        const auto* row = weights + (v + c < n ? v + c : n - 1) * weight_pitch + k;
+        if (direct) {
+          column[c] = (const Item*)row;
+        } else {
+          pack<T, P>(row, left, pitch, staged + c * pitch);
+          column[c] = staged + c * pitch;
+        }
+      }
+      int64_t ahead = direct ? COLUMNS * weight_pitch : 0;
+      for (int64_t r = 0; r < rows; r += ROWS, ahead = 0)
+        panel_of<P>(rows - r)(column, ahead, packed + r * pitch, pitch, steps, z + r * z_pitch + v, z_pitch, k > 0);
+    }
+  }
+}
+
+// ---- from products to logits
+
+// tanh to about 2 ulp: an odd polynomial, fitted to the least relative error on [0, 0.625], then exponentials.
+PK_INLINE F tanh_vector(F x) {
+  const F t = (F)((U)x & 0x7fffffffu), q = t * t;
+  F p = splat(-5.7170447e-3f);
+  p = fma(p, q, splat(2.06505861e-2f));
+  p = fma(p, q, splat(-5.37434965e-2f));
+  p = fma(p, q, splat(1.33314908e-1f));
+  p = fma(p, q, splat(-3.33332837e-1f));
+  const F near = fma(t * q, p, t);
+  const F e = exp_nonpositive(t * -2.f);
+  const F far = (1.f - e) / (1.f + e);
+  const U is_near = (U)(t < splat(0.625f));
+  const U y = ((U)near & is_near) | ((U)far & ~is_near);
+  return (F)(y | ((U)x & 0x80000000u));
+}
+
+// z = cap(scale * (z + bias)) of one row, in place. bias is null or n items of T. z has room for n rounded up to W.
+template <class T>
+static void finish(float* z, int64_t n, const void* bias_, float softcap, float scale) {
+  const auto* bias = (const typename T::Item*)bias_;
+  for (int64_t i = 0; i < n; i += W) {
+    F x = *(F_any*)(z + i);
+    if (bias && n - i >= W) {
+      x += T::load(bias + i);
+    } else if (bias) {
+      typename T::Item items[W] = {};
+      __builtin_memcpy(items, bias + i, (n - i) * sizeof *bias);
+      x += T::load(items);
+    }
+    x *= scale;
+    if (softcap > 0.f) x = softcap * tanh_vector(x / softcap);
+    *(F_any*)(z + i) = x;
+  }
+}
+
+static const HeadKernels& kernels(int dtype) {
+  static constexpr HeadKernels table[] = {{product<Float32>, finish<Float32>},
+                                          {product<Float16>, finish<Float16>},
+                                          {product<BFloat16>, finish<BFloat16>}};
+  return table[dtype];
+}
+
+#undef PK_INLINE

@@ -43,13 +43,16 @@ import opponents
 import torch
 import transformers
 
+# With the chat template the first three are 69, 82 and 86 tokens long. To T = 128 in 4 blocks of 4 steps the published
+# algorithm then forwards (20 P + 1580) / (P + 127) = 15.1 to 15.5 times plain, whose range others report for it.
 QUESTIONS = [
     "My tomato plants have yellow leaves near the bottom of the stem, and some of the leaves have small "
     "brown spots. What are the likely causes, and what should I do about it this week?",
-    "A baker has 240 rolls. In the morning she sells a quarter of them, and at noon half of what is left. "
-    "How many rolls are left for the afternoon? Show each step of the calculation.",
+    "A baker has 240 rolls. In the morning she sells a quarter of them, at noon half of what is left, and "
+    "in the afternoon she gives a dozen to a school. How many rolls are left in the evening? Show each step.",
     "Write a short story for a child of six about a lighthouse keeper who is afraid of the dark, and "
-    "about the gull that helps him to light the lamp on the night of a great storm.",
+    "about the gull that helps him to light the lamp on the night of a great storm. Let the story have a "
+    "beginning, a middle and an end, and a title.",
     "Explain to someone who has never programmed what a function is, why programmers use functions, and "
     "give one small example from everyday life and one in Python, with a comment on each line.",
     "I will visit Lisbon for two days in October with my parents, who cannot walk far. Suggest a plan for "
@@ -100,7 +103,7 @@ def timed(call) -> Timed:
         return Timed(cpu, wall, out.forwarded, out.answers, out.logp, out.steps, out.accepted, out.unchanged)
     account = {
         name: sum(getattr(result.cost, name) for result in out)
-        for name in ("prefill", "extension", "proposal", "saved_prefix", "saved_early")
+        for name in ("prefill", "extension", "proposal", "recalled", "saved_prefix", "saved_early")
     }
     return Timed(
         cpu,

@@ -47,8 +47,9 @@ def account(result, prompt_length: int) -> list[str]:
     return [
         f"acceptance rate {result.acceptance_rate:.2f}: of {result.steps} steps {result.accepted} changed the answer, "
         f"{result.unchanged} proposed it again, {result.steps - kept} were rejected",
-        f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals = "
-        f"{cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer ({plain})",
+        f"tokens forwarded: {cost.prefill} prompt + {cost.extension} extension + {cost.proposal} proposals - "
+        f"{cost.recalled} recalled = {cost.forwarded}, {cost.forwarded / plain:.1f} x plain sampling of this answer "
+        f"({plain})",
         f"tokens saved: {cost.saved_prefix} by the free prefix; by early rejection: {early}",
     ]
 

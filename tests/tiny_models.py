@@ -1,4 +1,4 @@
-"""Tiny random transformers models, one a family whose decoding differs. float32, on the CPU, in evaluation mode.
+"""Tiny random transformers models, one a family whose decoding differs. float32, in evaluation mode.
 
 Weights are drawn wider than transformers' default so that attention is far from uniform: with nearly uniform
 attention a wrong mask or position hardly shows. Contexts are short, windows shorter still, so that tests go
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 import transformers
+
+from tests.devices import DEVICE
 
 VOCAB = 97
 CONTEXT = 96
@@ -42,7 +44,7 @@ def _build(name: str, seed: int = 0, config: str = "{}Config", **changes) -> tra
                 parameter.normal_(0.0, 0.3, generator=generator)
             elif "norm" in key:
                 parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def llama(**changes):
@@ -121,6 +123,16 @@ def gemma3(**changes):
             **changes,
         },
     )
+
+
+def granite(**changes):
+    """Logits divided by a number."""
+    return _build("Granite", **{"logits_scaling": 4.0, **changes})
+
+
+def cohere(**changes):
+    """Logits multiplied by a number."""
+    return _build("Cohere", **{"logit_scale": 0.25, **changes})
 
 
 def dynamic_llama(**changes):

@@ -1,0 +1,137 @@
+"""A run forwards no prefix twice on a CPU, and its chains do not show it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.engines import prefix_memory
+from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.engines.lm_head import LmHead
+from power_kernels.state import LaneField, LaneStatus
+from tests import tiny_models
+
+PROMPTS = [[5, 17, 40], [8], [5, 17, 40, 3, 9]]
+# Peaked enough for proposals to repeat each other, flat enough for them to differ.
+CONFIG = PowerConfig(alpha=3.0, max_new_tokens=24, block_size=8, mcmc_steps=6)
+
+
+class Counting(HuggingFaceEngine):
+    """Counts the rows that a forward pass computes for a lane that runs."""
+
+    forwarded = 0
+
+    def _decode(self, state):
+        self.forwarded += int((state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING).sum())
+        return super()._decode(state)
+
+
+def sample(model, config=CONFIG, *, remember: bool, prompts=PROMPTS, **options):
+    engine = Counting(model, remember=remember, self_check=False)
+    results = PowerSampler(engine).generate(prompts, config, **{"seed": 11, "eos_token_id": [], **options})
+    return results, engine.forwarded
+
+
+def chain(result):
+    return result.tokens, result.log_weights, result.outcomes, result.finish
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("eos", [[], [tiny_models.EOS, 30]])
+def test_chains_are_bitwise_those_without_a_memory(lanes, eos):
+    """One chain at a time, so that every forward pass of one row has the same shape in both runs."""
+    model = tiny_models.llama()
+    config = dataclasses.replace(CONFIG, lanes=lanes)
+    options = {"eos_token_id": eos, "num_chains": 2, "max_chains": 1}
+    with_memory, fewer = sample(model, config, remember=True, **options)
+    without, all_of_them = sample(model, config, remember=False, **options)
+    recalled = sum(r.cost.recalled for r in with_memory)
+    if lanes == 1:
+        assert [chain(r) for r in with_memory] == [chain(r) for r in without]
+        assert fewer == all_of_them - recalled
+    else:  # which rows share a forward pass differs, and with it the last bits of their weights
+        assert [r.tokens for r in with_memory] == [r.tokens for r in without]
+        assert fewer < all_of_them
+    assert sum(r.accepted for r in without) >= 12
+    assert recalled >= 60
+
+
+def test_the_account_counts_what_was_forwarded():
+    results, forwarded = sample(tiny_models.llama(), remember=True, max_chains=1)
+    for result in results:
+        cost = result.cost
+        assert cost.recalled > 0
+        assert cost.forwarded == cost.prefill + cost.extension + cost.proposal - cost.recalled
+    assert sum(r.cost.forwarded - r.cost.prefill for r in results) == forwarded
+    without, _ = sample(tiny_models.llama(), remember=False, max_chains=1)
+    assert [r.cost.recalled for r in without] == [0] * len(PROMPTS)
+    assert [r.cost.proposal for r in without] == [r.cost.proposal for r in results]
+
+
+def test_every_new_step_starts_without_a_forward_pass():
+    """The token before the divergence was forwarded when the current answer was made."""
+    results, _ = sample(tiny_models.llama(), remember=True, max_chains=1, prompts=PROMPTS[:1])
+    (result,) = results
+    opened = result.steps - result.unchanged
+    assert result.cost.recalled >= opened >= 10
+
+
+def test_a_full_ring_forgets_and_the_chains_stay_the_same(monkeypatch):
+    model = tiny_models.llama()
+    want, _ = sample(model, remember=False, max_chains=1)
+    recalled = []
+    for positions in (1, 0):  # a ring of one slab's positions; of a single node, since none is the least
+        monkeypatch.setattr(prefix_memory, "_POSITIONS", positions)
+        got, _ = sample(model, remember=True, max_chains=1)
+        assert list(map(chain, got)) == list(map(chain, want))
+        recalled.append(sum(r.cost.recalled for r in got))
+    assert recalled[0] > recalled[1]
+
+
+def test_a_batch_of_chains_in_every_slot_gives_the_same_answers():
+    """Slots are refilled and moved while others run; rows of a batch round differently, tokens may not."""
+    model = tiny_models.llama()
+    want, _ = sample(model, remember=False, max_chains=1, num_chains=2)
+    for max_chains in (2, 6):
+        got, _ = sample(model, remember=True, max_chains=max_chains, num_chains=2)
+        assert [r.tokens for r in got] == [r.tokens for r in want]
+
+
+def test_prefixes_with_bad_logits_are_not_kept():
+    model = tiny_models.llama()
+    with torch.no_grad():  # feeding token 30 makes every later logit NaN
+        model.get_input_embeddings().weight[30] = float("nan")
+    results, _ = sample(model, remember=True, num_chains=4, max_chains=4)
+    without, _ = sample(model, remember=False, num_chains=4, max_chains=4)
+    assert [(r.tokens, r.finish, r.status) for r in results] == [(r.tokens, r.finish, r.status) for r in without]
+    assert any(r.finish == "fault" for r in results)
+    assert any(r.finish == "length" for r in results)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi3"])
+def test_the_head_is_found_and_gives_the_models_logits(family):
+    model = getattr(tiny_models, family)()
+    engine = HuggingFaceEngine(model)
+    head = engine._head
+    assert head is not None
+    assert (head.softcap > 0) == (family == "gemma2")
+    assert (head.scale != 1.0) == (family in ("granite", "cohere"))
+    tokens = torch.tensor([[4, 9, 33]])
+    with torch.inference_mode():
+        hidden = model.get_decoder()(tokens).last_hidden_state
+        torch.testing.assert_close(head.logits(hidden), model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("scale", 1.01), ("softcap", 29.0), ("softcap", 0.0)])
+def test_a_head_that_is_not_the_models_is_not_believed(field, value, monkeypatch):
+    """The sampler then runs the whole model and keeps no prefixes."""
+    model = tiny_models.gemma2()
+    right = LmHead.of(model)
+    monkeypatch.setattr(LmHead, "of", lambda model: dataclasses.replace(right, **{field: value}))
+    engine = HuggingFaceEngine(model)
+    assert engine._head is None
+    (result,) = PowerSampler(engine).generate([[5, 6]], CONFIG, seed=1, eos_token_id=[])
+    assert result.cost.recalled == 0

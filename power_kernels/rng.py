@@ -33,6 +33,12 @@ _LOW = np.uint64(_MASK)
 _HALF = np.uint64(32)
 
 
+def as_int64(seed: int) -> int:
+    """The 64 bits of a seed as an int64 tensor holds them."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
 def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
     """Ten rounds of Philox4x32.
 

@@ -23,7 +23,7 @@ from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.progress import ProgressBar
 from power_kernels.api.results import PowerResult, read_result
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.rng import MAX_PROMPT_ID
+from power_kernels.rng import MAX_PROMPT_ID, as_int64
 from power_kernels.state import ChainField, Mode, Status
 
 _STOPPED = (Mode.DONE, Mode.FAULT)
@@ -179,7 +179,6 @@ class PowerSampler:
                 f"prompt {longest.prompt_id} has {len(longest.prompt)} tokens and max_new_tokens is "
                 f"{config.max_new_tokens}; together they must not exceed the model's context of {limit}"
             )
-        seed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits, as int64 holds them
         run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
         return run.results(ProgressBar(total, total - len(jobs)) if progress else None)
 
@@ -221,7 +220,7 @@ class _Run:
         self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
         self.can_end_early = bool(eos)
         device = engine.device
-        self.seed_tensor = torch.tensor([seed], dtype=torch.int64, device=device)
+        self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
         self.poll_steps = 1 if device.type == "cpu" else self.POLL_STEPS

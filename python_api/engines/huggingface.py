@@ -23,6 +23,7 @@ from power_kernels.api.engines.ragged_attention import NAME, DecodeView, Prefill
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
 from power_kernels.api.engines.rope import check_rope, pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.rng import as_int64
 from power_kernels.state import ChainField, ChainState, Status
 
 _REWINDABLE = frozenset({"full_attention", "sliding_attention", "attention"})
@@ -107,8 +108,7 @@ class HuggingFaceEngine:
         rows = chains * lanes
         self._alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
         self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
-        seed &= (1 << 64) - 1
-        self._seed = torch.tensor([seed - (1 << 64) if seed >> 63 else seed], device=self.device)
+        self._seed = torch.tensor([as_int64(seed)], device=self.device)
         self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
         self._steps = 0
         self._prompts: list[tuple[int, ...] | None] = [None] * chains

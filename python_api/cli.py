@@ -1,4 +1,4 @@
-"""The command line: `power-kernels generate` and `power-kernels doctor`."""
+"""The command line: `power-kernels generate`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from power_kernels import __version__
+from power_kernels.api.bench import run as bench_run
 from power_kernels.errors import ArgumentError, BackendError
 
 INTERRUPTED = 130  # what a shell reports for SIGINT
@@ -36,6 +37,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="which backend serves each op here, and what is missing")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        help="microbenchmarks of the ops on this machine, against torch and other libraries",
+        description="Acceptance throughput first, then every other op, each against eager torch, torch.compile and "
+        "other libraries' kernels where they are installed.",
+    )
+    bench_run.add_arguments(bench)
+    bench.set_defaults(run=bench_run.run)
 
     generate = commands.add_parser(
         "generate",

@@ -23,7 +23,7 @@ import torch
 import power_kernels as pk
 from power_kernels import reference
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
-from power_kernels.api.bench.opponents import NOT_COMPILED, bind, compiled
+from power_kernels.api.bench.opponents import add_compiled
 from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainField, Mode
 
 # ----------------------------------------------------------------------------------------------------
@@ -43,7 +43,11 @@ def accept_points(grid: str, device: str) -> list[Point]:
         sizes = [(rows, tokens) for rows in (1, 64, 1024, 4096) for tokens in (64, 512, 3072)]
     else:
         sizes = [(rows, tokens) for rows in (1, 16, 64, 256, 1024, 4096) for tokens in (64, 256, 1024, 3072)]
-    return [Point("mh_accept", torch.float32, {"rows": rows, "tokens": tokens}) for rows, tokens in sizes]
+    compiled = set() if grid == "quick" else {(64, 512), (4096, 512), (64, 1024), (4096, 1024), (4096, 3072)}
+    return [
+        Point("mh_accept", torch.float32, {"rows": rows, "tokens": tokens}, (rows, tokens) in compiled)
+        for rows, tokens in sizes
+    ]
 
 
 def eager_accept(current, proposal, len_current, len_proposal, log_u, position):
@@ -76,27 +80,25 @@ def build_accept(point: Point, device: torch.device) -> Workload:
     torch_arguments = (*answers, torch.arange(tokens, device=device))
     contenders: dict[str, Call] = {
         "mh_accept_out": lambda: pk.mh_accept_out(*answers, accept, log_ratio, status),
+        "mh_accept_out, unchecked": lambda: torch.ops.power_kernels.mh_accept_out(*answers, accept, log_ratio, status),
         "mh_accept": lambda: pk.mh_accept(*answers),
         "eager": lambda: eager_accept(*torch_arguments),
         "eager, cumsum": lambda: cumsum_accept(*torch_arguments),
     }
-    missing = {}
-    if rows in (64, 4096) and tokens in (512, 1024, 3072):
-        contenders["torch.compile"] = bind(compiled(eager_accept), torch_arguments)
-    else:
-        missing["torch.compile"] = NOT_COMPILED
-    return Workload(
+    work = Workload(
         contenders,
         ours="mh_accept_out",
         bytes=accept_bytes(rows, tokens),
         count=rows,
-        graph=frozenset({"mh_accept_out", "torch.compile"}),
-        missing=missing,
+        graph=frozenset(contenders),
     )
+    add_compiled(work, point, "torch.compile", eager_accept, lambda fast: lambda: fast(*torch_arguments))
+    return work
 
 
 ACCEPT = Suite(
     "mh_accept",
+    "Acceptance throughput",
     "decisions",
     ACCEPT_FORMULA,
     ("mh_accept_out", "mh_accept", "eager", "eager, cumsum"),
@@ -129,7 +131,9 @@ def advance_points(grid: str, device: str) -> list[Point]:
         sizes = [(1, 1), (16, 1), (256, 1), (64, 4)]
     else:
         sizes = [(1, 1), (16, 1), (64, 1), (256, 1), (1024, 1), (64, 4), (32, 8)]
-    return [Point("mh_advance", torch.float32, {"chains": chains, "lanes": lanes}) for chains, lanes in sizes]
+    return [
+        Point("mh_advance", torch.float32, {"chains": chains, "lanes": lanes}, chains == 256) for chains, lanes in sizes
+    ]
 
 
 def sampled_steps(rows: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
@@ -144,8 +148,8 @@ def sampled_steps(rows: int, device: torch.device) -> list[tuple[torch.Tensor, .
     return steps
 
 
-def running_chains(chains: int, lanes: int, device: torch.device) -> tuple[pk.ChainState, Call]:
-    """Chains past their extension, in the middle of proposals that never run out, and the call that advances them."""
+def running_chains(chains: int, lanes: int, device: torch.device) -> tuple[pk.ChainState, Call, Call]:
+    """Chains past their extension, in the middle of proposals that never run out, and the calls that advance them."""
     law = pk.Law(max_new_tokens=LENGTH, block_size=LENGTH, mcmc_steps=1 << 20 if chains < 64 else 1 << 16)
     state = pk.ChainState.allocate(chains, lanes, law, device)
     for chain in range(chains):
@@ -159,9 +163,20 @@ def running_chains(chains: int, lanes: int, device: torch.device) -> tuple[pk.Ch
         for sampled in steps:
             pk.mh_advance(state, law, log_n, seed, eos, *sampled)
 
+    constants = (
+        law.max_new_tokens, law.block_size, law.mcmc_steps, law.final_steps,
+        law.early_rejection, law.free_prefix, law.karan_du,
+    )  # fmt: skip
+
+    def unchecked() -> None:
+        for token, logq, weight, status in steps:
+            torch.ops.power_kernels.mh_advance(
+                *state.tensors(), log_n, seed, eos, token, logq, weight, status, *constants
+            )
+
     for _ in range(2 * LENGTH // STEPS):
         advance()
-    return state, advance
+    return state, advance, unchecked
 
 
 def vectorised_step(state: dict[str, torch.Tensor], token, logq, weight, uniform) -> None:
@@ -246,9 +261,14 @@ def host_loop(chains: int, steps, uniforms, device: torch.device) -> Call:
 
 def build_advance(point: Point, device: torch.device) -> Workload:
     chains, lanes = point.shape["chains"], point.shape["lanes"]
-    state, advance = running_chains(chains, lanes, device)
-    contenders: dict[str, Call] = {"mh_advance": advance}
-    missing = {}
+    state, advance, unchecked = running_chains(chains, lanes, device)
+    work = Workload(
+        {"mh_advance": advance, "mh_advance, unchecked": unchecked},
+        ours="mh_advance",
+        bytes=advance_bytes(chains, lanes),
+        count=STEPS * chains * lanes,
+        graph=frozenset({"mh_advance", "mh_advance, unchecked", "vectorised torch"}),
+    )
 
     def still_running() -> None:
         modes = set(state.field[:, ChainField.MODE].tolist())
@@ -269,23 +289,16 @@ def build_advance(point: Point, device: torch.device) -> Workload:
 
             return run
 
-        contenders["vectorised torch"] = vectorised(vectorised_step)
-        contenders["loop on the host"] = host_loop(chains, steps, uniforms, device)
-        if chains == 256:
-            contenders["vectorised torch.compile"] = vectorised(compiled(vectorised_step))
-        else:
-            missing["vectorised torch.compile"] = NOT_COMPILED
+        work.contenders["vectorised torch"] = vectorised(vectorised_step)
+        work.contenders["loop on the host"] = host_loop(chains, steps, uniforms, device)
+        add_compiled(work, point, "vectorised torch.compile", vectorised_step, vectorised)
     else:
-        missing["vectorised torch"] = missing["loop on the host"] = "written for one lane a chain"
-    return Workload(
-        contenders,
-        ours="mh_advance",
-        bytes=advance_bytes(chains, lanes),
-        count=STEPS * chains * lanes,
-        graph=frozenset({"mh_advance", "vectorised torch", "vectorised torch.compile"}),
-        missing=missing,
-        check=still_running,
-    )
+        reason = "written for one lane a chain"
+        work.missing |= dict.fromkeys(("vectorised torch", "loop on the host", "vectorised torch.compile"), reason)
+    work.check = still_running
+    return work
 
 
-ADVANCE = Suite("mh_advance", "lanes", ADVANCE_FORMULA, ("mh_advance",), advance_points, build_advance)
+ADVANCE = Suite(
+    "mh_advance", "Lanes advanced", "lanes", ADVANCE_FORMULA, ("mh_advance",), advance_points, build_advance
+)

@@ -34,11 +34,15 @@ SLOW = 20  # a contender this much slower than the fastest is not called after F
 
 @dataclass(frozen=True)
 class Point:
-    """One cell of a grid: an operator, the sizes of its arguments by name, the dtype of its largest one."""
+    """One cell of a grid: an operator, the sizes of its arguments by name, the dtype of its largest one.
+
+    compiled: torch.compile is among the contenders. It takes seconds a point, so that only some have it.
+    """
 
     op: str
     dtype: torch.dtype
     shape: dict[str, int] = field(hash=False)
+    compiled: bool = False
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.shape.items())
@@ -74,12 +78,13 @@ class Workload:
 class Suite:
     """The benchmark of one operator.
 
-    unit: what `Workload.count` counts. formula: the bytes of `Workload.bytes`, in words. points(grid, device type): the
-    points of the grid "quick", "default" or "full". build(point, device): allocates and returns the workload. core:
-    contenders that every workload of the suite has.
+    title: what a reader looks for. unit: what `Workload.count` counts. formula: the bytes of `Workload.bytes`, in
+    words. core: contenders that every workload of the suite has. points(grid, device type): the points of the grid
+    "quick", "default" or "full". build(point, device): allocates and returns the workload.
     """
 
     op: str
+    title: str
     unit: str
     formula: str
     core: tuple[str, ...]

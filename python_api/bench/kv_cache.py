@@ -106,6 +106,7 @@ _PARTS = (
 
 COPY = Suite(
     "kv_copy_ranges",
+    "KV copies",
     "positions",
     FORMULA,
     ("kv_copy_ranges", "a slice copy per range", "a slice copy per layer and range", "an indexed copy"),

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 import power_kernels as pk
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
 from power_kernels.api.bench.logits import ALPHA, eager_sample, eager_score, log_probabilities, same_mathematics
-from power_kernels.api.bench.opponents import NOT_COMPILED, add_library, compiled
+from power_kernels.api.bench.opponents import add_compiled, add_library
 
 SAMPLE_FORMULA = "(V + N)*D*itemsize + 48*N + 8: head and hidden states; the arguments and results of sample_tokens"
 SCORE_FORMULA = "(V + N)*D*itemsize + 32*N: head and hidden states; the arguments and results of score_tokens"
@@ -34,7 +34,8 @@ def head_bytes(rows: int, width: int, vocab: int, itemsize: int, row_bytes: int,
 
 
 def _points(op: str, sizes, dtypes) -> list[Point]:
-    return [Point(op, t, dict(zip(("rows", "width", "vocab"), size, strict=True))) for t in dtypes for size in sizes]
+    names = ("rows", "width", "vocab")
+    return [Point(op, t, dict(zip(names, size, strict=True)), size in COMPILED) for t in dtypes for size in sizes]
 
 
 def sample_points(grid: str, device: str) -> list[Point]:
@@ -88,9 +89,7 @@ def build_sample(point: Point, device: torch.device) -> Workload:
     arguments = (hidden, head, None, alpha, alpha, seed, counter, None, 0.0, 1.0)
     work = Workload(
         {
-            "sample_from_hidden_out": lambda: pk.sample_from_hidden_out(
-                *arguments, logits, workspace, token, *results
-            ),
+            "sample_from_hidden_out": lambda: pk.sample_from_hidden_out(*arguments, logits, workspace, token, *results),
             "sample_from_hidden": lambda: pk.sample_from_hidden(hidden, head, alpha, alpha, seed, counter),
             "linear alone": lambda: linear(hidden, head),
             "linear + sample_tokens": lambda: pk.sample_tokens(linear(hidden, head), alpha, alpha, seed, counter),
@@ -101,21 +100,16 @@ def build_sample(point: Point, device: torch.device) -> Workload:
         bytes=head_bytes(rows, width, vocab, point.dtype.itemsize, 48, 8),
         flops=2 * rows * width * vocab,
         count=rows,
-        graph=frozenset(
-            {"sample_from_hidden_out", "linear alone", "linear + sample_tokens", "linear + torch.compile"}
-        ),
+        graph=frozenset({"sample_from_hidden_out", "linear alone", "linear + sample_tokens"}),
     )
-    if (rows, width, vocab) in COMPILED:
-        after = compiled(same_mathematics)
-        work.contenders["linear + torch.compile"] = lambda: after(linear(hidden, head), column, column, uniform)
-    else:
-        work.missing["linear + torch.compile"] = NOT_COMPILED
+    add_compiled(
+        work, point, "linear + torch.compile", same_mathematics,
+        lambda fast: lambda: fast(linear(hidden, head), column, column, uniform),
+    )  # fmt: skip
 
     def flashinfer(sampling) -> Call:
         temperature = 1 / alpha
-        return lambda: sampling.sampling_from_probs(
-            sampling.softmax(linear(hidden, head), temperature=temperature)
-        )
+        return lambda: sampling.sampling_from_probs(sampling.softmax(linear(hidden, head), temperature=temperature))
 
     add_library(work, "linear + FlashInfer", "flashinfer.sampling", flashinfer, device)
     return work
@@ -148,13 +142,10 @@ def build_score(point: Point, device: torch.device) -> Workload:
         work.contenders = {name: work.contenders[name] for name in ("score_from_hidden", "linear alone")}
         work.ours, work.once = "score_from_hidden", True
         return work
-    if (rows, width, vocab) in COMPILED:
-        after = compiled(log_probabilities)
-        work.contenders["linear + torch.compile"] = lambda: after(
-            linear(hidden, head), column, column, token[:, None]
-        )
-    else:
-        work.missing["linear + torch.compile"] = NOT_COMPILED
+    add_compiled(
+        work, point, "linear + torch.compile", log_probabilities,
+        lambda fast: lambda: fast(linear(hidden, head), column, column, token[:, None]),
+    )  # fmt: skip
 
     def liger(functional) -> Call:
         return lambda: functional.liger_fused_linear_cross_entropy(hidden, head, token, reduction="none")
@@ -162,15 +153,14 @@ def build_score(point: Point, device: torch.device) -> Workload:
     def cut(package) -> Call:
         return lambda: package.linear_cross_entropy(hidden, head, token, reduction="none")
 
-    add_library(
-        work, "Liger fused_linear_cross_entropy", "liger_kernel.transformers.functional", liger, device
-    )
+    add_library(work, "Liger fused_linear_cross_entropy", "liger_kernel.transformers.functional", liger, device)
     add_library(work, "cut_cross_entropy", "cut_cross_entropy", cut, device)
     return work
 
 
 SAMPLE = Suite(
     "sample_from_hidden",
+    "Sampling from hidden states",
     "tokens",
     SAMPLE_FORMULA,
     ("sample_from_hidden_out", "sample_from_hidden", "linear alone", "linear + sample_tokens", "linear + eager"),
@@ -179,6 +169,7 @@ SAMPLE = Suite(
 )
 SCORE = Suite(
     "score_from_hidden",
+    "Scoring from hidden states",
     "tokens",
     SCORE_FORMULA,
     ("score_from_hidden", "linear alone"),

@@ -17,7 +17,7 @@ import torch
 
 import power_kernels as pk
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
-from power_kernels.api.bench.opponents import NOT_COMPILED, add_library, bind, compiled
+from power_kernels.api.bench.opponents import add_compiled, add_library
 
 ALPHA, ODD_BETA = 4.0, 3.7  # powers of one exponential; a second exponential
 VOCABULARY = 151_936  # Qwen2.5
@@ -46,7 +46,12 @@ def points(op: str):
             rows = (1, 16, 64) if small else (1, 4, 16, 64, 256, 1024)
             middle = 16 if small else 64
             sizes = [(r, VOCABULARY) for r in rows] + [(middle, v) for v in VOCABULARIES if v != VOCABULARY]
-        return [Point(op, dtype, {"rows": r, "vocab": v}) for dtype in DTYPES for r, v in sizes]
+        compiled = () if grid == "quick" else COMPILED_ROWS[device]
+        return [
+            Point(op, dtype, {"rows": r, "vocab": v}, v == VOCABULARY and r in compiled)
+            for dtype in DTYPES
+            for r, v in sizes
+        ]
 
     return of
 
@@ -131,11 +136,10 @@ def build_sample(point: Point, device: torch.device) -> Workload:
         yardstick="torch.logsumexp",
         bytes=sample_bytes(rows, vocab, point.dtype.itemsize),
         count=rows,
-        graph=frozenset(
-            {"sample_tokens_out", "sample_tokens_out, beta 3.7", "torch.logsumexp", "eager, race", "torch.compile"}
-        ),
+        graph=frozenset({"sample_tokens_out", "sample_tokens_out, beta 3.7", "torch.logsumexp", "eager, race"}),
     )
-    _compile(work, point, device, same_mathematics, (logits, column, column, uniform))
+    arguments = (logits, column, column, uniform)
+    add_compiled(work, point, "torch.compile", same_mathematics, lambda fast: lambda: fast(*arguments))
     temperature = 1 / alpha
 
     def flashinfer(sampling) -> Call:
@@ -183,11 +187,10 @@ def build_score(point: Point, device: torch.device) -> Workload:
         yardstick="torch.logsumexp",
         bytes=score_bytes(rows, vocab, point.dtype.itemsize),
         count=rows,
-        graph=frozenset(
-            {"score_tokens_out", "score_tokens_out, beta 3.7", "torch.logsumexp", "eager", "torch.compile"}
-        ),
+        graph=frozenset({"score_tokens_out", "score_tokens_out, beta 3.7", "torch.logsumexp", "eager"}),
     )
-    _compile(work, point, device, log_probabilities, (logits, column, column, token[:, None]))
+    arguments = (logits, column, column, token[:, None])
+    add_compiled(work, point, "torch.compile", log_probabilities, lambda fast: lambda: fast(*arguments))
 
     def vllm(logprob) -> Call:
         return lambda: logprob.compute_token_logprobs(logits, token[:, None])
@@ -201,15 +204,9 @@ def build_score(point: Point, device: torch.device) -> Workload:
     return work
 
 
-def _compile(work: Workload, point: Point, device: torch.device, function, arguments: tuple) -> None:
-    if point.shape["vocab"] == VOCABULARY and point.shape["rows"] in COMPILED_ROWS[device.type]:
-        work.contenders["torch.compile"] = bind(compiled(function), arguments)
-    else:
-        work.missing["torch.compile"] = NOT_COMPILED
-
-
 SAMPLE = Suite(
     "sample_tokens",
+    "Sampling",
     "tokens",
     SAMPLE_FORMULA,
     ("sample_tokens_out", "sample_tokens", "torch.logsumexp", "eager", "eager, race"),
@@ -218,6 +215,7 @@ SAMPLE = Suite(
 )
 SCORE = Suite(
     "score_tokens",
+    "Scoring",
     "tokens",
     SCORE_FORMULA,
     ("score_tokens_out", "score_tokens", "torch.logsumexp", "eager"),

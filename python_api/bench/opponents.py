@@ -11,9 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from power_kernels.api.bench.harness import Call, Workload
-
-NOT_COMPILED = "not compiled at this shape: torch.compile takes seconds a shape"
+from power_kernels.api.bench.harness import Call, Point, Workload
 
 
 def compiled(function: Callable) -> Callable:
@@ -22,8 +20,13 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def bind(function: Callable, arguments: tuple) -> Call:
-    return lambda: function(*arguments)
+def add_compiled(work: Workload, point: Point, name: str, function: Callable, call: Callable[[Callable], Call]) -> None:
+    """Add the contender that `call` makes from the compiled function, where the point asks for it."""
+    if point.compiled:
+        work.contenders[name] = call(compiled(function))
+        work.graph |= {name}
+    else:
+        work.missing[name] = "not at this point, since a compilation takes seconds"
 
 
 def add_library(work: Workload, name: str, module: str, make: Callable[[object], Call], device: torch.device) -> None:

@@ -42,7 +42,7 @@ def environment(device: torch.device, clock, grid: str) -> dict:
         "cpus": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average_before": _load(),
+        "load_average_before": load_average(),
         "backend": pk.backend_for(device),
         "power_kernels": pk.__version__,
         "torch": torch.__version__,
@@ -67,7 +67,7 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def _load() -> float | None:
+def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -188,7 +188,8 @@ def suite_table(suite: Suite, rows: list[dict]) -> str:
     reasons = sorted({f"{r['contender']}: {r['reason']}" for r in rows if r["reason"]})
     return "\n".join(
         [
-            f"\n{suite.op}   bytes = {suite.formula}",
+            f"\n{suite.title}: {suite.op}",
+            f"bytes = {suite.formula}",
             f"the first columns are of {first['contender']}; then the time of each other over it",
             table(header, lines),
             *(f"  not run: {reason}" for reason in reasons),

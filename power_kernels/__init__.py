@@ -1,13 +1,19 @@
 """Exact, fused power sampling: the operators, on your own tensors. The driver is `power_kernels.api`. See README.md."""
 
 from power_kernels import nvtx
+from power_kernels.block_tables import BlockStatus, BlockTables
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from power_kernels.ops import (
     AcceptOutput,
     SampleOutput,
     ScoreOutput,
     backend_for,
+    block_table_commit,
+    block_table_extend,
+    block_table_fork,
+    block_table_rollback,
     hidden_workspace_size,
+    kv_copy_blocks,
     kv_copy_ranges,
     mh_accept,
     mh_accept_out,
@@ -34,13 +40,20 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BackendError",
+    "BlockStatus",
+    "BlockTables",
     "ChainState",
     "Law",
     "SampleOutput",
     "ScoreOutput",
     "Status",
     "backend_for",
+    "block_table_commit",
+    "block_table_extend",
+    "block_table_fork",
+    "block_table_rollback",
     "hidden_workspace_size",
+    "kv_copy_blocks",
     "kv_copy_ranges",
     "mh_accept",
     "mh_accept_out",

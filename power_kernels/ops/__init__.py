@@ -17,6 +17,13 @@ from power_kernels.ops.lm_head import (
     score_from_hidden,
     score_from_hidden_out,
 )
+from power_kernels.ops.paged_kv import (
+    block_table_commit,
+    block_table_extend,
+    block_table_fork,
+    block_table_rollback,
+    kv_copy_blocks,
+)
 from power_kernels.ops.rows import workspace_size
 from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
 from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
@@ -29,7 +36,12 @@ __all__ = [
     "SampleOutput",
     "ScoreOutput",
     "backend_for",
+    "block_table_commit",
+    "block_table_extend",
+    "block_table_fork",
+    "block_table_rollback",
     "hidden_workspace_size",
+    "kv_copy_blocks",
     "kv_copy_ranges",
     "mh_accept",
     "mh_accept_out",

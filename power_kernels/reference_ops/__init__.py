@@ -7,10 +7,22 @@ implementations write, field by field.
 from power_kernels.reference_ops.chain import mh_accept_out, mh_advance
 from power_kernels.reference_ops.kv_cache import kv_copy_ranges
 from power_kernels.reference_ops.lm_head import sample_from_hidden_out, score_from_hidden_out
+from power_kernels.reference_ops.paged_kv import (
+    block_table_commit,
+    block_table_extend,
+    block_table_fork,
+    block_table_rollback,
+    kv_copy_blocks,
+)
 from power_kernels.reference_ops.sampling import sample_tokens_out
 from power_kernels.reference_ops.scoring import score_tokens_out
 
 __all__ = [
+    "block_table_commit",
+    "block_table_extend",
+    "block_table_fork",
+    "block_table_rollback",
+    "kv_copy_blocks",
     "kv_copy_ranges",
     "mh_accept_out",
     "mh_advance",

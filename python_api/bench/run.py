@@ -12,12 +12,22 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler reports e
 import torch
 
 import power_kernels as pk
-from power_kernels.api.bench import chain, kv_cache, lm_head, logits, report
+from power_kernels.api.bench import chain, kv_cache, lm_head, logits, paged_kv, report
 from power_kernels.api.bench.harness import Suite, clock_for, copy_bandwidth, measure
 from power_kernels.api.bench.limits import limits_table
 from power_kernels.errors import ArgumentError, BackendError
 
-SUITES = (chain.ACCEPT, chain.ADVANCE, logits.SAMPLE, logits.SCORE, lm_head.SAMPLE, lm_head.SCORE, kv_cache.COPY)
+SUITES = (
+    chain.ACCEPT,
+    chain.ADVANCE,
+    logits.SAMPLE,
+    logits.SCORE,
+    lm_head.SAMPLE,
+    lm_head.SCORE,
+    kv_cache.COPY,
+    paged_kv.TABLES,
+    paged_kv.COPY,
+)
 GRIDS = ("quick", "default", "full")
 
 

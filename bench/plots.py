@@ -1,0 +1,314 @@
+"""Plots of the results of bench/ops.py, as a person would want to read them.
+
+    python bench/plots.py bench/results/cpu/ops.json bench/plots/cpu
+
+acceptance.png    decisions per second over rows, one line an answer length, ours and eager torch
+roofline.png      achieved bandwidth over the bytes of a call, under the measured copy bandwidth
+speedup.png       how many times faster than each opponent, a panel an operator
+rows.png          time over rows, vocabulary 151,936, with the lower bound that the copy bandwidth sets
+vocabulary.png    time over the vocabulary at one number of rows, the same
+lm_head.png       time over that of the product alone, and the memory a call needs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Okabe and Ito's palette, which people of every colour vision tell apart.
+BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000",
+)  # fmt: skip
+PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
+MARKERS = "osD^vPX"
+OPS = {
+    "mh_accept": "mh_accept",
+    "mh_advance": "mh_advance",
+    "sample_tokens": "sample_tokens",
+    "score_tokens": "score_tokens",
+    "sample_from_hidden": "sample_from_hidden",
+    "score_from_hidden": "score_from_hidden",
+    "kv_copy_ranges": "kv_copy_ranges",
+}
+QWEN = 151_936
+
+
+class Results:
+    """The records that were run, and what is known of the machine."""
+
+    def __init__(self, path: Path):
+        data = json.loads(path.read_text())
+        if data.get("schema") != 1:
+            raise SystemExit(f"{path} is not a result of this version of bench/ops.py")
+        self.records = [r for r in data["records"] if r["median_s"] is not None]
+        self.environment = data["environment"]
+        self.copy = data["copy_bytes_per_s"]
+
+    def where(self, **conditions) -> list[dict]:
+        """Records whose fields or sizes equal the given values."""
+        return [
+            r for r in self.records if all({**r, **r["shape"]}.get(name) == value for name, value in conditions.items())
+        ]
+
+    @property
+    def machine(self) -> str:
+        e = self.environment
+        threads = f", {e['threads']} thread{'s' if e['threads'] > 1 else ''}" if e["device_type"] == "cpu" else ""
+        return f"{e['device']}{threads}, torch {e['torch']}, {e['date'][:10]}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Axes
+
+
+def number(value: float, _=None) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
+
+
+def seconds(value: float, _=None) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= 0.999 * scale:
+            return f"{value / scale:g} {unit}"
+    return f"{value * 1e9:g} ns"
+
+
+def size(value: float, _=None) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.999 * scale:
+            return f"{value / scale:g} {unit}"
+    return f"{value:g} B"
+
+
+def logarithmic(axis, formatter) -> None:
+    axis.set_major_formatter(FuncFormatter(formatter))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ticks_at(axes, values: Iterable[float]) -> None:
+    """A label at each measured value and nowhere else."""
+    values = sorted(set(values))
+    axes.set_xticks(values, [f"{v:,}" for v in values])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+
+
+def figure(panels: int, results: Results, title: str, *, width: float = 5.6, height: float = 4.4):
+    fig, axes = plt.subplots(1, panels, figsize=(max(width * panels, 7.0), height), squeeze=False, layout="constrained")
+    fig.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
+    fig.text(0.5, 0.925, results.machine, ha="center", fontsize=9, color="0.35")
+    for ax in axes[0]:
+        ax.grid(True, which="major", color="0.88", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes[0]
+
+
+def save(fig, folder: Path, name: str) -> Path:
+    path = folder / name
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------
+# Plots. Each returns None where the results have nothing to show.
+
+
+def acceptance(results: Results, folder: Path) -> Path | None:
+    """Decisions per second over rows, by answer length."""
+    ours, eager = results.where(contender="mh_accept_out"), results.where(op="mh_accept", contender="eager")
+    lengths = sorted({r["shape"]["tokens"] for r in ours})
+    if not lengths:
+        return None
+    fig, (ax,) = figure(1, results, "Acceptance throughput: Metropolis-Hastings decisions per second", width=7.5)
+    for colour, marker, tokens in zip(PALETTE, MARKERS, lengths, strict=False):
+        for records, style, label in ((ours, "-", f"{tokens:,} tokens"), (eager, "--", None)):
+            line = sorted((r["shape"]["rows"], r["per_s"]) for r in records if r["shape"]["tokens"] == tokens)
+            ax.plot(*zip(*line, strict=True), style, color=colour, marker=marker, markersize=6, label=label,
+                    alpha=1.0 if style == "-" else 0.55)  # fmt: skip
+    ax.plot([], [], "-", color="0.3", label="mh_accept")
+    ax.plot([], [], "--", color="0.3", alpha=0.55, label="eager torch")
+    ax.set(xscale="log", yscale="log", xlabel="pairs of answers in a call", ylabel="decisions per second")
+    ticks_at(ax, (r["shape"]["rows"] for r in ours))
+    logarithmic(ax.yaxis, number)
+    ax.legend(frameon=False, fontsize=9)
+    return save(fig, folder, "acceptance.png")
+
+
+def roofline(results: Results, folder: Path) -> Path | None:
+    """Achieved bandwidth of ours over the bytes of a call."""
+    ours = [r for r in results.records if r["ours"] and r["op"] != "mh_advance"]
+    if not ours:
+        return None
+    fig, (ax,) = figure(1, results, "Achieved bandwidth of the bytes that must move", width=8.5, height=5.2)
+    ops = [op for op in OPS if any(r["op"] == op for r in ours)]
+    for colour, marker, op in zip(PALETTE, MARKERS, ops, strict=False):
+        for dtype, filled in (("float32", True), ("bfloat16", False)):
+            mine = [r for r in ours if r["op"] == op and r["dtype"] == dtype]
+            if not mine:
+                continue
+            ax.scatter(
+                [r["bytes"] for r in mine], [r["gb_per_s"] for r in mine], marker=marker, s=48, linewidths=1.5,
+                edgecolors=colour, facecolors=colour if filled else "none", label=f"{op}, {dtype}",
+            )  # fmt: skip
+    ax.axhline(results.copy / 1e9, color=BLACK, linewidth=1.2, linestyle="--")
+    ax.set(xscale="log", yscale="log", xlabel="bytes of a call, by the operator's formula", ylabel="GB/s")
+    right = ax.get_xlim()[1]
+    ax.text(right, results.copy / 1e9 * 1.07, f"measured copy, {results.copy / 1e9:.3g} GB/s", ha="right", fontsize=9)
+    logarithmic(ax.xaxis, size)
+    logarithmic(ax.yaxis, number)
+    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return save(fig, folder, "roofline.png")
+
+
+def speedup(results: Results, folder: Path) -> Path | None:
+    """How many times longer each opponent takes, a dot a shape, a panel an operator."""
+    ops = [op for op in OPS if results.where(op=op)]
+    if not ops:
+        return None
+    columns = min(3, len(ops))
+    lines = -(-len(ops) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.1 * lines + 0.8), squeeze=False,
+                             layout="constrained")  # fmt: skip
+    fig.suptitle("Time of each opponent over ours, a dot a shape (right of the line: ours is faster)\n",
+                 fontsize=13, fontweight="bold")  # fmt: skip
+    fig.text(0.5, 1 - 0.42 / fig.get_figheight(), results.machine, ha="center", va="top", fontsize=9, color="0.35")
+    for ax, op in zip(axes.flat, ops, strict=False):
+        records = results.where(op=op)
+        family = next(r["contender"] for r in records if r["ours"]).removesuffix("_out")
+        names = [n for n in dict.fromkeys(r["contender"] for r in records) if not n.startswith(family)]
+        for row, name in enumerate(reversed(names)):
+            for dtype, colour, shift in (("float32", BLUE, 0.13), ("bfloat16", ORANGE, -0.13)):
+                values = [r["over_ours"] for r in records if r["contender"] == name and r["dtype"] == dtype]
+                ax.scatter(values, [row + shift] * len(values), color=colour, s=30, alpha=0.8, edgecolors="none",
+                           marker="o" if dtype == "float32" else "D", label=dtype if row == 0 else None)  # fmt: skip
+        ax.axvline(1.0, color=BLACK, linewidth=1.2)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(names)), [n.replace(", gathered before", "*") for n in reversed(names)], fontsize=9)
+        ax.set_ylim(-0.6, len(names) - 0.4)
+        low, high = ax.get_xlim()
+        ax.set_xlim(min(low, 0.7), max(high, 1.5))
+        logarithmic(ax.xaxis, lambda v, _=None: f"{v:g}x")
+        ax.set_title(op, fontsize=11, loc="left")
+        ax.grid(True, axis="x", which="major", color="0.88", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[len(ops) :]:
+        ax.set_visible(False)
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=BLUE, label="float32"),
+        plt.Line2D([], [], marker="D", linestyle="", color=ORANGE, label="bfloat16"),
+    ]
+    fig.legend(handles=handles, frameon=False, loc="outside lower right", ncols=2, fontsize=9)
+    return save(fig, folder, "speedup.png")
+
+
+def _scaling(results: Results, folder: Path, axis: str, name: str, title: str, label: str, **fixed) -> Path | None:
+    """Time over one size, ours against the opponents and the bound of the copy bandwidth, a panel a dtype."""
+    records = results.where(op="sample_tokens", **fixed)
+    if len({r["shape"][axis] for r in records}) < 2:
+        return None
+    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
+    fig, axes = figure(len(dtypes), results, title)
+    drawn = [c for c in dict.fromkeys(r["contender"] for r in records) if c not in ("sample_tokens",)]
+    for ax, dtype in zip(axes, dtypes, strict=True):
+        mine = [r for r in records if r["dtype"] == dtype]
+        for colour, marker, contender in zip(PALETTE, MARKERS, drawn, strict=False):
+            line = sorted((r["shape"][axis], r["median_s"]) for r in mine if r["contender"] == contender)
+            if line:
+                ax.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5.5, label=contender)
+        bound = sorted({(r["shape"][axis], r["bytes"] / results.copy) for r in mine})
+        ax.plot(*zip(*bound, strict=True), color="0.35", linestyle=":", label="bytes at the copy bandwidth")
+        ax.set(xscale="log", yscale="log", xlabel=label, ylabel="time of a call", title=dtype)
+        ticks_at(ax, (r["shape"][axis] for r in mine))
+        logarithmic(ax.yaxis, seconds)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, frameon=False, fontsize=9, loc="outside right center")
+    return save(fig, folder, name)
+
+
+def rows(results: Results, folder: Path) -> Path | None:
+    """sample_tokens over rows."""
+    title = f"sample_tokens over rows, vocabulary {QWEN:,}"
+    return _scaling(results, folder, "rows", "rows.png", title, "rows", vocab=QWEN)
+
+
+def vocabulary(results: Results, folder: Path) -> Path | None:
+    """sample_tokens over the vocabulary, at the number of rows that was run with most vocabularies."""
+    by_rows: dict[int, set[int]] = {}
+    for r in results.where(op="sample_tokens"):
+        by_rows.setdefault(r["shape"]["rows"], set()).add(r["shape"]["vocab"])
+    if not by_rows:
+        return None
+    most = max(by_rows, key=lambda n: len(by_rows[n]))
+    title = f"sample_tokens over the vocabulary, {most} row{'s' if most > 1 else ''}"
+    return _scaling(results, folder, "vocab", "vocabulary.png", title, "vocabulary", rows=most)
+
+
+def lm_head(results: Results, folder: Path) -> Path | None:
+    """The fused LM head and its opponents over the product alone; the memory of a call."""
+    records = [r for r in results.records if r["op"].endswith("_from_hidden")]
+    points = list(dict.fromkeys((r["op"], r["dtype"], *r["shape"].values()) for r in records))
+    if not points:
+        return None
+    fig, (left, right) = figure(
+        2, results, "The LM head fused, against the product alone", width=6.4, height=1.8 + 0.42 * len(points)
+    )
+    names = [n for n in dict.fromkeys(r["contender"] for r in records) if not n.endswith("_out")]
+    shown: dict[str, str] = {}
+    for name in names:  # the two operators share colours
+        shown.setdefault(name.replace("sample_", "").replace("score_", ""), PALETTE[len(shown) % len(PALETTE)])
+    for y, (op, dtype, *shape) in enumerate(reversed(points)):
+        for r in records:
+            if (r["op"], r["dtype"], *r["shape"].values()) != (op, dtype, *shape) or r["contender"] not in names:
+                continue
+            key = r["contender"].replace("sample_", "").replace("score_", "")
+            style = dict(color=shown[key], marker=MARKERS[list(shown).index(key) % len(MARKERS)], s=42, zorder=3)
+            left.scatter(r["over_yardstick"], y, **style)
+            right.scatter(max(r["peak_bytes"], r["resident_bytes"] or 0, 1e4), y, **style)
+    texts = [f"{op.split('_')[0]} {dtype}\n{r:,} x {d:,} x {v:,}" for op, dtype, r, d, v in reversed(points)]
+    left.set_yticks(range(len(points)), texts, fontsize=8)
+    right.set_yticks(range(len(points)), [""] * len(points))
+    left.axvline(1.0, color=BLACK, linewidth=1)
+    left.set(xscale="log", xlabel="time over F.linear alone")
+    logarithmic(left.xaxis, lambda v, _=None: f"{v:g}x")
+    right.axvline(64 * 2**20, color=BLACK, linewidth=1, linestyle="--")
+    right.text(64 * 2**20, len(points) - 0.45, " 64 MiB", fontsize=8.5, ha="left", va="bottom")
+    right.set(xscale="log", xlabel="memory of a call on top of its inputs")
+    logarithmic(right.xaxis, size)
+    handles = [
+        plt.Line2D([], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color=c, label=n)
+        for i, (n, c) in enumerate(shown.items())
+    ]
+    fig.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center")
+    return save(fig, folder, "lm_head.png")
+
+
+PLOTS = (acceptance, roofline, speedup, rows, vocabulary, lm_head)
+
+
+def draw(source: Path, folder: Path) -> list[Path]:
+    """Every plot that the results have something for."""
+    results = Results(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for plot in PLOTS if (path := plot(results, folder)) is not None]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    for path in draw(arguments.results, arguments.out):
+        print(path)

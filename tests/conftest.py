@@ -1,13 +1,86 @@
-"""Shared set-up: the Triton interpreter, one thread (a busy machine makes two slower than one), poisoned memory."""
+"""Shared set-up: the device, the Triton interpreter on a CPU, one thread (a busy machine makes two slower than one),
+poisoned memory."""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+import zlib
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Files of which nothing runs on a device, and what `pytest --device cuda` therefore leaves to the CPU run.
+HOST_FILES = {
+    "test_bench_opponents": "the published algorithm is measured on CPUs",
+    "test_cli": "the command line takes its model to no device",
+    "test_config": "numbers and their checks",
+    "test_cpp_kernels": "the C++ kernels serve CPU tensors",
+    "test_cpu_linear": "linear layers on a CPU",
+    "test_demo_model": "files and their conversion",
+    "test_gpu_check": "the command that starts this run",
+    "test_install": "the build of the package",
+    "test_law_enumeration": "the reference, on the host whatever the device",
+    "test_readme": "the text",
+    "test_triton_compile": "compiles for every target without a device",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where the kernels run: cpu (Triton's interpreter, C++), cuda or cuda:N"
+    )
+    parser.addoption(
+        "--shard", default="0/1", help="I/N: the I-th of N parts; tests that share a parameter `name` stay together"
+    )
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    device = "cuda:0" if device == "cuda" else device
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device is {device!r}; it must be cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f"--device {device}: torch {torch.__version__} (built for CUDA {torch.version.cuda}) sees no CUDA device"
+        )
+    # before anything imports triton, which reads it once
+    if kind == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["POWER_KERNELS_TEST_DEVICE"] = device
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        from power_kernels.ops import dispatch
+        from tests.devices import carried
+
+        dispatch.rebind(carried(dispatch.run))
+
+
+def pytest_report_header(config):
+    device = os.environ["POWER_KERNELS_TEST_DEVICE"]
+    return f"device: {device}" + (f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else "")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    if parts > 1:
+
+        def shard(item) -> int:
+            # Tests of one law share what the reference computed for it once a process.
+            name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            return zlib.crc32(str(name or item.nodeid).encode()) % parts
+
+        config.hook.pytest_deselected(items=[item for item in items if shard(item) != part])
+        items[:] = [item for item in items if shard(item) == part]
+    if os.environ["POWER_KERNELS_TEST_DEVICE"] != "cpu":
+        for item in items:
+            if reason := HOST_FILES.get(item.path.stem):
+                item.add_marker(pytest.mark.skip(reason=f"host only: {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ import torch
 
 from power_kernels.api import PowerConfig, PowerSampler, power_sample
 from power_kernels.errors import ArgumentError
+from tests.devices import DEVICE
 from tests.tiny_models import llama
 
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device=DEVICE)
 OPTIONS = {"alpha": 3.0, "block_size": 4, "mcmc_steps": 3}
 PAD = 0
 
@@ -53,8 +54,8 @@ def test_eos_of_the_call_rules(model):
 
 
 def test_left_padding_is_not_part_of_the_prompt(model):
-    ids = torch.tensor([[PAD, PAD, 7, 8], [9, 10, 11, 12]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    ids = torch.tensor([[PAD, PAD, 7, 8], [9, 10, 11, 12]], device=DEVICE)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=DEVICE)
     out = generate(model, ids, attention_mask=mask)
     check(out, ids, expected(model, [[7, 8], [9, 10, 11, 12]]))
 

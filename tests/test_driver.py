@@ -424,7 +424,7 @@ def test_a_fault_in_one_row_leaves_the_others_as_they_are_without_it(bad):
         def logits(self, state):
             logits = super().logits(state)
             rows = (state.counter[:, 2] == 5) & (state.counter[:, 0] >= 3)
-            logits[rows.numpy()] = bad
+            logits[rows.cpu().numpy()] = bad
             return logits
 
     config = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=3, mcmc_steps=3, lanes=2)

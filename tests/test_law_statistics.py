@@ -21,6 +21,7 @@ from power_kernels.ops import dispatch
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import ChainField, ChainState, LaneField, Law, Mode, Outcome, Status
 from tests import faults
+from tests.devices import DEVICE, ON_CUDA, host_only
 from tests.exact_law import Run, chi_square, direct_matrix, output_law, simulate, space
 from tests.toys import Toy, peaked_toy, power_toy
 
@@ -31,6 +32,7 @@ POWER, PEAKED = power_toy(), peaked_toy()
 PEAKED_EXPONENTS = (1.5, 1.25)
 
 
+@host_only
 def test_the_toy_with_power_is_the_design_s():
     logits = np.random.default_rng(20).normal(size=(63, 3))[:31]  # a prefix never holds an EOS: 31 of them
     logits[:, 0] -= 1.5
@@ -92,6 +94,7 @@ STAGES = {
 }
 
 
+@host_only
 @pytest.mark.parametrize("steps", [1, 2, 10])
 def test_m_steps_from_q_have_the_law_q_k_to_the_m(steps):
     """32,768 chains, one stage; p < 1e-5 fails; seed 100 + m."""
@@ -100,28 +103,33 @@ def test_m_steps_from_q_have_the_law_q_k_to_the_m(steps):
     assert min(sample.share(outcome) for outcome in Outcome) > 0.1  # every kind of step was seen
 
 
+@host_only
 def test_an_answer_and_the_next_have_the_joint_law_q_k():
     """32,768 pairs over 63 x 63 cells; p < 1e-5 fails; seed 120."""
     assert first_two_answers(ReferenceChain, CHAINS, seed=120).p_value >= P_VALUE
 
 
+@host_only
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_have_the_law_of_the_product_of_their_matrices(name):
     """32,768 chains with the stop at EOS and the final steps; p < 1e-5 fails; seed 130."""
     assert whole_runs(ReferenceChain, STAGES[name], CHAINS, seed=130).p_value >= P_VALUE
 
 
+@host_only
 def test_sixteen_steps_keep_the_power_law():
     """32,768 chains from exact draws of p^alpha; p < 1e-5 fails; seed 140."""
     assert from_the_power_law(ReferenceChain, 16, CHAINS, seed=140).p_value >= P_VALUE
 
 
+@host_only
 def test_steps_with_weights_near_zero_have_their_law():
     """32,768 chains of 4 steps on the peaked toy, where early rejection decides late; p < 1e-5 fails; seed 150."""
     sample = whole_runs(ReferenceChain, Law(4, 4, 4), CHAINS, 150, PEAKED, PEAKED_EXPONENTS)
     assert sample.p_value >= P_VALUE
 
 
+@host_only
 @pytest.mark.parametrize("law", [one_stage(5), Law(5, 2, 2, final_steps=2), one_stage(3, early_rejection=False)])
 def test_the_simulation_is_the_plain_reference_chain(law):
     """256 chains, each with the same answer, sums and outcomes as a `ReferenceChain` that computes everything."""
@@ -136,27 +144,29 @@ def test_the_simulation_is_the_plain_reference_chain(law):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The C++ kernels
+# The kernels
 
 
 def advance_until_done(toy: Toy, law: Law, chains: int, lanes: int, seed: int, alpha: float, beta: float):
     """The final state of chains driven by sample_tokens and mh_advance, logits looked up by the lanes' tokens."""
     width = toy.vocab + 1  # a prefix is a number in this base, its tokens plus one
-    table = torch.zeros(width**toy.horizon, toy.vocab)
+    table = torch.zeros(width**toy.horizon, toy.vocab)  # filled on the host, then moved
     for prefix, row in toy.table.items():
         if len(prefix) < toy.horizon:
             table[sum((v + 1) * width**t for t, v in enumerate(prefix))] = torch.from_numpy(row).float()
-    state = ChainState.allocate(chains, lanes, law)
+    state = ChainState.allocate(chains, lanes, law, DEVICE)
     state.field[:, ChainField.MODE] = Mode.START
     state.field[:, ChainField.BASE] = 1
-    state.field[:, ChainField.CHAIN_ID] = torch.arange(chains, dtype=torch.int32)
     rows = chains * lanes
-    log_n = torch.from_numpy(reference.log_table(law.max_new_tokens))
-    key, eos = torch.tensor([seed]), torch.tensor(toy.eos)
-    exponents = torch.full((rows,), alpha), torch.full((rows,), beta)
-    place = torch.arange(toy.horizon)
-    status = torch.full((rows,), int(Status.PENDING), dtype=torch.int32)
-    sampled = (torch.zeros(rows, dtype=torch.int64), torch.zeros(rows), torch.zeros(rows), status)
+    with torch.device(DEVICE):
+        table = table.to(DEVICE)
+        state.field[:, ChainField.CHAIN_ID] = torch.arange(chains, dtype=torch.int32)
+        log_n = torch.from_numpy(reference.log_table(law.max_new_tokens)).to(DEVICE)
+        key, eos = torch.tensor([seed]), torch.tensor(toy.eos)
+        exponents = torch.full((rows,), alpha), torch.full((rows,), beta)
+        place = torch.arange(toy.horizon)
+        status = torch.full((rows,), int(Status.PENDING), dtype=torch.int32)
+        sampled = (torch.zeros(rows, dtype=torch.int64), torch.zeros(rows), torch.zeros(rows), status)
     while not (state.field[:, ChainField.MODE] >= Mode.DONE).all():
         pk.mh_advance(state, law, log_n, key, eos, *sampled)
         lane = state.lane_field.long()
@@ -183,11 +193,11 @@ def advance_until_done(toy: Toy, law: Law, chains: int, lanes: int, seed: int, a
     ],
     ids=["2 steps", "10 steps, 3 lanes", "stages, 2 lanes", "10 steps, no early rejection"],
 )
-def test_cpp_chains_have_the_law_of_the_product_of_matrices(law, lanes):
-    """32,768 chains of sample_tokens and mh_advance in C++; p < 1e-5 fails; seed 160."""
-    if dispatch.EXTENSION_MISSING:
+def test_chains_of_the_kernels_have_the_law_of_the_product_of_matrices(law, lanes):
+    """32,768 chains of sample_tokens and mh_advance, C++ or Triton on a GPU; p < 1e-5 fails; seed 160."""
+    if dispatch.EXTENSION_MISSING and not ON_CUDA:
         pytest.skip(dispatch.EXTENSION_MISSING)
-    with pk.use_backend("cpp"):
+    with pk.use_backend("triton" if ON_CUDA else "cpp"):
         state = advance_until_done(POWER, law, CHAINS, lanes, 160, ALPHA, BETA)
     lengths = state.field[:, ChainField.LENGTH].tolist()
     draws = [tuple(row[:n]) for row, n in zip(state.token.tolist(), lengths, strict=True)]
@@ -241,6 +251,7 @@ def _without_fault(experiment, chains: int) -> float:
     return experiment(ReferenceChain, chains, 31).p_value
 
 
+@host_only
 @pytest.mark.parametrize("fault", CAUGHT, ids=lambda c: c.__name__)
 def test_a_fault_is_rejected(fault):
     """p < 1e-5 with the fault, p >= 1e-5 without it in the same experiment; seed 31."""
@@ -249,6 +260,7 @@ def test_a_fault_is_rejected(fault):
     assert _without_fault(experiment, chains) >= P_VALUE
 
 
+@host_only
 @pytest.mark.parametrize("change", faults.HARMLESS, ids=lambda c: c.__name__)
 def test_a_harmless_change_is_not_rejected(change):
     """2,048 chains each on the peaked toy; p < 1e-5 fails; seed 31."""

@@ -9,6 +9,7 @@ import power_kernels as pk
 from power_kernels import reference
 from power_kernels.ops import dispatch
 from power_kernels.state import Status
+from tests.devices import on_device
 from tests.op_helpers import (
     BACKENDS,
     DTYPES,
@@ -159,15 +160,20 @@ def test_what_writes_its_arguments_returns_nothing_and_what_returns_writes_nothi
         assert writes == (name in dispatch.KERNELS), name
 
 
+def placed(arguments: tuple) -> tuple:
+    """The same arguments where the tests run: what the dispatcher chooses by."""
+    return tuple(on_device(a) for a in arguments)
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_operators_pass_opcheck(name):
-    torch.library.opcheck(getattr(NAMESPACE, name).default, ARGUMENTS[name]())
+    torch.library.opcheck(getattr(NAMESPACE, name).default, placed(ARGUMENTS[name]()))
 
 
 @pytest.mark.parametrize("case", OTHER_ARGUMENTS)
 def test_operators_pass_opcheck_with_other_arguments(case):
     name, arguments = OTHER_ARGUMENTS[case]
-    torch.library.opcheck(getattr(NAMESPACE, name).default, arguments())
+    torch.library.opcheck(getattr(NAMESPACE, name).default, placed(arguments()))
 
 
 # ---- fakes
@@ -309,7 +315,7 @@ def test_operators_compile_into_one_graph_and_give_the_same_bits(function, compi
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (3, 5) if dynamic else (3,):
-        eager, once = ((*sample_arguments(rows), *accept_arguments(rows), *copy_arguments()) for _ in range(2))
+        eager, once = (placed((*sample_arguments(rows), *accept_arguments(rows), *copy_arguments())) for _ in range(2))
         want = function(*eager)
         assert_same_bits(compiled(*once), want)
         assert torch.equal(once[-3], eager[-3]), "the copy was lost"
@@ -323,9 +329,9 @@ def into_outputs(arguments, outputs):
 def test_the_out_forms_compile_into_one_graph_and_keep_their_writes():
     torch._dynamo.reset()
     compiled = torch.compile(into_outputs, fullgraph=True, backend="aot_eager")
-    eager, once = sample_outputs(), sample_outputs()
-    want = into_outputs(sample_arguments(), eager)
-    assert torch.equal(compiled(sample_arguments(), once), want)
+    eager, once = placed(sample_outputs()), placed(sample_outputs())
+    want = into_outputs(placed(sample_arguments()), eager)
+    assert torch.equal(compiled(placed(sample_arguments()), once), want)
     assert_same_bits(once[1:], eager[1:])
 
 
@@ -334,11 +340,12 @@ def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():
         pk.mh_advance(pk.ChainState(*tensors), LAW, log_n, seed, eos, *drawn)
 
     torch._dynamo.reset()
-    eager, once = running_state(), running_state()
-    advance(eager.tensors(), *advance_constants(), *sampled(eager))
-    torch.compile(advance, fullgraph=True, backend="aot_eager")(once.tensors(), *advance_constants(), *sampled(once))
+    eager, once = (pk.ChainState(*placed(running_state().tensors())) for _ in range(2))
+    rest = placed((*advance_constants(), *sampled(eager)))
+    advance(eager.tensors(), *rest)
+    torch.compile(advance, fullgraph=True, backend="aot_eager")(once.tensors(), *rest)
     assert_same_bits(once.tensors(), eager.tensors())
-    assert not torch.equal(once.position, running_state().position), "nothing was advanced"
+    assert not torch.equal(once.position.cpu(), running_state().position), "nothing was advanced"
 
 
 # ---- dispatch

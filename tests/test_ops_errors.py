@@ -18,6 +18,7 @@ from power_kernels.api import doctor
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from power_kernels.ops import dispatch
 from power_kernels.ops.checks import LOGIT_DTYPES
+from tests.devices import DEVICE, host_only, on_device
 from tests.op_helpers import BACKENDS, INF, NAN, serving
 from tests.test_ops_contract import (
     LAW,
@@ -88,6 +89,11 @@ MATRICES = {"logits", "weights_cur", "weights_prop", "dst", "src"}  # only their
 
 
 def arguments_of(name: str) -> dict[str, torch.Tensor]:
+    """On the device, so that nothing is refused there that the host takes, or the other way round."""
+    return {argument: on_device(value) for argument, value in host_arguments_of(name).items()}
+
+
+def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
     def named(names, values):
         return dict(zip(names, values, strict=True))
 
@@ -124,7 +130,7 @@ def call(name: str, arguments: dict) -> object:
 def assert_refused(name: str, changes: dict, error: type, *fragments: str) -> None:
     """The call raises exactly `error`, says each fragment (a regular expression), and has written nothing."""
     arguments = arguments_of(name)
-    arguments.update(changes)
+    arguments.update({argument: on_device(value) for argument, value in changes.items()})
     kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and not v.is_meta}
     with pytest.raises(error) as caught:
         call(name, arguments)
@@ -157,7 +163,7 @@ def test_the_tables_name_every_argument():
 @cases()
 def test_what_is_not_a_tensor_is_refused_by_name_and_type(name, argument):
     tensor = arguments_of(name)[argument]
-    for value in (tensor.tolist(), 4.0, "text", tensor.numpy()):
+    for value in (tensor.tolist(), 4.0, "text", tensor.cpu().numpy()):
         fragments = (rf"\b{argument}\b", type(value).__name__, r"torch\.Tensor")
         assert_refused(name, {argument: value}, ArgumentTypeError, *fragments)
     if argument not in ("exclude", "entropy"):  # the two that may be left out
@@ -178,7 +184,9 @@ def test_a_wrong_dtype_is_refused_with_those_allowed(name, argument):
 @cases()
 def test_a_tensor_on_another_device_is_refused_with_both_devices(name, argument):
     changed = {argument: arguments_of(name)[argument].to("meta")}
-    blamed = r"^\w+ is on cpu; it must be on meta" if argument in FIRST else rf"^{argument} is on meta; .* on cpu"
+    blamed = rf"^{argument} is on meta; .* on {DEVICE}"
+    if argument in FIRST:
+        blamed = rf"^\w+ is on {DEVICE}; it must be on meta"
     assert_refused(name, changed, ArgumentTypeError, blamed)
 
 
@@ -216,7 +224,7 @@ FIXED = [
 def test_a_size_that_does_not_match_is_refused_with_the_shape_wanted(name, argument, dimension):
     tensor = arguments_of(name)[argument]
     for index in (list(range(tensor.shape[dimension] - 1)), [*range(tensor.shape[dimension]), 0]):
-        value = tensor.index_select(dimension, torch.tensor(index, dtype=torch.int64))
+        value = tensor.index_select(dimension, torch.tensor(index, dtype=torch.int64, device=tensor.device))
         fragments = (re.escape(str(list(value.shape))), rf"must be \[.*{tensor.shape[dimension]}.*\]")
         if name == "mh_advance" and argument == "lane_field" and dimension == 0:
             fragments = (r"^state has [35] lanes for 2 chains",)  # it is what tells the number of lanes
@@ -257,6 +265,7 @@ def test_an_empty_vocabulary_is_refused(name):
     assert_refused(name, changed, ArgumentError, "^logits", r"empty vocabulary|\[3, 0\]", "at least 1")
 
 
+@host_only  # elsewhere nobody looks at values: test_cuda.py
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 0.0, -0.0, -1.0, -1e-45])
 @pytest.mark.parametrize("argument", ["alpha", "beta"])
 @pytest.mark.parametrize("name", ["sample_tokens", "sample_tokens_out", "score_tokens", "score_tokens_out"])
@@ -276,7 +285,7 @@ def test_a_workspace_that_is_too_small_is_refused_with_the_size_needed(name):
         assert_refused(name, {"workspace": torch.empty(size)}, ArgumentError, *fragments)
 
 
-@pytest.mark.parametrize("value", ["yes", None, 1, 0.0, torch.tensor(True)])
+@pytest.mark.parametrize("value", ["yes", None, 1, 0.0, torch.tensor(True)], ids=str)
 @pytest.mark.parametrize("name", ["sample_tokens", "score_tokens"])
 def test_return_entropy_must_be_a_bool(name, value):
     fragments = ("^return_entropy", type(value).__name__, "bool")
@@ -298,6 +307,7 @@ OUTSIDE = [
 ]
 
 
+@host_only  # elsewhere nobody looks at values: test_cuda.py
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", OUTSIDE)
 def test_a_range_outside_the_slabs_is_refused_before_anything_is_copied(backend, bad):
@@ -443,7 +453,7 @@ def test_an_unknown_backend_is_refused_with_those_that_exist(name):
     with pytest.raises(ArgumentError) as caught, pk.use_backend(name):
         pass
     assert repr(name) in str(caught.value)
-    assert all(known in str(caught.value) for known in BACKENDS)
+    assert all(known in str(caught.value) for known in dispatch.BACKENDS)
 
 
 def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
@@ -466,6 +476,7 @@ def extension() -> Path:
     return next(dispatch.PACKAGE.glob("_C*.so"))
 
 
+@host_only
 def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says_so(tmp_path):
     """A process whose package is a copy with one column of the state elsewhere in its C++."""
     built, package = extension(), tmp_path / "power_kernels"
@@ -503,6 +514,7 @@ def test_a_file_that_is_no_extension_is_reported_with_the_loaders_reason(tmp_pat
     )
 
 
+@host_only
 def test_triton_on_cpu_tensors_outside_its_interpreter_is_refused(monkeypatch):
     with serving("triton"):
         monkeypatch.delenv("TRITON_INTERPRET")
@@ -510,6 +522,7 @@ def test_triton_on_cpu_tensors_outside_its_interpreter_is_refused(monkeypatch):
             pk.mh_accept(*accept_arguments())
 
 
+@host_only
 def test_cpp_on_tensors_of_another_device_is_refused():
     with serving("cpp"), pytest.raises(BackendError, match=r"'cpp'.*CPU.*meta"):
         pk.kv_copy_ranges(*(a.to("meta") for a in copy_arguments()))

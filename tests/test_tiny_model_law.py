@@ -19,6 +19,7 @@ from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import Outcome
 from tests import tiny_models
+from tests.devices import DEVICE
 from tests.exact_law import chi_square, output_law
 from tests.toys import Toy
 
@@ -47,8 +48,8 @@ def table(layers: int) -> Toy:
     with torch.inference_mode():
         for n in range(HORIZON):
             prefixes = list(itertools.product(toy.open_tokens, repeat=n))
-            ids = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])
-            logits = exact(input_ids=ids, use_cache=False).logits[:, -1]
+            ids = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes], device=DEVICE)
+            logits = exact(input_ids=ids, use_cache=False).logits[:, -1].cpu()
             toy.table |= dict(zip(prefixes, logits.numpy(), strict=True))
     return toy
 

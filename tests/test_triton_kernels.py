@@ -1,8 +1,7 @@
-"""The Triton kernels against the float64 reference, on CPU tensors in Triton's interpreter (or on a GPU without it)."""
+"""The Triton kernels against the float64 reference: in Triton's interpreter, or compiled (`pytest --device cuda`)."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 
 import numpy as np
@@ -19,13 +18,9 @@ from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
 from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
 from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
 from power_kernels.triton import rng as triton_rng  # noqa: E402
+from tests.devices import DEVICE  # noqa: E402
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET else "cuda"
-pytestmark = [
-    pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="no GPU and no interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, about the hostile values below
-]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the hostile values below
 SEED = 0x299F31D0A4093822
 NAN = float("nan")
 INF = float("inf")

@@ -10,6 +10,7 @@ import torch
 import power_kernels as pk
 from power_kernels.api.engine import EngineBusyError, Sampled
 from power_kernels.state import LaneField, LaneStatus
+from tests.devices import DEVICE
 
 
 class Toy:
@@ -73,7 +74,7 @@ class ToyEngine:
 
     def __init__(self, toy: Toy, dtype: torch.dtype = torch.float32):
         self.toy, self.dtype = toy, dtype
-        self.device = torch.device("cpu")
+        self.device = DEVICE
         self.vocab_size = 16  # prompts may hold any token, answers only the toy's
         self.max_context = None
         self.eos_token_ids = toy.eos
@@ -85,21 +86,21 @@ class ToyEngine:
             raise EngineBusyError("a run of this engine is on")
         self.running = True
         self.lanes = lanes
-        self.chain_kv = torch.full((2, chains, 1, max_length, 1), -1, dtype=torch.int32)
-        self.lane_kv = torch.full((2, chains * lanes, 1, max_length, 1), -1, dtype=torch.int32)
+        self.chain_kv = torch.full((2, chains, 1, max_length, 1), -1, dtype=torch.int32, device=self.device)
+        self.lane_kv = torch.full((2, chains * lanes, 1, max_length, 1), -1, dtype=torch.int32, device=self.device)
         self.prompts: list[list[int]] = [[]] * chains
         rows = chains * lanes
-        self.alpha = torch.full((rows,), alpha, dtype=torch.float32)
-        self.beta = torch.full((rows,), beta, dtype=torch.float32)
-        self.seed = torch.tensor([seed])
+        self.alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
+        self.beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
+        self.seed = torch.tensor([seed], device=self.device)
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         for slot, prompt in zip(slots, prompts, strict=True):
             self.chain_kv[:, slot] = -1
             self.lane_kv[:, slot * self.lanes : (slot + 1) * self.lanes] = -1
-            kept = torch.tensor(prompt[:-1], dtype=torch.int32)
+            kept = torch.tensor(prompt[:-1], dtype=torch.int32, device=self.device)
             self.chain_kv[0, slot, 0, : len(kept), 0] = kept
-            self.chain_kv[1, slot, 0, : len(kept), 0] = torch.arange(len(kept), dtype=torch.int32)
+            self.chain_kv[1, slot, 0, : len(kept), 0] = torch.arange(len(kept), dtype=torch.int32, device=self.device)
             self.prompts[slot] = list(prompt)
         return [len(p) - 1 for p in prompts]
 
@@ -109,7 +110,7 @@ class ToyEngine:
 
     def step(self, state: pk.ChainState) -> Sampled:
         out = pk.sample_tokens(
-            torch.from_numpy(self.logits(state)).to(self.dtype),
+            torch.from_numpy(self.logits(state)).to(self.device, self.dtype),
             self.alpha[: state.lane_field.shape[0]],
             self.beta[: state.lane_field.shape[0]],
             self.seed,
@@ -120,7 +121,7 @@ class ToyEngine:
 
     def logits(self, state: pk.ChainState) -> np.ndarray:
         """Feed every lane; float32 [rows, V], zeros where the sample is not used."""
-        rows = torch.arange(state.input_id.shape[0])
+        rows = torch.arange(state.input_id.shape[0], device=self.device)
         self.lane_kv[0, rows, 0, state.position, 0] = state.input_id.to(torch.int32)
         self.lane_kv[1, rows, 0, state.position, 0] = state.position.to(torch.int32)
         keys, at = self.lane_kv[:, : len(rows), 0, :, 0].tolist()

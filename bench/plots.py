@@ -3,7 +3,7 @@
     python bench/plots.py bench/results/cpu/ops.json bench/plots/cpu
 
 acceptance.png    decisions per second over rows, one line an answer length, ours and eager torch
-roofline.png      achieved bandwidth over the bytes of a call, under the measured copy bandwidth
+roofline.png      bandwidth over the bytes of a call, under the measured copy; the LM head under copy and best product
 speedup.png       how many times faster than each opponent, a panel an operator
 rows.png          time over rows, vocabulary 151,936, with the lower bound that the copy bandwidth sets
 vocabulary.png    time over the vocabulary at one number of rows, the same
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette, which people of every colour vision tell apart.
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
@@ -29,15 +30,7 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
 MARKERS = "osD^vPX"
-OPS = {
-    "mh_accept": "mh_accept",
-    "mh_advance": "mh_advance",
-    "sample_tokens": "sample_tokens",
-    "score_tokens": "score_tokens",
-    "sample_from_hidden": "sample_from_hidden",
-    "score_from_hidden": "score_from_hidden",
-    "kv_copy_ranges": "kv_copy_ranges",
-}
+LATENCY_BOUND = ("mh_advance", "block_table_fork")  # their bytes say nothing of their time
 QWEN = 151_936
 
 
@@ -59,6 +52,10 @@ class Results:
         ]
 
     @property
+    def ops(self) -> list[str]:
+        return list(dict.fromkeys(r["op"] for r in self.records))
+
+    @property
     def machine(self) -> str:
         e = self.environment
         threads = f", {e['threads']} thread{'s' if e['threads'] > 1 else ''}" if e["device_type"] == "cpu" else ""
@@ -70,9 +67,9 @@ class Results:
 
 
 def number(value: float, _=None) -> str:
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:g}{unit}"
+            return f"{value / scale:g} {unit}"
     return f"{value:g}"
 
 
@@ -95,18 +92,32 @@ def logarithmic(axis, formatter) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def ticks_at(axes, values: Iterable[float]) -> None:
+def times(value: float, _=None) -> str:
+    return f"{value:g}x"
+
+
+def ratios(axis) -> None:
+    """Labels at 1, 2 and 5 of each decade: a ratio axis often spans no more than one."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    logarithmic(axis, times)
+
+
+def ticks_at(axes, values: Iterable[int]) -> None:
     """A label at each measured value and nowhere else."""
     values = sorted(set(values))
-    axes.set_xticks(values, [f"{v:,}" for v in values])
+    axes.set_xticks(values, [f"{v:,}" if v < 10_000 else f"{v / 1000:.0f}k" for v in values])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
 
 
+def caption(fig, results: Results, title: str) -> None:
+    fig.suptitle(title, fontsize=13, fontweight="bold")
+    fig.supxlabel(results.machine, fontsize=8.5, color="0.35")
+
+
 def figure(panels: int, results: Results, title: str, *, width: float = 5.6, height: float = 4.4):
     fig, axes = plt.subplots(1, panels, figsize=(max(width * panels, 7.0), height), squeeze=False, layout="constrained")
-    fig.suptitle(f"{title}\n", fontsize=13, fontweight="bold")
-    fig.text(0.5, 0.925, results.machine, ha="center", fontsize=9, color="0.35")
+    caption(fig, results, title)
     for ax in axes[0]:
         ax.grid(True, which="major", color="0.88", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -125,20 +136,32 @@ def save(fig, folder: Path, name: str) -> Path:
 # Plots. Each returns None where the results have nothing to show.
 
 
+# Of the contenders of mh_accept: line style, label.
+ACCEPT_STYLES = {
+    "mh_accept_out": ("-", "mh_accept"),
+    "eager": ("--", "eager torch"),
+    "torch.compile": (":", "torch.compile (at some sizes)"),
+}
+
+
 def acceptance(results: Results, folder: Path) -> Path | None:
     """Decisions per second over rows, by answer length."""
-    ours, eager = results.where(contender="mh_accept_out"), results.where(op="mh_accept", contender="eager")
+    ours = results.where(contender="mh_accept_out")
     lengths = sorted({r["shape"]["tokens"] for r in ours})
     if not lengths:
         return None
     fig, (ax,) = figure(1, results, "Acceptance throughput: Metropolis-Hastings decisions per second", width=7.5)
     for colour, marker, tokens in zip(PALETTE, MARKERS, lengths, strict=False):
-        for records, style, label in ((ours, "-", f"{tokens:,} tokens"), (eager, "--", None)):
-            line = sorted((r["shape"]["rows"], r["per_s"]) for r in records if r["shape"]["tokens"] == tokens)
+        for contender, (style, _) in ACCEPT_STYLES.items():
+            label = f"{tokens:,} tokens" if style == "-" else None
+            records = results.where(op="mh_accept", contender=contender, tokens=tokens)
+            line = sorted((r["shape"]["rows"], r["per_s"]) for r in records)
+            if not line:
+                continue
             ax.plot(*zip(*line, strict=True), style, color=colour, marker=marker, markersize=6, label=label,
                     alpha=1.0 if style == "-" else 0.55)  # fmt: skip
-    ax.plot([], [], "-", color="0.3", label="mh_accept")
-    ax.plot([], [], "--", color="0.3", alpha=0.55, label="eager torch")
+    for style, label in ACCEPT_STYLES.values():
+        ax.plot([], [], style, color="0.3", alpha=1.0 if style == "-" else 0.55, label=label)
     ax.set(xscale="log", yscale="log", xlabel="pairs of answers in a call", ylabel="decisions per second")
     ticks_at(ax, (r["shape"]["rows"] for r in ours))
     logarithmic(ax.yaxis, number)
@@ -147,59 +170,89 @@ def acceptance(results: Results, folder: Path) -> Path | None:
 
 
 def roofline(results: Results, folder: Path) -> Path | None:
-    """Achieved bandwidth of ours over the bytes of a call."""
-    ours = [r for r in results.records if r["ours"] and r["op"] != "mh_advance"]
-    if not ours:
+    """Bandwidth over bytes for what memory bounds; operations per second over intensity for the LM head."""
+    ours = [r for r in results.records if r["ours"]]
+    moving = [r for r in ours if not r["flops"] and r["op"] not in LATENCY_BOUND]
+    multiplying = [r for r in ours if r["flops"]]
+    panels = [p for p in ((moving, _bandwidth_panel), (multiplying, _product_panel)) if p[0]]
+    if not panels:
         return None
-    fig, (ax,) = figure(1, results, "Achieved bandwidth of the bytes that must move", width=8.5, height=5.2)
-    ops = [op for op in OPS if any(r["op"] == op for r in ours)]
-    for colour, marker, op in zip(PALETTE, MARKERS, ops, strict=False):
-        for dtype, filled in (("float32", True), ("bfloat16", False)):
-            mine = [r for r in ours if r["op"] == op and r["dtype"] == dtype]
-            if not mine:
-                continue
-            ax.scatter(
-                [r["bytes"] for r in mine], [r["gb_per_s"] for r in mine], marker=marker, s=48, linewidths=1.5,
-                edgecolors=colour, facecolors=colour if filled else "none", label=f"{op}, {dtype}",
-            )  # fmt: skip
-    ax.axhline(results.copy / 1e9, color=BLACK, linewidth=1.2, linestyle="--")
-    ax.set(xscale="log", yscale="log", xlabel="bytes of a call, by the operator's formula", ylabel="GB/s")
-    right = ax.get_xlim()[1]
-    ax.text(right, results.copy / 1e9 * 1.07, f"measured copy, {results.copy / 1e9:.3g} GB/s", ha="right", fontsize=9)
+    fig, axes = figure(len(panels), results, "What the hardware allows, and what is reached", width=6.6, height=5.4)
+    for ax, (records, draw_panel) in zip(axes, panels, strict=True):
+        draw_panel(ax, results, records)
+        ax.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    return save(fig, folder, "roofline.png")
+
+
+def _scatter(ax, records: list[dict], x, y) -> None:
+    """A colour and marker an operator, hollow for half precision."""
+    for colour, marker, op in zip(PALETTE, MARKERS, dict.fromkeys(r["op"] for r in records), strict=False):
+        for dtype in ("float32", "bfloat16"):
+            mine = [r for r in records if r["op"] == op and r["dtype"] == dtype]
+            if mine:
+                ax.scatter(
+                    [x(r) for r in mine], [y(r) for r in mine], marker=marker, s=48, linewidths=1.5, zorder=3,
+                    edgecolors=colour, facecolors=colour if dtype == "float32" else "none", label=f"{op}, {dtype}",
+                )  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+
+
+def _bandwidth_panel(ax, results: Results, records: list[dict]) -> None:
+    _scatter(ax, records, lambda r: r["bytes"], lambda r: r["gb_per_s"])
+    copy = results.copy / 1e9
+    ax.axhline(copy, color=BLACK, linewidth=1.2, linestyle="--")
+    ax.text(ax.get_xlim()[0] * 1.3, copy * 1.08, f"measured copy, {copy:.3g} GB/s", fontsize=9)
+    ax.set(xlabel="bytes of a call, by the operator's formula", ylabel="GB/s", title="bound by memory")
     logarithmic(ax.xaxis, size)
     logarithmic(ax.yaxis, number)
-    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return save(fig, folder, "roofline.png")
+
+
+def _product_panel(ax, results: Results, records: list[dict]) -> None:
+    _scatter(ax, records, lambda r: r["flops"] / r["bytes"], lambda r: r["tflop_per_s"] * 1e12)
+    low, high = ax.get_xlim()
+    for dtype, style in (("float32", "--"), ("bfloat16", ":")):
+        products = results.where(contender="linear alone", dtype=dtype)
+        if products:
+            peak = 1e12 * max(r["tflop_per_s"] for r in products)
+            knee = peak / results.copy
+            ax.plot([low, knee, high], [low * results.copy, peak, peak], color=BLACK, linewidth=1.2, linestyle=style,
+                    label=f"copy bandwidth, best product: {dtype}")  # fmt: skip
+    ax.set_xlim(low, high)
+    ax.set(xlabel="operations per byte", ylabel="operations per second", title="the LM head")
+    logarithmic(ax.xaxis, number)
+    logarithmic(ax.yaxis, number)
 
 
 def speedup(results: Results, folder: Path) -> Path | None:
     """How many times longer each opponent takes, a dot a shape, a panel an operator."""
-    ops = [op for op in OPS if results.where(op=op)]
+    ops = results.ops
     if not ops:
         return None
     columns = min(3, len(ops))
     lines = -(-len(ops) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 3.1 * lines + 0.8), squeeze=False,
+    fig, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 2.9 * lines + 0.9), squeeze=False,
                              layout="constrained")  # fmt: skip
-    fig.suptitle("Time of each opponent over ours, a dot a shape (right of the line: ours is faster)\n",
-                 fontsize=13, fontweight="bold")  # fmt: skip
-    fig.text(0.5, 1 - 0.42 / fig.get_figheight(), results.machine, ha="center", va="top", fontsize=9, color="0.35")
+    caption(fig, results, "Time of each opponent over ours, a dot a shape (right of the line: ours is faster)")
     for ax, op in zip(axes.flat, ops, strict=False):
         records = results.where(op=op)
         family = next(r["contender"] for r in records if r["ours"]).removesuffix("_out")
         names = [n for n in dict.fromkeys(r["contender"] for r in records) if not n.startswith(family)]
         for row, name in enumerate(reversed(names)):
-            for dtype, colour, shift in (("float32", BLUE, 0.13), ("bfloat16", ORANGE, -0.13)):
-                values = [r["over_ours"] for r in records if r["contender"] == name and r["dtype"] == dtype]
+            for bf16, colour, shift in ((False, BLUE, 0.13), (True, ORANGE, -0.13)):
+                mine = [r for r in records if r["contender"] == name and (r["dtype"] == "bfloat16") == bf16]
+                values = [r["over_ours"] for r in mine]
                 ax.scatter(values, [row + shift] * len(values), color=colour, s=30, alpha=0.8, edgecolors="none",
-                           marker="o" if dtype == "float32" else "D", label=dtype if row == 0 else None)  # fmt: skip
+                           marker="D" if bf16 else "o")  # fmt: skip
         ax.axvline(1.0, color=BLACK, linewidth=1.2)
         ax.set_xscale("log")
         ax.set_yticks(range(len(names)), [n.replace(", gathered before", "*") for n in reversed(names)], fontsize=9)
         ax.set_ylim(-0.6, len(names) - 0.4)
         low, high = ax.get_xlim()
         ax.set_xlim(min(low, 0.7), max(high, 1.5))
-        logarithmic(ax.xaxis, lambda v, _=None: f"{v:g}x")
+        if max(ax.get_xlim()) / min(ax.get_xlim()) < 100:
+            ratios(ax.xaxis)
+        else:
+            logarithmic(ax.xaxis, times)
         ax.set_title(op, fontsize=11, loc="left")
         ax.grid(True, axis="x", which="major", color="0.88", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -207,7 +260,7 @@ def speedup(results: Results, folder: Path) -> Path | None:
     for ax in axes.flat[len(ops) :]:
         ax.set_visible(False)
     handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=BLUE, label="float32"),
+        plt.Line2D([], [], marker="o", linestyle="", color=BLUE, label="float32 or int32"),
         plt.Line2D([], [], marker="D", linestyle="", color=ORANGE, label="bfloat16"),
     ]
     fig.legend(handles=handles, frameon=False, loc="outside lower right", ncols=2, fontsize=9)
@@ -232,6 +285,8 @@ def _scaling(results: Results, folder: Path, axis: str, name: str, title: str, l
         ax.plot(*zip(*bound, strict=True), color="0.35", linestyle=":", label="bytes at the copy bandwidth")
         ax.set(xscale="log", yscale="log", xlabel=label, ylabel="time of a call", title=dtype)
         ticks_at(ax, (r["shape"][axis] for r in mine))
+        if axis == "vocab":  # 128k and 152k stand close
+            ax.tick_params(axis="x", rotation=45)
         logarithmic(ax.yaxis, seconds)
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, frameon=False, fontsize=9, loc="outside right center")
@@ -256,6 +311,11 @@ def vocabulary(results: Results, folder: Path) -> Path | None:
     return _scaling(results, folder, "vocab", "vocabulary.png", title, "vocabulary", rows=most)
 
 
+def _either(name: str) -> str:
+    """One name for the forms of a contender that samples and that scores."""
+    return re.sub(r"\b(sample|score)_", "sample/score_", name)
+
+
 def lm_head(results: Results, folder: Path) -> Path | None:
     """The fused LM head and its opponents over the product alone; the memory of a call."""
     records = [r for r in results.records if r["op"].endswith("_from_hidden")]
@@ -268,12 +328,12 @@ def lm_head(results: Results, folder: Path) -> Path | None:
     names = [n for n in dict.fromkeys(r["contender"] for r in records) if not n.endswith("_out")]
     shown: dict[str, str] = {}
     for name in names:  # the two operators share colours
-        shown.setdefault(name.replace("sample_", "").replace("score_", ""), PALETTE[len(shown) % len(PALETTE)])
+        shown.setdefault(_either(name), PALETTE[len(shown) % len(PALETTE)])
     for y, (op, dtype, *shape) in enumerate(reversed(points)):
         for r in records:
             if (r["op"], r["dtype"], *r["shape"].values()) != (op, dtype, *shape) or r["contender"] not in names:
                 continue
-            key = r["contender"].replace("sample_", "").replace("score_", "")
+            key = _either(r["contender"])
             style = dict(color=shown[key], marker=MARKERS[list(shown).index(key) % len(MARKERS)], s=42, zorder=3)
             left.scatter(r["over_yardstick"], y, **style)
             right.scatter(max(r["peak_bytes"], r["resident_bytes"] or 0, 1e4), y, **style)
@@ -281,10 +341,11 @@ def lm_head(results: Results, folder: Path) -> Path | None:
     left.set_yticks(range(len(points)), texts, fontsize=8)
     right.set_yticks(range(len(points)), [""] * len(points))
     left.axvline(1.0, color=BLACK, linewidth=1)
-    left.set(xscale="log", xlabel="time over F.linear alone")
-    logarithmic(left.xaxis, lambda v, _=None: f"{v:g}x")
+    left.set(xscale="log", xlabel="time over F.linear alone", ylabel="rows x width x vocabulary")
+    ratios(left.xaxis)
     right.axvline(64 * 2**20, color=BLACK, linewidth=1, linestyle="--")
-    right.text(64 * 2**20, len(points) - 0.45, " 64 MiB", fontsize=8.5, ha="left", va="bottom")
+    right.set_ylim(left.get_ylim())
+    right.text(64 * 2**20, left.get_ylim()[1], "64 MiB", fontsize=8.5, ha="center", va="bottom")
     right.set(xscale="log", xlabel="memory of a call on top of its inputs")
     logarithmic(right.xaxis, size)
     handles = [

@@ -1,5 +1,5 @@
 """Microbenchmarks of the operators on a CPU or a CUDA device: `power-kernels bench`, and bench/ in the repository.
 
-`harness` measures, `chain`, `logits`, `lm_head`, `kv_cache`, `paged_kv` say what (a suite an operator, its byte formula and its
-opponents), `report` keeps and prints, `limits` says what must be reached, `run` is the command.
+`harness` measures; `chain`, `logits`, `lm_head`, `kv_cache` and `paged_kv` say what: a suite an operator, its byte
+formula and its opponents; `report` keeps and prints; `limits` says what must be reached; `run` is the command.
 """

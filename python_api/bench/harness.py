@@ -206,7 +206,7 @@ def measure(work: Workload, device: torch.device, clock, seconds: float = 0.5) -
                 raise
             missing[name] = _first_line(error)
     if work.once:
-        timings = {name: _once(run, device) for name, (run, _) in calls.items()}
+        timings = {name: _once(run, device, clock) for name, (run, _) in calls.items()}
     else:
         samples = rounds({name: sample for name, (sample, _) in calls.items()}, clock, seconds)
         timings = {
@@ -225,10 +225,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _once(run: Call, device: torch.device) -> Timing:
-    begin = time.perf_counter()
+def _once(run: Call, device: torch.device, clock: CpuClock) -> Timing:
+    begin = clock.now()
     memory = peak_memory(run, device)
-    elapsed = time.perf_counter() - begin
+    elapsed = clock.now() - begin
     return Timing(elapsed, elapsed, 1, False, *memory)
 
 

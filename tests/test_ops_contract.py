@@ -109,6 +109,23 @@ def advance_arguments() -> tuple:
     return (*state.tensors(), *advance_constants(), *sampled(state), *constants)
 
 
+def block_tables() -> pk.BlockTables:
+    """Rows 0 and 3 hold 3 and 2 blocks of 3 positions, rows 1 and 2 are empty."""
+    tables = pk.BlockTables.allocate(rows=4, max_blocks=5, num_blocks=12, block_size=3)
+    pk.block_table_extend(tables, torch.tensor([7, 0, 0, 5], dtype=torch.int32))
+    return tables
+
+
+def table_arguments(*vectors: list[int]) -> tuple:
+    tables = block_tables()
+    return (*tables.tensors(), *(torch.tensor(v, dtype=torch.int32) for v in vectors), tables.block_size)
+
+
+def pool_arguments(dtype=torch.float32):
+    pool = torch.arange(2 * 12 * 3 * 2 * 4.0).view(2, 12, 3, 2, 4).to(dtype)
+    return pool, torch.tensor([[5, 1, 0, 2], [7, 3, 1, 2]], dtype=torch.int32)
+
+
 ARGUMENTS = {
     "sample_tokens": lambda: (*sample_arguments(), True),
     "sample_tokens_out": lambda: (*sample_arguments(), *sample_outputs()),
@@ -118,6 +135,11 @@ ARGUMENTS = {
     "mh_accept_out": lambda: (*accept_arguments(), *accept_outputs()),
     "mh_advance": advance_arguments,
     "kv_copy_ranges": copy_arguments,
+    "block_table_fork": lambda: table_arguments([-1, 0, 3, -1], [0, 7, 4, 0]),
+    "block_table_extend": lambda: table_arguments([9, -1, 2, 15]),
+    "block_table_commit": lambda: table_arguments([3, -1, -1, -1]),
+    "block_table_rollback": lambda: table_arguments([4, 9, -1, 0]),
+    "kv_copy_blocks": pool_arguments,
 }
 
 
@@ -126,6 +148,9 @@ def call(name: str, arguments: tuple):
     if name == "mh_advance":
         state, constants = arguments[: len(pk.ChainState.__dataclass_fields__)], len(pk.Law.__dataclass_fields__)
         return pk.mh_advance(pk.ChainState(*state), LAW, *arguments[len(state) : -constants])
+    if name.startswith("block_table_"):
+        tables, vectors = pk.BlockTables(*arguments[:7], arguments[-1]), arguments[7:-1]
+        return getattr(pk, name)(tables, *vectors)
     if name in ("sample_tokens", "score_tokens"):
         return getattr(pk, name)(*arguments[:-1], return_entropy=arguments[-1])
     return getattr(pk, name)(*arguments)

@@ -25,7 +25,9 @@ from tests.test_ops_contract import (
     accept_arguments,
     accept_outputs,
     advance_constants,
+    block_tables,
     copy_arguments,
+    pool_arguments,
     running_state,
     sample_arguments,
     sample_outputs,
@@ -74,6 +76,21 @@ ADVANCE = {
     "sampled_weight": (FLOAT, (LANES,)),
     "sampled_status": (INT, (LANES,)),
 }
+TABLES = {
+    "block_table": (INT, (None, None)),
+    "length": (INT, (4,)),
+    "refcount": (INT, (None,)),
+    "free_list": (INT, (12,)),
+    "free_count": (INT, (1,)),
+    "copies": (INT, (4, 4)),
+    "status": (INT, (4,)),
+}
+TABLE_VECTORS = {
+    "block_table_fork": {"parent": [-1, 0, 3, -1], "tokens": [0, 7, 4, 0]},
+    "block_table_extend": {"tokens": [9, -1, 2, 15]},
+    "block_table_commit": {"source": [3, -1, -1, -1]},
+    "block_table_rollback": {"tokens": [4, 9, -1, 0]},
+}
 SPECIFICATIONS = {
     "sample_tokens": SAMPLE,
     "sample_tokens_out": SAMPLE | ROW_OUTPUTS | {"token": (LONG, (ROWS,))},
@@ -83,9 +100,19 @@ SPECIFICATIONS = {
     "mh_accept_out": ACCEPT | ACCEPT_OUTPUTS,
     "kv_copy_ranges": COPY,
     "mh_advance": STATE | ADVANCE,
+    **{name: TABLES | dict.fromkeys(vectors, (INT, (4,))) for name, vectors in TABLE_VECTORS.items()},
+    "kv_copy_blocks": {"pool": (None, (None,) * 5), "copies": (INT, (None, 4))},
 }
-FIRST = {"logits", "weights_cur", "dst", "field"}  # the argument that the others must agree with
-MATRICES = {"logits", "weights_cur", "weights_prop", "dst", "src"}  # only their inner stride is asked for
+FIRST = {"logits", "weights_cur", "dst", "field", "block_table", "pool"}  # the argument that the others must agree with
+MATRICES = {
+    "logits",
+    "weights_cur",
+    "weights_prop",
+    "dst",
+    "src",
+    "block_table",
+    "pool",
+}  # only their inner stride is asked for
 
 
 def arguments_of(name: str) -> dict[str, torch.Tensor]:
@@ -115,6 +142,11 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
             return named(ACCEPT, accept_arguments(ROWS)) | named(ACCEPT_OUTPUTS, accept_outputs(ROWS))
         case "kv_copy_ranges":
             return named(COPY, copy_arguments())
+        case "kv_copy_blocks":
+            return named(("pool", "copies"), pool_arguments())
+        case _ if name in TABLE_VECTORS:
+            vectors = {k: torch.tensor(v, dtype=torch.int32) for k, v in TABLE_VECTORS[name].items()}
+            return {argument: getattr(block_tables(), argument) for argument in TABLES} | vectors
         case "mh_advance":
             state = running_state()
             return vars(state) | named(ADVANCE, (*advance_constants(), *sampled(state)))
@@ -124,6 +156,9 @@ def call(name: str, arguments: dict) -> object:
     if name == "mh_advance":
         state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
         return pk.mh_advance(state, LAW, **{k: v for k, v in arguments.items() if k not in STATE})
+    if name in TABLE_VECTORS:
+        tables = pk.BlockTables(**{k: arguments[k] for k in TABLES}, block_size=block_tables().block_size)
+        return getattr(pk, name)(tables, **{k: arguments[k] for k in TABLE_VECTORS[name]})
     return getattr(pk, name)(**arguments)
 
 

@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # A compiled step of the install; torch first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench doctor clean
+.PHONY: demo test lint bench doctor gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.demo
@@ -19,12 +19,17 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: $(READY)  ## side-by-side ratios on this machine
-	$(PY) bench/ops.py
+bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OUT (default build/bench)
+	$(PY) bench/ops.py --out $(or $(OUT),build/bench)
+	$(PY) bench/plots.py $(or $(OUT),build/bench)/ops.json $(or $(OUT),build/bench)
 	$(PY) bench/end_to_end.py
 
 doctor: $(READY)
 	$(VENV)/bin/power-kernels doctor
+
+gpu-check:  ## everything that a GPU can show, in nine minutes, with the Python that is there: make gpu-check OUT=dir
+	@test -n "$(OUT)" || { echo "make gpu-check needs OUT=dir, a folder for the results"; exit 2; }
+	$(PYTHON) bench/gpu_check.py --out "$(OUT)"
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)

@@ -86,7 +86,7 @@ class _Traced:
 
 
 def traced(target: T, methods: Iterable[str]) -> T:
-    """`target` itself while ranges are off; else a stand-in whose `methods` run inside ranges. target stays as it is."""
+    """`target` itself while ranges are off; else a stand-in whose `methods` run inside ranges."""
     return _Traced(target, methods) if enabled() else target
 
 

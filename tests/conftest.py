@@ -1,6 +1,7 @@
 """Shared set-up: the device, the Triton interpreter on a CPU, one thread (a busy machine makes two slower than one),
 poisoned memory."""
 
+import json
 import os
 import zlib
 
@@ -12,6 +13,8 @@ torch.set_num_threads(1)
 # Files of which nothing runs on a device, and what `pytest --device cuda` therefore leaves to the CPU run.
 HOST_FILES = {
     "test_bench_opponents": "the published algorithm is measured on CPUs",
+    "test_bench_results": "small benchmarks on the CPU, and what is made of their results",
+    "test_bench_suites": "byte formulas, and opponents compared on the CPU",
     "test_cli": "the command line takes its model to no device",
     "test_config": "numbers and their checks",
     "test_cpp_kernels": "the C++ kernels serve CPU tensors",
@@ -32,9 +35,37 @@ def pytest_addoption(parser):
     parser.addoption(
         "--shard", default="0/1", help="I/N: the I-th of N parts; tests that share a parameter `name` stay together"
     )
+    parser.addoption("--results", help="a file to append a JSON line to for every test as it ends (bench/gpu_check.py)")
+
+
+class Results:
+    """A line for each test, at once: what was found survives a kill. Failures of set-up and tear-down count, too."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        reason = ""
+        if report.outcome == "skipped":
+            reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "xfail"
+        elif report.outcome == "failed":
+            told = [line for line in report.longreprtext.splitlines() if line.startswith("E  ")]
+            reason = " ".join((told[0] if told else report.longreprtext[-300:])[1:].split())
+        line = {
+            "test": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+            "reason": reason,
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def pytest_configure(config):
+    if config.getoption("--results") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results(os.path.abspath(config.getoption("--results"))))
     device = config.getoption("--device")
     device = "cuda:0" if device == "cuda" else device
     try:

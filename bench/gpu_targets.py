@@ -1,0 +1,214 @@
+"""Launches every kernel, for a check, a sanitizer or a profiler (bench/gpu_check.py, bench/profile.md).
+
+    python bench/gpu_targets.py check      small odd sizes, against the reference on the host; a JSON line each
+    python bench/gpu_targets.py launch     the same launches and nothing else: what compute-sanitizer watches
+    python bench/gpu_targets.py profile    real sizes, warmed up, between cudaProfilerStart and -Stop: for ncu and nsys
+    python bench/gpu_targets.py durations  real sizes, the time of every kernel by torch.profiler; needs no privileges
+
+Small sizes are those of tests/test_ops_contract.py, so that an operator that has tests has these; real ones are the
+middle of the benchmark's grid for a device, with its byte formula. Run from the checkout; `--device cpu` shows the same
+on the host, where the profilers' modes only run the calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_arguments(device: str) -> dict:
+    """Name of each launch -> (operator, arguments on the device). Every operator that backends implement is there."""
+    os.environ["POWER_KERNELS_TEST_DEVICE"] = device  # before tests.devices is imported
+    sys.path.insert(0, str(ROOT))
+    try:
+        import pytest  # noqa: F401
+    except ImportError:
+        sys.modules["pytest"] = mock.MagicMock()  # the tests' arguments are plain functions
+    from power_kernels.ops import dispatch
+    from tests import test_ops_contract as contract
+
+    made = {name: (name, make) for name, make in contract.ARGUMENTS.items() if name in dispatch.KERNELS}
+    for case, (name, make) in contract.OTHER_ARGUMENTS.items():
+        made[f"{name}, {case}"] = (name, make)
+    # a tile's edges and one entry more; rows of an odd stride, never 16-byte aligned
+    for vocab in (1, 255, 1025, 4097):
+        made[f"sample_tokens_out, V={vocab}"] = (
+            "sample_tokens_out",
+            lambda vocab=vocab: (*contract.sample_arguments(3, vocab), *contract.sample_outputs(3, vocab)),
+        )
+    return {case: (name, make, contract) for case, (name, make) in made.items()}
+
+
+def without_arguments() -> list[str]:
+    from power_kernels.ops import dispatch
+    from tests import test_ops_contract as contract
+
+    return sorted(set(dispatch.KERNELS) - set(contract.ARGUMENTS))
+
+
+def difference(name: str, ours: tuple, theirs: tuple, outputs: tuple) -> str | None:
+    """What is not as the reference says, or None: integers exactly, floats to 1e-4 of max(1, value)."""
+    import torch
+
+    schema = getattr(torch.ops.power_kernels, name).default._schema
+    for declared, a, b in zip(schema.arguments, ours, theirs, strict=True):
+        if isinstance(a, torch.Tensor) and declared.name != "workspace":
+            outputs += ((declared.name, a, b),)
+    for label, a, b in outputs:
+        a = a.cpu()
+        if a.is_floating_point():
+            same = torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+        else:
+            same = a == b
+        if not bool(same.all()):
+            where = int((~same).flatten().nonzero()[0])
+            return f"{label}[{where}] is {a.flatten()[where].item()}; the reference has {b.flatten()[where].item()}"
+    return None
+
+
+def check(device: str, out) -> int:
+    """Every launch against the reference; a line of JSON each, written at once. Returns how many are wrong."""
+    import torch
+
+    import power_kernels as pk
+
+    wrong = 0
+    for case, (name, make, contract) in small_arguments(device).items():
+        line = {"launch": case, "operator": name, "error": None}
+        begin = time.perf_counter()
+        try:
+            ours, theirs = contract.placed(make()), make()
+            with torch.inference_mode():
+                returned = contract.call(name, ours)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                line["seconds"] = round(time.perf_counter() - begin, 3)
+                with pk.use_backend("reference"):
+                    expected = contract.call(name, theirs)
+            columns = zip(getattr(returned, "_fields", ()), returned or (), expected or (), strict=False)
+            outputs = tuple((label, a, b) for label, a, b in columns if a is not None)
+            line["error"] = difference(name, ours, theirs, outputs)
+        except Exception as error:  # one kernel that does not run hides no other
+            line["error"] = f"{type(error).__name__}: {error}"[:2000]
+        wrong += line["error"] is not None
+        print(json.dumps(line), file=out, flush=True)
+    for name in without_arguments():
+        wrong += 1
+        print(json.dumps({"launch": name, "operator": name, "error": "no arguments for it in the tests"}), file=out)
+    return wrong
+
+
+def launch(device: str) -> int:
+    import torch
+
+    torch.set_grad_enabled(False)
+    for case, (name, make, contract) in small_arguments(device).items():
+        contract.call(name, contract.placed(make()))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        print(f"launched {case}", flush=True)
+    return 0
+
+
+def workloads(device: str, grid: str):
+    """(point, our call, bytes by the formula, flops) of each suite: the point in the middle of its grid."""
+    import torch
+
+    from power_kernels.api.bench.run import SUITES
+
+    where = torch.device(device)
+    for suite in SUITES:
+        points = sorted(suite.points(grid, where.type), key=lambda point: math.prod(point.shape.values()))
+        if not points:
+            continue
+        point = points[len(points) // 2]
+        try:
+            work = suite.build(point, where)
+        except Exception as error:  # one suite that cannot be built hides no other
+            print(f"not run: {point}: {type(error).__name__}: {error}", flush=True)
+            continue
+        yield str(point), work.contenders[work.ours], work.bytes, work.flops
+
+
+def profile(device: str, grid: str) -> int:
+    """Each call three times before, so that what is profiled is compiled and warm, then once in its range."""
+    import torch
+
+    on_cuda = device != "cpu"
+    torch.set_grad_enabled(False)
+    for name, call, size, flops in workloads(device, grid):
+        for _ in range(3):
+            call()
+        print(f"profiling {name}: {size} bytes by the formula, {flops} flops", flush=True)
+        if on_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+            torch.cuda.nvtx.range_push(name)
+        call()
+        if on_cuda:
+            torch.cuda.nvtx.range_pop()
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+    return 0
+
+
+def durations(device: str, grid: str, out) -> int:
+    """The median time of each kernel of our calls over 20 of them, a line of JSON each."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    on_cuda = device != "cpu"
+    torch.set_grad_enabled(False)
+    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if on_cuda else None  # several times any L2 cache
+    for name, call, size, flops in workloads(device, grid):
+        for _ in range(3):
+            call()
+        kernels: dict[str, list[float]] = {}
+        with torch.profiler.profile(activities=[activity]) as recorded:
+            for _ in range(20 if on_cuda else 2):
+                if on_cuda:
+                    flush.zero_()
+                call()
+            if on_cuda:
+                torch.cuda.synchronize()
+        for event in recorded.events():
+            # On a device our kernels' names begin with an underscore, torch's do not.
+            on_device = str(event.device_type).endswith("CUDA") and event.name.startswith("_")
+            if on_device or (not on_cuda and "power_kernels" in event.name):
+                kernels.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        medians = {kernel: sorted(times)[len(times) // 2] for kernel, times in kernels.items()}
+        line = {"point": name, "bytes": size, "flops": flops, "kernels_us": medians}
+        print(json.dumps(line), file=out, flush=True)
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=("check", "launch", "profile", "durations"))
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--grid", default="default", choices=("quick", "default", "full"))
+    parser.add_argument("--out", type=Path, help="the file for the JSON lines (default: the screen)")
+    given = parser.parse_args(arguments)
+    out = given.out.open("w") if given.out else sys.stdout
+    match given.mode:
+        case "check":
+            return 1 if check(given.device, out) else 0
+        case "launch":
+            return launch(given.device)
+        case "profile":
+            return profile(given.device, given.grid)
+        case "durations":
+            return durations(given.device, given.grid, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,404 @@
+"""`make gpu-check` without a GPU: what it runs, what it kills, what it says, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_check
+from bench.gpu_check import ABSENT, FAILED, LATE, PASSED, REFUSED, Check, Result, Stage
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def check(tmp_path):
+    return Check(tmp_path / "out", "cpu", 60.0)
+
+
+def shell(text: str):
+    """A stage's function: a command, and whether it succeeded."""
+
+    def run(check: Check, seconds: float) -> Result:
+        done = check.command(text.split()[0], ["sh", "-c", text], seconds)
+        if done.code is None:
+            return Result(LATE)
+        return Result(PASSED if done.code == 0 else FAILED, [done.text.strip()])
+
+    return run
+
+
+def statuses(check: Check) -> dict[str, str]:
+    """From the file, as somebody would read it afterwards."""
+    return {r["stage"]: r["status"] for r in json.loads((check.out / "stages.json").read_text())}
+
+
+def table(check: Check) -> dict[str, str]:
+    rows = [line.split("|") for line in (check.out / "summary.md").read_text().splitlines() if line.startswith("| ")]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+# ---- stages
+
+
+def test_every_stage_is_run_in_order_and_reported(check):
+    order = []
+
+    def noting(name):
+        return Stage(name, 5, lambda c, s: (order.append(name), Result(PASSED, [f"{name} says this"]))[1], True)
+
+    gpu_check.run_stages(check, tuple(map(noting, "abc")))
+    assert order == list("abc")
+    assert statuses(check) == dict.fromkeys("abc", PASSED)
+    assert "b says this" in (check.out / "summary.md").read_text()
+    assert not check.failed()
+
+
+def test_a_failing_stage_is_named_and_fails_the_whole_only_if_it_must_pass(check):
+    gpu_check.run_stages(check, (Stage("extra", 5, shell("echo broken; exit 3")), Stage("other", 5, shell("true"))))
+    assert table(check)["extra"] == FAILED
+    assert "broken" in (check.out / "summary.md").read_text()
+    assert not check.failed()
+    gpu_check.run_stages(check, (Stage("needed", 5, shell("exit 3"), must_pass=True),))
+    assert table(check)["needed"] == FAILED
+    assert check.failed()
+
+
+def test_a_stage_over_its_time_is_killed_with_its_children_and_the_others_go_on(check):
+    """What it printed until then stays."""
+    note = check.out / "child"
+    stuck = f"echo begun; (echo $$ > {note}; sleep 300) & sleep 300"
+    stages = (Stage("stuck", 1, shell(stuck), must_pass=True), Stage("after", 58, shell("true")))
+    gpu_check.run_stages(check, stages)
+    assert statuses(check) == {"stuck": LATE, "after": PASSED}
+    assert "begun" in (check.logs / "echo.txt").read_text()
+    wait_until(lambda: not alive(int(note.read_text())))
+    assert check.failed()
+
+
+def test_time_left_over_goes_to_later_stages_and_never_comes_from_them(check):
+    given = []
+
+    def noting(c, seconds):
+        given.append(seconds)
+        return Result(PASSED)
+
+    gpu_check.run_stages(check, (Stage("a", 10, noting), Stage("b", 10, noting), Stage("c", 10, noting)))
+    assert 35 < given[0] <= 40  # 60 less what b and c are owed
+    assert 45 < given[1] <= 50
+    assert 55 < given[2] <= 60
+    late = Check(check.out, "cpu", 0.5)
+    gpu_check.run_stages(late, (Stage("a", 10, noting),))
+    assert statuses(late) == {"a": LATE}
+
+
+def test_a_stage_that_raises_is_a_failed_one_and_the_others_go_on(check):
+    def broken(c, s):
+        raise ValueError("unforeseen")
+
+    gpu_check.run_stages(check, (Stage("broken", 5, broken, True), Stage("after", 5, shell("true"))))
+    assert statuses(check) == {"broken": FAILED, "after": PASSED}
+    assert "ValueError: unforeseen" in (check.out / "summary.md").read_text()
+
+
+def test_a_killed_run_keeps_what_it_had_found_and_leaves_no_process(tmp_path):
+    out = tmp_path / "out"
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from bench import gpu_check as g
+g.environment = lambda check, seconds: g.Result(g.PASSED, [], {{"usable": True}})
+def stuck(check, seconds):
+    check.command("stuck", ["sh", "-c", "echo $$ > {out}/pid; sleep 300"], seconds)
+first = g.Stage("first", 5, lambda c, s: g.Result(g.PASSED, ["found this"]))
+g.main(["--out", "{out}", "--device", "cpu"], (first, g.Stage("stuck", 60, stuck), g.Stage("last", 5, stuck)))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    wait_until(lambda: (out / "pid").exists() and (out / "pid").read_text().strip())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    wait_until(lambda: not alive(int((out / "pid").read_text())))
+    summary = (out / "summary.md").read_text()
+    assert "found this" in summary
+    assert "| last | not reached |" in summary
+
+
+@pytest.mark.parametrize(("usable", "status", "code"), [(True, PASSED, 0), (True, FAILED, 1), (False, PASSED, 2)])
+def test_the_exit_code_tells_passed_failed_and_no_device(tmp_path, monkeypatch, usable, status, code):
+    monkeypatch.setattr(gpu_check, "environment", lambda c, s: Result(PASSED, [], {"usable": usable}))
+    stages = (Stage("only", 5, lambda c, s: Result(status), must_pass=True),)
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--device", "cpu"], stages) == code
+
+
+def test_the_stages_fit_nine_minutes():
+    assert sum(stage.seconds for stage in gpu_check.STAGES) <= gpu_check.BUDGET <= 540
+    assert {s.name for s in gpu_check.STAGES if s.must_pass} == {"kernels", "tests", "memcheck", "racecheck"}
+
+
+def test_a_machine_without_a_device_is_told_so(tmp_path):
+    """The environment's own stage, run for real: no device, nothing else is started."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench/gpu_check.py", "--out", tmp_path],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "torch sees no CUDA device" in run.stderr
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert set(environment["tools"]) == {"compute-sanitizer", "ncu", "nsys", "nvidia-smi"}
+    assert len(json.loads((tmp_path / "stages.json").read_text())) == 1
+
+
+# ---- tools
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Puts a shell script in the place of every NVIDIA tool; None: there is none."""
+
+    def install(script: str | None) -> None:
+        if script is None:
+            monkeypatch.setattr(gpu_check, "find_tool", lambda name: None)
+            return
+        path = tmp_path / "tool"
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(0o755)
+        monkeypatch.setattr(gpu_check, "find_tool", lambda name: str(path))
+
+    return install
+
+
+def test_a_missing_tool_is_reported_as_not_installed_and_fails_nothing(check, tool):
+    tool(None)
+    gpu_check.run_stages(check, tuple(s for s in gpu_check.STAGES if s.name in ("memcheck", "racecheck", "ncu")))
+    assert set(statuses(check).values()) == {ABSENT}
+    assert "compute-sanitizer is not installed" in (check.out / "summary.md").read_text()
+    assert not check.failed()
+
+
+def test_tools_are_found_on_the_path(tmp_path, monkeypatch):
+    made = tmp_path / "some-tool"
+    made.write_text("#!/bin/sh\n")
+    made.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_check.find_tool("some-tool") == str(made)
+    assert gpu_check.find_tool("no-such-tool") is None
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "status"),
+    [
+        ("launched a\\n========= ERROR SUMMARY: 0 errors", 0, PASSED),
+        ("launched a\\n========= Invalid __global__ read of size 4\\n========= ERROR SUMMARY: 3 errors", 86, FAILED),
+        ("launched a\\n========= ERROR SUMMARY: 3 errors", 0, FAILED),
+        ("========= ERROR SUMMARY: 0 errors", 0, FAILED),  # nothing was launched: nothing was shown
+        ("launched a\\nSegmentation fault", 139, FAILED),
+    ],
+)
+def test_memcheck_passes_only_with_launches_and_without_errors(check, tool, printed, code, status):
+    tool(f'printf "{printed}\\n"; exit {code}')
+    result = gpu_check.sanitizer("memcheck")(check, 20)
+    assert result.status == status
+    if "Invalid" in printed:
+        assert any("Invalid __global__ read" in line for line in result.lines)
+
+
+def test_racecheck_counts_hazards(check, tool):
+    for count, status in ((0, PASSED), (2, FAILED)):
+        tool(f'echo "launched a"; echo "========= RACECHECK SUMMARY: {count} hazards displayed (0 errors, 0 warnings)"')
+        assert gpu_check.sanitizer("racecheck")(check, 20).status == status
+
+
+RAW_PAGE = """==PROF== Connected to process 1
+profiling sample_tokens bfloat16: 5 bytes by the formula, 0 flops
+==PROF== Profiling "_mass_kernel": 0%....50%....100% - 3 passes
+"ID","Kernel Name","Block Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
+"","","","ns","byte","register/thread"
+"0","_mass_kernel","(32, 1, 1)","7,200","19,447,808","128"
+"1","_finish_kernel","(128, 1, 1)","4100","1,000","64"
+"""
+
+
+def test_a_profile_becomes_a_table_and_a_csv(check, tool, tmp_path):
+    (tmp_path / "page").write_text(RAW_PAGE)
+    tool(f"cat {tmp_path / 'page'}")
+    result = gpu_check.ncu(check, 20)
+    assert (result.status, result.figures) == (PASSED, {"kernels": 2})
+    assert "| `_mass_kernel` | 7200 | 19447808 | not measured | not measured | not measured | 128 |" in "\n".join(
+        result.lines
+    )
+    assert len((check.out / "ncu.csv").read_text().splitlines()) == 4
+
+
+def test_counters_that_this_user_may_not_read_are_reported_and_fail_nothing(check, tool):
+    tool("echo '==ERROR== ERR_NVGPUCTRPERM - this user may not access GPU performance counters'")
+    gpu_check.run_stages(check, (Stage("ncu", 20, gpu_check.ncu),))
+    assert statuses(check) == {"ncu": REFUSED}
+    assert "bench/profile.md" in (check.out / "summary.md").read_text()
+    assert not check.failed()
+
+
+# ---- the tests' stage
+
+# What conftest.py needs of torch, so that no process of these tests waits seconds for the real one.
+TORCH = """
+class device:
+    def __init__(self, name): self.type = name.split(":")[0]
+class Tensor:
+    def new_empty(self): pass
+def set_num_threads(count): pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A suite of our own under the real conftest."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    (folder / "torch.py").write_text(TORCH)
+    return folder
+
+
+def test_the_suite_is_run_a_file_a_process_and_counted_as_it_goes(check, folder):
+    """Passed, failed, skipped with its reason, a part that crashes, a part without a test, and one over its time."""
+    (folder / "test_config.py").write_text("raise SystemError('a file for the host is left out')")
+    (folder / "test_a.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('name', list('abcdef'))\n"
+        "def test_passes(name, pytestconfig): assert pytestconfig.getoption('--device') == 'cpu'\n"
+        "def test_fails(): assert 1 == 2, 'one is not two'\n"
+        "def test_skips(): pytest.skip('for a good reason')\n"
+    )
+    (folder / "test_b.py").write_text("import os\ndef test_passes(): pass\ndef test_crashes(): os._exit(9)\n")
+    (folder / "test_c.py").write_text("import time\ndef test_passes(): pass\ndef test_hangs(): time.sleep(300)\n")
+    result = gpu_check.suite(check, 20, folder)
+    assert result.status == FAILED
+    assert {k: result.figures[k] for k in ("passed", "failed", "skipped")} == {"passed": 8, "failed": 1, "skipped": 1}
+    assert result.figures["broken"] == ["test_b-0of1"]
+    assert result.figures["late"] == ["test_c-0of1"]
+    text = "\n".join(result.lines)
+    assert "test_a.py::test_fails: AssertionError: one is not two" in text
+    assert "- 1: for a good reason" in text
+    assert len(gpu_check.read_lines(check.out / "tests.jsonl")) == 10
+
+
+def test_parts_cover_every_test_once(folder):
+    """Of a file with and without the parameter that keeps tests together."""
+    (folder / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', range(3))\n"
+        "@pytest.mark.parametrize('name', list('abcdefgh'))\n"
+        "def test_named(name, x): pass\n"
+        "@pytest.mark.parametrize('x', range(9))\n"
+        "def test_plain(x): pass\n"
+    )
+    seen = []
+    for part in range(3):
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--collect-only", "--shard", f"{part}/3", folder],
+            capture_output=True,
+            text=True,
+        )
+        seen.append([line for line in run.stdout.splitlines() if "::" in line])
+    found = [test for part in seen for test in part]
+    assert len(found) == len(set(found)) == 33
+    assert min(map(len, seen)) > 0
+    for name in "abcdefgh":
+        assert sum(any(f"test_named[{name}-" in test for test in part) for part in seen) == 1
+
+
+def test_every_file_that_is_named_exists_and_those_of_the_host_are_left_out():
+    from tests.conftest import HOST_FILES
+
+    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(gpu_check.FIRST) | set(gpu_check.PARTS) | set(HOST_FILES) <= files
+    started = {Path(file).stem for file, _ in gpu_check.parts_of(ROOT / "tests")}
+    assert started == files - set(HOST_FILES)
+
+
+# ---- what the stages start
+
+
+def test_an_uninstalled_checkout_is_importable_with_the_driver(tmp_path):
+    """A copy of the sources elsewhere: both packages come from there, and an own sitecustomize still runs."""
+    copy, shim, own = tmp_path / "copy", tmp_path / "shim", tmp_path / "own"
+    ignored = shutil.ignore_patterns("__pycache__", "_C*")
+    for name in ("power_kernels", "python_api"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("import os; os.environ['OWN'] = 'ran'")
+    before = gpu_check.ROOT
+    gpu_check.ROOT = copy
+    try:
+        gpu_check.checkout(shim)
+    finally:
+        gpu_check.ROOT = before
+    code = "import os, power_kernels, power_kernels.api.engines as engines\n"
+    code += "print(power_kernels.__file__, engines.__file__, os.environ['OWN'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (shim, copy, own)))},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == [
+        str(copy / "power_kernels/__init__.py"), str(copy / "python_api/engines/__init__.py"), "ran",
+    ], run.stderr  # fmt: skip
+
+
+def test_the_launches_agree_with_the_reference_on_the_host(check):
+    """Every operator that backends implement has a launch."""
+    result = gpu_check.kernels(check, 60)
+    assert result.status == PASSED, result.lines
+    assert result.figures["launches"] >= 20
+
+
+def test_a_launch_that_disagrees_with_the_reference_fails_the_stage(check, monkeypatch):
+    rows = [
+        {"launch": "a", "operator": "a", "error": None, "seconds": 0.1},
+        {"launch": "b", "operator": "b", "error": "logp[0] is 1.0; the reference has 2.0"},
+    ]
+
+    def written(name, arguments, seconds, **environment):
+        Path(arguments[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"launch": "cut sho')
+        return gpu_check.Finished(1, 1.0, "")
+
+    monkeypatch.setattr(check, "python", written)
+    result = gpu_check.kernels(check, 5)
+    assert result.status == FAILED
+    assert "- b: logp[0] is 1.0; the reference has 2.0" in result.lines
+    assert result.figures == {"launches": 2, "wrong": 1}
+
+
+@pytest.mark.parametrize("script", ["bench/ops.py", "bench/gpu_targets.py"])
+def test_the_scripts_take_the_options_that_they_are_given(check, script):
+    text = check.python("help", [script, "--help"], 60).text
+    wanted = ["--device", "--out"] + (["--seconds"] if script == "bench/ops.py" else [])
+    assert all(option in text for option in wanted), text

@@ -32,7 +32,7 @@ TESTED_AS = {
     "pip install torch setuptools wheel": "pip install --dry-run torch setuptools wheel",
     "pip install --no-build-isolation '.[gguf]'": "pip install --dry-run --no-build-isolation '.[gguf]'",
     "make bench": "make --dry-run bench",
-    "python bench/ops.py": "python bench/ops.py --rows 1 --dtypes float32",
+    "python bench/ops.py": "python bench/ops.py --quick",
     "python bench/end_to_end.py": "python bench/end_to_end.py --quick --only ours-1",
 }
 PRINTED = {
@@ -40,7 +40,7 @@ PRINTED = {
     "make test": ("-m pytest", " tests"),
     "power-kernels doctor": ("backend of each op", "sample_tokens", "missing"),
     "make bench": ("bench/ops.py", "bench/end_to_end.py"),
-    "python bench/ops.py": ("logsumexp", "compile", "eager"),
+    "python bench/ops.py": ("decisions/s", "logsumexp", "compile", "eager", "limits"),
     "python bench/end_to_end.py": ("plain generate", "power_kernels, 1 chain"),
 }
 

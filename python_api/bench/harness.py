@@ -8,8 +8,8 @@ is the wall. A call shorter than `SHORTEST` is repeated within one sample. Input
 they do where a product has just written them.
 
 CUDA: each sample is one call between two events on the stream. Before it, a buffer four times the L2 cache is written,
-which empties the cache of the inputs and keeps the device busy while the host enqueues the call. A contender that
-allocates nothing and never waits for the device is replayed as a CUDA graph; the others pay for their launches.
+which empties the cache of the inputs and keeps the device busy while the host enqueues the call. What never waits for
+the device is replayed as a CUDA graph; the others pay for their launches.
 """
 
 from __future__ import annotations
@@ -163,10 +163,14 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
         if graph:
             captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+            try:
+                with torch.cuda.graph(captured):
+                    run()
+            except RuntimeError:  # something in it waits for the device; the record says that it was not replayed
+                graph = False
+            else:
+                run = captured.replay
                 run()
-            run = captured.replay
-            run()
         torch.cuda.synchronize(self.device)
 
         def sample() -> Callable[[], float]:

@@ -23,7 +23,7 @@ ALPHA, ODD_BETA = 4.0, 3.7  # powers of one exponential; a second exponential
 VOCABULARY = 151_936  # Qwen2.5
 VOCABULARIES = (32_000, 49_152, 128_256, VOCABULARY, 256_000)  # Llama 2, SmolLM2, Llama 3, Qwen2.5, Gemma 2
 DTYPES = (torch.float32, torch.bfloat16)
-COMPILED_ROWS = {"cpu": (1, 16), "cuda": (1, 64, 1024)}
+COMPILED_ROWS = {"cpu": (1, 16), "cuda": (1, 64)}
 
 SAMPLE_FORMULA = "B*V*itemsize + 48*B + 8: logits; alpha, beta, counter; token, logp, logq, weight, status; the seed"
 SCORE_FORMULA = "B*V*itemsize + 32*B: logits; token, alpha, beta; logp, logq, weight, status"

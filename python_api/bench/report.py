@@ -165,7 +165,7 @@ def rate_text(rate: float) -> str:
     return f"{rate:.3g}"
 
 
-def suite_table(suite: Suite, rows: list[dict]) -> str:
+def suite_table(suite: Suite, rows: list[dict], cuda: bool) -> str:
     """One line a point: ours, then how many times longer each of the others took."""
     points: dict[str, list[dict]] = {}
     for record in rows:
@@ -185,6 +185,7 @@ def suite_table(suite: Suite, rows: list[dict]) -> str:
              f"{ours['percent_of_copy']:.0f}%", f"{ours['peak_bytes'] / 1024:.0f}", *cells]
         )  # fmt: skip
     first = next(r for r in rows if r["ours"])
+    launched = sorted({r["contender"] for r in rows if r["cuda_graph"] is False}) if cuda else []
     reasons = sorted({f"{r['contender']}: {r['reason']}" for r in rows if r["reason"]})
     return "\n".join(
         [
@@ -193,5 +194,6 @@ def suite_table(suite: Suite, rows: list[dict]) -> str:
             f"the first columns are of {first['contender']}; then the time of each other over it",
             table(header, lines),
             *(f"  not run: {reason}" for reason in reasons),
+            *([f"  launched, not replayed as a CUDA graph: {', '.join(launched)}"] if launched else []),
         ]
     )

@@ -103,7 +103,7 @@ def collect(suites: list[Suite], device: torch.device, grid: str, seconds: float
         environment["seconds"] = round(time.perf_counter() - begin, 1)
         environment["load_average_after"] = report.load_average()
         if rows:
-            show(report.suite_table(suite, rows))
+            show(report.suite_table(suite, rows, device.type == "cuda"))
         if out is not None:
             report.write(results, out)
     return results
@@ -129,4 +129,7 @@ def _device(name: str | None) -> torch.device:
         raise ArgumentError(f"--device is {name}; it must be a CPU or CUDA device")
     if pk.backend_for(device) == "reference":
         raise BackendError(f"the reference would serve {device}: nothing to measure; see `power-kernels doctor`")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # events and graphs belong to the current device
+    return device

@@ -44,11 +44,12 @@ struct HeadKernels {
   void (*finish)(float* z, int64_t n, const void* bias, float softcap, float scale);
 };
 
-constexpr int64_t CHUNK = 48;      // rows of a block: with a tile of logits they fit a second-level cache
-constexpr int64_t DEPTH = 1024;    // most columns of a block: its panels fit the first two levels
-constexpr int64_t DEPTH_UNIT = 32;  // the longest step of any instruction set
-constexpr int64_t SLICE = 256;     // entries of the vocabulary that sampling computes at a time
-constexpr int64_t PITCH = TILE + 16;  // a power of two would put a column of logits into one set of the cache
+constexpr int64_t CHUNK = 96;          // rows of a block: with a tile of logits about what a second-level cache holds
+constexpr int64_t DEPTH_BYTES = 3072;  // of a row, most that is multiplied at a time: two panels fit the first level
+constexpr int64_t DEPTH_UNIT = 32;     // the longest step of any instruction set
+constexpr int64_t STRIP = 64;          // weights that stay in the second-level cache
+constexpr int64_t SLICE = 256;         // entries of the vocabulary that sampling computes at a time
+constexpr int64_t PITCH = TILE + 16;   // a power of two would put a column of logits into one set of the cache
 
 #define PK_DOT_BF16 0
 #define PK_ISA 0
@@ -166,6 +167,8 @@ struct Head {
   }
 };
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // What one thread works on: the logits of a block, then the operands of the product as it takes them.
 struct Block {
   struct Free {
@@ -175,17 +178,18 @@ struct Block {
   float* scratch;
 
   Block(int64_t rows, int64_t pitch, int64_t D) {
-    const int64_t depth = std::min((D + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT, DEPTH);
-    const int64_t floats = rows * pitch + (rows + 4) * depth;
+    const int64_t floats = rows * (pitch + ceil_div(D, DEPTH_UNIT) * DEPTH_UNIT) + STRIP * DEPTH_BYTES / 4;
     z.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
     scratch = z.get() + rows * pitch;
   }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows a chunk, all about equal. At least 1.
-int64_t chunk_rows(int64_t rows) { return std::max<int64_t>(1, ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, CHUNK)))); }
+// Rows a chunk: all chunks about equal, in whole panels.
+int64_t chunk_rows(int64_t rows) {
+  constexpr int64_t PANEL = 6;
+  if (rows <= PANEL) return std::max<int64_t>(rows, 1);
+  return ceil_div(ceil_div(rows, ceil_div(rows, CHUNK)), PANEL) * PANEL;
+}
 
 }  // namespace
 

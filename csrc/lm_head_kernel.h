@@ -63,8 +63,11 @@ PK_INLINE void pack(const typename T::Item* from, int64_t n, int64_t padded, typ
 
 // ---- the product of a panel
 
+typedef float Columns __attribute__((vector_size(COLUMNS * 4)));
+typedef float Columns_any __attribute__((vector_size(COLUMNS * 4), aligned(4), may_alias));
+
 // The sums of the lanes of four vectors.
-PK_INLINE void add_lanes(const F* a, float* out) {
+PK_INLINE Columns add_lanes(const F* a) {
 #if PK_ISA == 5
   const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
   // With masks of ones: the plain forms read uninitialised registers in GCC's header, and it warns of them.
@@ -74,13 +77,13 @@ PK_INLINE void add_lanes(const F* a, float* out) {
                 (F)_mm512_maskz_unpackhi_pd(-1, (__m512d)low, (__m512d)high);
   const __m256 h = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(-1, (__m512)all, 0),
                                  _mm512_maskz_extractf32x8_ps(-1, (__m512)all, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+  return (Columns)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 #elif PK_ISA == 2
   const __m256 p = _mm256_hadd_ps((__m256)a[0], (__m256)a[1]), q = _mm256_hadd_ps((__m256)a[2], (__m256)a[3]);
   const __m256 h = _mm256_hadd_ps(p, q);
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+  return (Columns)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 #else
-  for (int i = 0; i < COLUMNS; ++i) out[i] = horizontal_sum(a[i]);
+  return Columns{horizontal_sum(a[0]), horizontal_sum(a[1]), horizontal_sum(a[2]), horizontal_sum(a[3])};
 #endif
 }
 
@@ -93,7 +96,7 @@ static void panel(const typename P::Item* const* weights, int64_t ahead, const t
   F sum[R][COLUMNS] = {};
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t k = s * P::STEP;
-    if (R == 1 || ahead) {
+    if (ahead) {
       __builtin_prefetch(w0 + k + ahead);
       __builtin_prefetch(w1 + k + ahead);
       __builtin_prefetch(w2 + k + ahead);
@@ -109,12 +112,12 @@ static void panel(const typename P::Item* const* weights, int64_t ahead, const t
       sum[r][3] = P::add(sum[r][3], d, x);
     }
   }
+  if (more) {
 #pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-    float out[COLUMNS];
-    add_lanes(sum[r], out);
-    float* to = z + r * z_pitch;
-    for (int i = 0; i < COLUMNS; ++i) to[i] = more ? to[i] + out[i] : out[i];
+    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) += add_lanes(sum[r]);
+  } else {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) = add_lanes(sum[r]);
   }
 }
 
@@ -133,7 +136,10 @@ static Panel<P> panel_of(int64_t rows) {
 }
 
 // z[rows, n] = hidden[rows, D] @ weights[n, D]^T. Pitches in items. z has room for n rounded up to COLUMNS a row, and
-// scratch for SCRATCH_ITEMS(rows) floats.
+// scratch for `rows` rows of D floats, D rounded up to DEPTH_UNIT, and STRIP * DEPTH_BYTES.
+//
+// A strip of weights lies in the second-level cache while all rows pass over it, a panel of hidden states in the first
+// while it passes over the strip.
 template <class T>
 static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, const void* weights_,
                     int64_t weight_pitch, int64_t n, int64_t D, void* scratch, float* z, int64_t z_pitch) {
@@ -141,30 +147,36 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
   typedef typename P::Item Item;
   const auto* hidden = (const typename T::Item*)hidden_;
   const auto* weights = (const typename T::Item*)weights_;
-  const int64_t blocks = (D + DEPTH - 1) / DEPTH;
+  constexpr int64_t most = DEPTH_BYTES / sizeof(Item);
+  const int64_t blocks = (D + most - 1) / most;
   const int64_t depth = ((D + blocks - 1) / blocks + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT;
+  const int64_t pitch = (D + P::STEP - 1) / P::STEP * P::STEP;
   Item* packed = (Item*)scratch;
-  Item* staged = packed + rows * depth;
-  for (int64_t k = 0; k < D; k += depth) {
-    const int64_t left = D - k < depth ? D - k : depth;
-    const int64_t steps = (left + P::STEP - 1) / P::STEP, pitch = steps * P::STEP;
-    const bool direct = sizeof(typename T::Item) == sizeof(Item) && left == pitch;
-    for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch + k, left, pitch, packed + r * pitch);
-    for (int64_t v = 0; v < n; v += COLUMNS) {
-      const Item* column[COLUMNS];
-      for (int c = 0; c < COLUMNS; ++c) {
-        // Behind the last entry its own row again: the sums are left unused.
-        const auto* row = weights + (v + c < n ? v + c : n - 1) * weight_pitch + k;
-        if (direct) {
-          column[c] = (const Item*)row;
-        } else {
-          pack<T, P>(row, left, pitch, staged + c * pitch);
-          column[c] = staged + c * pitch;
+  Item* staged = packed + rows * pitch;
+  for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch, D, pitch, packed + r * pitch);
+
+  // With one panel each weight is used once: in the order of memory.
+  const int64_t strip = rows <= ROWS ? COLUMNS : STRIP;
+  for (int64_t v0 = 0; v0 < n; v0 += strip) {
+    const int64_t width = n - v0 < strip ? n - v0 : strip;
+    for (int64_t k = 0; k < D; k += depth) {
+      const int64_t left = D - k < depth ? D - k : depth, steps = (left + P::STEP - 1) / P::STEP;
+      const bool direct = sizeof(typename T::Item) == sizeof(Item) && left == steps * P::STEP;
+      if (!direct)
+        for (int64_t v = 0; v < width; ++v)
+          pack<T, P>(weights + (v0 + v) * weight_pitch + k, left, steps * P::STEP, staged + v * depth);
+      const Item* from = direct ? (const Item*)weights + v0 * weight_pitch + k : staged;
+      const int64_t from_pitch = direct ? weight_pitch : depth;
+      int64_t ahead = direct ? strip * weight_pitch : 0;
+      for (int64_t r = 0; r < rows; r += ROWS, ahead = 0) {
+        const Panel<P> multiply = panel_of<P>(rows - r);
+        for (int64_t v = 0; v < width; v += COLUMNS) {
+          const Item* column[COLUMNS];
+          for (int c = 0; c < COLUMNS; ++c)  // behind the last entry its own row again: those sums are left unused
+            column[c] = from + (v + c < width ? v + c : width - 1) * from_pitch;
+          multiply(column, ahead, packed + r * pitch + k, pitch, steps, z + r * z_pitch + v0 + v, z_pitch, k > 0);
         }
       }
-      int64_t ahead = direct ? COLUMNS * weight_pitch : 0;
-      for (int64_t r = 0; r < rows; r += ROWS, ahead = 0)
-        panel_of<P>(rows - r)(column, ahead, packed + r * pitch, pitch, steps, z + r * z_pitch + v, z_pitch, k > 0);
     }
   }
 }

@@ -115,12 +115,12 @@ def sample_from_hidden(
 
     hidden: float32, float16 or bfloat16 [B, D], unit inner stride, any row stride. lm_head: the same dtype [V, D],
         likewise. bias: [V] of that dtype or float32, or None.
-    softcap: cap(t) = softcap * tanh(t / softcap) (Gemma 2), 0 for none. scale: the logit scale (Cohere; 1 over Granite's
+    softcap: cap(t) = softcap * tanh(t / softcap) (Gemma 2); 0 for none. scale: the logit scale (Cohere; for Granite 1 /
         logits_scaling).
     alpha, beta, seed, counter, exclude, return_entropy, the outputs and the errors: as `sample_tokens`.
 
-    Products are summed in float32 and the logits stay float32: they are never rounded to the dtype of the inputs, as the
-    logits of a bfloat16 model are. One float32 scratch [B, V] is written once and read where a token is drawn.
+    Products are summed in float32 and the logits stay float32: they are never rounded to the dtype of the inputs, as
+    those of a bfloat16 model's own head are. One float32 scratch [B, V] is written.
     """
     _check_sample(hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale)
     check_flag("return_entropy", return_entropy)

@@ -22,7 +22,9 @@ HOST_FILES = {
     "test_demo_model": "files and their conversion",
     "test_gpu_check": "the command that starts this run",
     "test_install": "the build of the package",
+    "test_devices": "how tensors get to a device, shown with the host as the device",
     "test_law_enumeration": "the reference, on the host whatever the device",
+    "test_prefix_memory": "prefixes are remembered on a CPU only",
     "test_readme": "the text",
     "test_triton_compile": "compiles for every target without a device",
 }

@@ -123,7 +123,6 @@ void block_table_extend(Tensor block_table, Tensor length, Tensor refcount, Tens
   const int32_t* counts = entries(tokens);
   const int64_t available = t.available();
   int64_t asked = 0;
-  std::vector<int32_t> left;
   for (int64_t r = 0; r < t.rows; ++r) {
     t.set_copy(r, 0, 0, 0);
     t.set_status(r, BlockStatus::OK);
@@ -145,13 +144,11 @@ void block_table_extend(Tensor block_table, Tensor length, Tensor refcount, Tens
     }
     for (int64_t j = first; j < want; ++j) row[j] = t.take();
     if (shared) {
-      left.push_back(last);
+      t.release(last);  // others hold it
       t.set_copy(r, row[first], last, split);
     }
     t.length[r] = static_cast<int32_t>(n);
   }
-  // Only now: before, a block that is still to be copied could be handed out.
-  for (const int32_t block : left) t.release(block);
 }
 
 void block_table_commit(Tensor block_table, Tensor length, Tensor refcount, Tensor free_list, Tensor free_count,

@@ -104,15 +104,8 @@ SPECIFICATIONS = {
     "kv_copy_blocks": {"pool": (None, (None,) * 5), "copies": (INT, (None, 4))},
 }
 FIRST = {"logits", "weights_cur", "dst", "field", "block_table", "pool"}  # the argument that the others must agree with
-MATRICES = {
-    "logits",
-    "weights_cur",
-    "weights_prop",
-    "dst",
-    "src",
-    "block_table",
-    "pool",
-}  # only their inner stride is asked for
+# only the inner stride of these is asked for
+MATRICES = {"logits", "weights_cur", "weights_prop", "dst", "src", "block_table", "pool"}
 
 
 def arguments_of(name: str) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ def test_a_rollback_keeps_the_prefix_to_the_token(backend):
     assert tables.length.tolist() == [4, 0, 3, 3]
 
 
-def test_rows_that_reach_from_inside_a_shared_block_take_their_own_and_the_last_to_leave_frees_it(backend):
+def test_rows_that_go_on_inside_a_shared_block_leave_it_in_order_and_the_last_holder_keeps_it(backend):
     tables = BlockTables.allocate(rows=3, max_blocks=4, num_blocks=8, block_size=4)
     pk.block_table_extend(tables, int32([8, 0, 0]))
     pk.block_table_fork(tables, int32([-1, 0, 0]), int32([0, 8, 8]))
@@ -108,9 +108,9 @@ def test_rows_that_reach_from_inside_a_shared_block_take_their_own_and_the_last_
     assert tables.refcount.tolist()[:3] == [2, 2, 0]
     pk.block_table_extend(tables, int32([-1, 7, 9]))
     assert tables.block_table[1, :2].tolist() == [0, 2]
-    assert tables.block_table[2, :3].tolist() == [0, 3, 4]
-    assert tables.copies.tolist() == [[0] * 4, [2, 1, 0, 2], [3, 1, 0, 3]]
-    assert tables.refcount.tolist() == [2, 0, 1, 1, 1, 0, 0, 0]
+    assert tables.block_table[2, :3].tolist() == [0, 1, 3]
+    assert tables.copies.tolist() == [[0] * 4, [2, 1, 0, 2], [0] * 4]
+    assert tables.refcount.tolist() == [2, 1, 1, 1, 0, 0, 0, 0]
     audit(tables)
 
 
@@ -152,6 +152,27 @@ def test_a_row_out_of_blocks_leaves_the_shared_block_it_could_not_copy(backend):
     assert tables.status.tolist() == [OK, OUT]
     assert tables.refcount.tolist() == [2]
     assert not tables.copies.any()
+    audit(tables)
+
+
+def test_a_row_keeps_a_shared_block_only_if_the_others_could_leave_it(backend):
+    """Rows 1, 2 and 3 end inside block 0. One block is free: row 1 gets it; row 2 finds none, so row 3 is not alone."""
+    tables = BlockTables.allocate(rows=5, max_blocks=2, num_blocks=2, block_size=4)
+    pk.block_table_extend(tables, int32([4, 0, 0, 0, 0]))
+    pk.block_table_fork(tables, int32([-1, 0, 0, 0, -1]), int32([0, 4, 4, 4, 0]))
+    pk.block_table_rollback(tables, int32([0, 1, 2, 3, 0]))
+    before = tables.block_table[2:].clone()
+    pk.block_table_extend(tables, int32([-1, 3, 3, 4, -1]))
+    assert tables.status.tolist() == [OK, OK, OUT, OUT, OK]
+    assert tables.length.tolist() == [0, 3, 2, 3, 0]
+    assert tables.refcount.tolist() == [2, 1]
+    assert tables.copies[1].tolist() == [1, 0, 0, 1]
+    assert torch.equal(tables.block_table[2:], before)
+    audit(tables)
+    pk.block_table_rollback(tables, int32([-1, 0, -1, -1, -1]))
+    pk.block_table_extend(tables, int32([-1, -1, 3, 4, -1]))
+    assert tables.status.tolist() == [OK] * 5
+    assert tables.block_table[3, 0] == 0
     audit(tables)
 
 
@@ -227,7 +248,7 @@ class Model:
         return found
 
     def extend(self, tokens: list[int]) -> list[BlockStatus]:
-        free, found, taken = self.free(), [], {}
+        free, found = self.free(), []
         for r, n in enumerate(tokens):
             found.append(OK)
             if n <= self.length[r]:
@@ -242,9 +263,7 @@ class Model:
             if shared:
                 row.append(self.copy(row.pop(), split))
             row += [Block([-1] * self.block_size) for _ in range(new - shared)]
-            taken[r] = row
-        for r, row in taken.items():  # at the end: every row looks at who held what before
-            self.rows[r], self.length[r] = row, tokens[r]
+            self.rows[r], self.length[r] = row, n
         return found
 
     def commit(self, source: list[int]) -> None:

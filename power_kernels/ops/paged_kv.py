@@ -56,8 +56,8 @@ def block_table_extend(tables: BlockTables, tokens: torch.Tensor) -> None:
     tokens: int32 [R]; a row that has as many, or a negative number, is left alone. Afterwards positions
     [old length, tokens[r]) may be written. Where the old length lies inside a block that other rows hold too (after a
     rollback), the row takes a block of its own instead, and `tables.copies[r]` names what it must copy; for every
-    other row the copy is empty. All rows that reach from inside a shared block in one call take their own.
-    Blocks are handed out in the order of rows, and once a row does not fit, those after it that need any do not either.
+    other row the copy is empty. Rows are served in order: the last holder of a block that the others have left keeps
+    it, and once a row does not fit, those after it that need a block do not either.
     Writes `tables.status`, a BlockStatus a row: OUT_OF_BLOCKS, and on a device also BAD_TOKENS, change nothing for
     their row. One launch, no allocation, no wait for the device.
     Errors: as `sample_tokens`; on a host ArgumentError also for more tokens than M blocks hold.

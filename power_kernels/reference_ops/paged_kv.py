@@ -8,7 +8,7 @@ from power_kernels.block_tables import BlockStatus
 
 
 class _Tables:
-    """The state on the host, as lists. Every operator looks at all rows first, then changes them in order."""
+    """The state on the host, as lists."""
 
     def __init__(self, block_table, length, refcount, free_list, free_count, copies, status, block_size):
         self.tensors = (block_table, length, refcount, free_list, free_count, copies, status)
@@ -80,7 +80,7 @@ def block_table_extend(
     """See `power_kernels.block_table_extend`."""
     t = _Tables(block_table, length, refcount, free_list, free_count, copies, status, block_size)
     to_copy, found = [[0] * 4 for _ in t.rows], [BlockStatus.OK for _ in t.rows]
-    asked, available, left = 0, len(t.free), []
+    asked, available = 0, len(t.free)
     for r, n in enumerate(tokens.tolist()):
         old = t.length[r]
         if n <= old:
@@ -98,10 +98,9 @@ def block_table_extend(
             continue
         t.table[r][first:want] = [t.take() for _ in range(first, want)]
         if shared:
-            left.append(last)
+            t.release([last])  # others hold it
             to_copy[r] = [t.table[r][first], last, 0, split]
         t.length[r] = n
-    t.release(left)  # now that nobody can be handed a block that is still to be copied
     t.write(to_copy, found)
 
 

@@ -5,9 +5,10 @@ Shapes: block_table i32 [R, M], refcount and free_list i32 [N], the rest i32 [R]
 entry of the rows that change.
 
 Blocks are handed out and given back by one program of one warp: in row order, so that the same calls leave the same
-tables, and without a race to think about. Rows are looked at BLOCK at a time; where a row must be worked on by itself
-(its blocks are released), the next such row is found by a minimum over those left, so that idle rows cost nothing.
-Sharing a parent's blocks is order-free and gets a program a row. `kv_copy_blocks` is the kernel of kv_cache.py.
+tables, and without a race to think about. Rows are looked at BLOCK at a time. Where a row must be worked on by itself
+(it releases blocks, or leaves a shared one), the next such row is found by a minimum over those that remain, so that
+idle rows cost nothing. Sharing a parent's blocks is order-free and gets a program a row. `kv_copy_blocks` is the kernel
+of kv_cache.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _NOT_EMPTY = tl.constexpr(int(BlockStatus.NOT_EMPTY))
 _EMPTY = tl.constexpr(int(BlockStatus.EMPTY))
 
 _SIZES = ("table_row", "rows", "max_blocks", "block_size")
+_POINTERS = (
+    "block_table_ptr", "length_ptr", "refcount_ptr", "free_list_ptr", "free_count_ptr", "copies_ptr", "status_ptr",
+    "parent_ptr", "tokens_ptr", "source_ptr",
+)  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +80,7 @@ def _release(blocks_ptr, start, stop, refcount_ptr, free_list_ptr, available, CO
 # fork
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _fork_kernel(
     block_table_ptr,  # [R, M] i32, row stride table_row
     length_ptr,  # [R] i32
@@ -126,7 +131,7 @@ def _fork_kernel(
     tl.store(free_count_ptr, available - tl.minimum(asked, available))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _share_kernel(
     block_table_ptr,  # [R, M] i32, row stride table_row
     length_ptr,  # [R] i32
@@ -164,7 +169,7 @@ def _share_kernel(
 # extend
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _extend_kernel(
     block_table_ptr,  # [R, M] i32, row stride table_row
     length_ptr,  # [R] i32
@@ -180,7 +185,7 @@ def _extend_kernel(
     block_size,
     BLOCK: tl.constexpr,
 ):
-    """Hand out the blocks of every row that grows, then release the shared ones that rows have left."""
+    """Hand out the blocks of every row that grows."""
     available = tl.load(free_count_ptr)
     asked = (available * 0).to(tl.int64)
     taken = available * 0
@@ -197,13 +202,28 @@ def _extend_kernel(
         rest = tl.where(fits, old % block_size, 0)
         last = tl.load(blocks + have - 1, mask=rest > 0, other=0)
         shared = (rest > 0) & (tl.load(refcount_ptr + last, mask=rest > 0, other=0) > 1)
-        begin = have - shared.to(tl.int32)
+        # The holders of a block leave it in row order; one that is then alone keeps it.
+        leaves = shared
+        chosen = tl.min(tl.where(shared, row, rows), 0)
+        while chosen < rows:
+            block = _pick(row, chosen, last)
+            holders = tl.load(refcount_ptr + block)
+            tl.store(refcount_ptr + block, tl.maximum(holders - 1, 1))
+            leaves &= (row != chosen) | (holders > 1)
+            tl.debug_barrier()
+            chosen = tl.min(tl.where(shared & (row > chosen), row, rows), 0)
+        begin = have - leaves.to(tl.int32)
         need = tl.where(fits, want - begin, 0)
         end = asked + tl.cumsum(need.to(tl.int64), 0)
         served = fits & ((need == 0) | (end <= available))
         asked += tl.sum(need.to(tl.int64), 0)
+        # A row that finds no block stays where it was, and then one that counted on its leaving is not alone.
+        tl.atomic_add(refcount_ptr + last, 1, mask=leaves & (served == 0), sem="relaxed")
+        tl.debug_barrier()
+        stays = shared & (leaves == 0)
+        served &= (tl.load(refcount_ptr + last, mask=stays, other=0) > 1) == 0
         place = (available - end).to(tl.int32) + need  # one beyond the first block that this row takes
-        copied = served & shared
+        copied = served & leaves
         to = tl.load(free_list_ptr + place - 1, mask=copied, other=0)
         _store_copy(copies_ptr, row, to, tl.where(copied, last, 0), tl.where(copied, rest, 0), live)
         most = tl.max(tl.where(served, need, 0), 0)
@@ -215,29 +235,16 @@ def _extend_kernel(
         tl.store(length_ptr + row, tokens, mask=served)
         status = tl.where(fits, _OUT_OF_BLOCKS, _BAD_TOKENS)
         tl.store(status_ptr + row, tl.where(grows & (served == 0), status, _OK), mask=live)
+        tl.debug_barrier()  # the next rows may hold the same blocks
         taken = tl.maximum(taken, tl.max(tl.where(served & (need > 0), end, 0), 0).to(tl.int32))
-    available -= taken
-    tl.debug_barrier()
-    for first in range(0, rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        stop = tl.load(copies_ptr + row.to(tl.int64) * 4 + 3, mask=row < rows, other=0)
-        chosen = tl.min(tl.where(stop > 0, row, rows), 0)
-        while chosen < rows:
-            block = tl.load(copies_ptr + chosen.to(tl.int64) * 4 + 1)
-            left = tl.load(refcount_ptr + block) - 1
-            tl.store(refcount_ptr + block, left)
-            tl.store(free_list_ptr + available, block, mask=left == 0)
-            available += (left == 0).to(tl.int32)
-            tl.debug_barrier()
-            chosen = tl.min(tl.where((stop > 0) & (row > chosen), row, rows), 0)
-    tl.store(free_count_ptr, available)
+    tl.store(free_count_ptr, available - taken)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # commit
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _commit_kernel(
     block_table_ptr,  # [R, M] i32, row stride table_row
     length_ptr,  # [R] i32
@@ -291,7 +298,7 @@ def _commit_kernel(
 # rollback
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _rollback_kernel(
     block_table_ptr,  # [R, M] i32, row stride table_row
     length_ptr,  # [R] i32

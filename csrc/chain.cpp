@@ -19,11 +19,32 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The running sum of section 3.3: plain float64, in position order.
-double running_sum(const float* weights, int64_t length) {
-  double sum = 0;
-  for (int64_t t = 0; t < length; ++t) sum += static_cast<double>(weights[t]);
-  return sum;
+constexpr int SIDE_BY_SIDE = 8;
+
+// The running sums of section 3.3 of several answers: each is plain float64 in position order. One alone would wait for
+// every addition; side by side they fill those waits. A finished answer adds zeros, which leave any sum as it is.
+void running_sums(const float* const* weights, const int64_t* lengths, double* sums) {
+  constexpr int64_t BLOCK = 64;
+  float padded[SIDE_BY_SIDE][BLOCK];
+  const float* block[SIDE_BY_SIDE];
+  double sum[SIDE_BY_SIDE] = {};
+  const int64_t longest = *std::max_element(lengths, lengths + SIDE_BY_SIDE);
+  for (int64_t first = 0; first < longest; first += BLOCK) {
+    for (int k = 0; k < SIDE_BY_SIDE; ++k) {
+      const int64_t left = std::max<int64_t>(lengths[k] - first, 0);
+      if (left >= BLOCK) {
+        block[k] = weights[k] + first;
+      } else {
+        if (left > 0) std::copy_n(weights[k] + first, left, padded[k]);
+        std::fill(padded[k] + left, padded[k] + BLOCK, 0.0f);
+        block[k] = padded[k];
+      }
+    }
+    for (int64_t t = 0; t < BLOCK; ++t) {
+      for (int k = 0; k < SIDE_BY_SIDE; ++k) sum[k] += static_cast<double>(block[k][t]);
+    }
+  }
+  std::copy_n(sum, SIDE_BY_SIDE, sums);
 }
 
 // NAN before POS_INF, as everywhere.
@@ -62,24 +83,44 @@ void mh_accept_out(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tens
   const int64_t stride_cur = weights_cur.stride(0), stride_prop = weights_prop.stride(0);
   const int64_t max_cur = weights_cur.size(1), max_prop = weights_prop.size(1);
 
+  constexpr int64_t PAIRS = SIDE_BY_SIDE / 2;
+  const auto sound = [&](int64_t b) {
+    return n_cur[b] >= 1 && n_cur[b] <= max_cur && n_prop[b] >= 1 && n_prop[b] <= max_prop;
+  };
+
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    const float* answer[SIDE_BY_SIDE];
+    int64_t length[SIDE_BY_SIDE];
+    double sum[SIDE_BY_SIDE];
     for (int64_t b = begin; b < end; ++b) {
-      const float* cur = w_cur + b * stride_cur;
-      const float* prop = w_prop + b * stride_prop;
+      const int64_t pair = (b - begin) % PAIRS;
+      if (pair == 0) {
+        for (int64_t i = 0; i < PAIRS; ++i) {
+          const bool there = b + i < end && sound(b + i);
+          answer[2 * i] = there ? w_cur + (b + i) * stride_cur : nullptr;
+          answer[2 * i + 1] = there ? w_prop + (b + i) * stride_prop : nullptr;
+          length[2 * i] = there ? n_cur[b + i] : 0;
+          length[2 * i + 1] = there ? n_prop[b + i] : 0;
+        }
+        running_sums(answer, length, sum);
+      }
+      const double sum_cur = sum[2 * pair], sum_prop = sum[2 * pair + 1];
       Status row = Status::OK_;
       double ratio = std::numeric_limits<double>::quiet_NaN();
       bool accepted = false;
-      if (n_cur[b] < 1 || n_cur[b] > max_cur || n_prop[b] < 1 || n_prop[b] > max_prop) {
+      if (!sound(b)) {
         row = Status::BAD_LENGTH_;
       } else {
-        const Status a = weights_status(cur, n_cur[b]), p = weights_status(prop, n_prop[b]);
+        // A finite sum has no NaN and no infinity in it.
+        const Status a = std::isfinite(sum_cur) ? Status::OK_ : weights_status(answer[2 * pair], n_cur[b]);
+        const Status p = std::isfinite(sum_prop) ? Status::OK_ : weights_status(answer[2 * pair + 1], n_prop[b]);
         if (a == Status::NAN_ || p == Status::NAN_ || std::isnan(u[b])) {
           row = Status::NAN_;
         } else if (a == Status::POS_INF_ || p == Status::POS_INF_ || u[b] == INFINITY) {
           row = Status::POS_INF_;
         } else {
-          const double f_cur = running_sum(cur, n_cur[b]) - std::log(static_cast<double>(n_cur[b]));
-          const double f_prop = running_sum(prop, n_prop[b]) - std::log(static_cast<double>(n_prop[b]));
+          const double f_cur = sum_cur - std::log(static_cast<double>(n_cur[b]));
+          const double f_prop = sum_prop - std::log(static_cast<double>(n_prop[b]));
           ratio = f_prop - f_cur;
           if (std::isnan(ratio)) {
             row = Status::NAN_;  // -inf against -inf: neither answer can occur

@@ -52,6 +52,34 @@ def score_arguments(rows=3, vocab=300, dtype=torch.float32):
     return (normal_logits(rows, vocab, dtype), torch.arange(rows) % vocab, per_row(4.0, rows), per_row(2.5, rows))
 
 
+def head_tensors(rows: int, vocab: int, dtype) -> tuple:
+    """hidden, lm_head, bias: rows of 37 columns, so that no vector divides them; logits of about 3."""
+    return (
+        normal_logits(rows, 37, dtype, scale=1.0, seed=vocab),
+        normal_logits(vocab, 37, dtype, scale=0.5, seed=vocab + 1),
+        normal_logits(1, vocab, dtype, seed=vocab + 2)[0],
+    )
+
+
+def sample_from_hidden_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True):
+    return (*head_tensors(rows, vocab, dtype), *sample_arguments(rows, 1, exclude=exclude)[1:], 20.0, 0.75)
+
+
+def score_from_hidden_arguments(rows=3, vocab=300, dtype=torch.float32):
+    return (*head_tensors(rows, vocab, dtype), *score_arguments(rows, vocab)[1:], 20.0, 0.75)
+
+
+def sample_from_hidden_outputs(rows=3, vocab=300, entropy=True) -> tuple:
+    _, *columns = sample_outputs(rows, vocab, entropy)
+    workspace = torch.full((pk.hidden_workspace_size(rows, vocab),), NAN)
+    return (torch.full((rows, vocab), NAN), workspace, *columns)
+
+
+def score_from_hidden_outputs(rows=3, vocab=300, entropy=True) -> tuple:
+    _, workspace, _, *columns = sample_from_hidden_outputs(rows, vocab, entropy)
+    return (workspace, *columns)
+
+
 def accept_arguments(rows=3, width=7):
     weights = -normal_logits(2 * rows, width).abs()
     lengths = torch.arange(1, rows + 1, dtype=torch.int32)
@@ -131,6 +159,10 @@ ARGUMENTS = {
     "sample_tokens_out": lambda: (*sample_arguments(), *sample_outputs()),
     "score_tokens": lambda: (*score_arguments(), True),
     "score_tokens_out": lambda: (*score_arguments(), *score_outputs()),
+    "sample_from_hidden": lambda: (*sample_from_hidden_arguments(), True),
+    "sample_from_hidden_out": lambda: (*sample_from_hidden_arguments(), *sample_from_hidden_outputs()),
+    "score_from_hidden": lambda: (*score_from_hidden_arguments(), True),
+    "score_from_hidden_out": lambda: (*score_from_hidden_arguments(), *score_from_hidden_outputs()),
     "mh_accept": accept_arguments,
     "mh_accept_out": lambda: (*accept_arguments(), *accept_outputs()),
     "mh_advance": advance_arguments,
@@ -153,6 +185,10 @@ def call(name: str, arguments: tuple):
         return getattr(pk, name)(tables, *vectors)
     if name in ("sample_tokens", "score_tokens"):
         return getattr(pk, name)(*arguments[:-1], return_entropy=arguments[-1])
+    if name in ("sample_from_hidden", "score_from_hidden"):
+        hidden, lm_head, bias, *rest, softcap, scale, entropy = arguments
+        options = dict(bias=bias, softcap=softcap, scale=scale, return_entropy=entropy)
+        return getattr(pk, name)(hidden, lm_head, *rest, **options)
     return getattr(pk, name)(*arguments)
 
 
@@ -168,6 +204,20 @@ OTHER_ARGUMENTS = {
     "strided rows": ("score_tokens", lambda: (strided(score_arguments()[0]), *score_arguments()[1:], True)),
     "score, no entropy": ("score_tokens", lambda: (*score_arguments(), False)),
     "score, no rows": ("score_tokens", lambda: (*score_arguments(0), True)),
+    "hidden, no exclusion, no entropy": (
+        "sample_from_hidden",
+        lambda: (*sample_from_hidden_arguments(exclude=False), False),
+    ),
+    "hidden, no bias": (
+        "score_from_hidden_out",
+        lambda: (
+            *head_tensors(3, 300, torch.float16)[:2],
+            None,
+            *score_from_hidden_arguments()[3:],
+            *score_from_hidden_outputs(entropy=False),
+        ),
+    ),
+    "hidden, no rows": ("sample_from_hidden", lambda: (*sample_from_hidden_arguments(0), True)),
     "no answers": ("mh_accept", lambda: accept_arguments(0)),
     "bfloat16 slabs": ("kv_copy_ranges", lambda: copy_arguments(torch.bfloat16)),
 }
@@ -204,7 +254,9 @@ def test_operators_pass_opcheck_with_other_arguments(case):
 # ---- fakes
 
 
-@pytest.mark.parametrize("name", ["sample_tokens", "score_tokens", "mh_accept"])
+@pytest.mark.parametrize(
+    "name", ["sample_tokens", "score_tokens", "sample_from_hidden", "score_from_hidden", "mh_accept"]
+)
 def test_fakes_promise_the_shapes_dtypes_and_strides_that_come(backend, name):
     arguments = ARGUMENTS[name]()
     real = getattr(NAMESPACE, name)(*arguments)

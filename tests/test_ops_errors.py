@@ -30,9 +30,13 @@ from tests.test_ops_contract import (
     pool_arguments,
     running_state,
     sample_arguments,
+    sample_from_hidden_arguments,
+    sample_from_hidden_outputs,
     sample_outputs,
     sampled,
     score_arguments,
+    score_from_hidden_arguments,
+    score_from_hidden_outputs,
     score_outputs,
 )
 
@@ -51,6 +55,11 @@ SAMPLE = {
 }
 SCORE = {name: SAMPLE[name] for name in ("logits", "alpha", "beta")} | {"tokens": (LONG, (ROWS,))}
 FLOATS = dict.fromkeys(("logp", "logq", "weight", "entropy"), (FLOAT, (ROWS,)))
+HEAD = {
+    "hidden": (LOGIT_DTYPES, (None, None)),
+    "lm_head": (FLOAT, (None, 37)),
+    "bias": (FLOAT, (VOCAB,)),
+}
 ROW_OUTPUTS = {"workspace": (FLOAT, (None,)), **FLOATS, "status": (INT, (ROWS,))}
 ACCEPT = {
     "weights_cur": (FLOAT, (None, None)),
@@ -96,6 +105,14 @@ SPECIFICATIONS = {
     "sample_tokens_out": SAMPLE | ROW_OUTPUTS | {"token": (LONG, (ROWS,))},
     "score_tokens": SCORE,
     "score_tokens_out": SCORE | ROW_OUTPUTS,
+    "sample_from_hidden": HEAD | {k: v for k, v in SAMPLE.items() if k != "logits"},
+    "sample_from_hidden_out": HEAD
+    | SAMPLE
+    | {"logits": (FLOAT, (ROWS, VOCAB))}
+    | ROW_OUTPUTS
+    | {"token": (LONG, (ROWS,))},
+    "score_from_hidden": HEAD | {k: v for k, v in SCORE.items() if k != "logits"},
+    "score_from_hidden_out": HEAD | {k: v for k, v in SCORE.items() if k != "logits"} | ROW_OUTPUTS,
     "mh_accept": ACCEPT,
     "mh_accept_out": ACCEPT | ACCEPT_OUTPUTS,
     "kv_copy_ranges": COPY,
@@ -103,9 +120,26 @@ SPECIFICATIONS = {
     **{name: TABLES | dict.fromkeys(vectors, (INT, (4,))) for name, vectors in TABLE_VECTORS.items()},
     "kv_copy_blocks": {"pool": (None, (None,) * 5), "copies": (INT, (None, 4))},
 }
-FIRST = {"logits", "weights_cur", "dst", "field", "block_table", "pool"}  # the argument that the others must agree with
+FIRST = {
+    "logits",
+    "hidden",
+    "weights_cur",
+    "dst",
+    "field",
+    "block_table",
+    "pool",
+}  # the argument that the others must agree with
 # only the inner stride of these is asked for
-MATRICES = {"logits", "weights_cur", "weights_prop", "dst", "src", "block_table", "pool"}
+MATRICES = {"logits", "hidden", "lm_head", "weights_cur", "weights_prop", "dst", "src", "block_table", "pool"}
+SCRATCH = ("sample_from_hidden_out", "logits")  # an output: not the first argument, and contiguous
+
+
+def is_first(name: str, argument: str) -> bool:
+    return argument in FIRST and (name, argument) != SCRATCH
+
+
+def is_matrix(name: str, argument: str) -> bool:
+    return argument in MATRICES and (name, argument) != SCRATCH
 
 
 def arguments_of(name: str) -> dict[str, torch.Tensor]:
@@ -129,6 +163,18 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
             return score
         case "score_tokens_out":
             return score | named(ROW_OUTPUTS, score_outputs(ROWS, VOCAB))
+        case "sample_from_hidden" | "sample_from_hidden_out":
+            *values, _, _ = sample_from_hidden_arguments(ROWS, VOCAB)
+            head = named([*HEAD, *(argument for argument in sample if argument != "logits")], values)
+            if name == "sample_from_hidden":
+                return head
+            return head | named(("logits", *outputs), sample_from_hidden_outputs(ROWS, VOCAB))
+        case "score_from_hidden" | "score_from_hidden_out":
+            *values, _, _ = score_from_hidden_arguments(ROWS, VOCAB)
+            head = named((*HEAD, "tokens", "alpha", "beta"), values)
+            if name == "score_from_hidden":
+                return head
+            return head | named(ROW_OUTPUTS, score_from_hidden_outputs(ROWS, VOCAB))
         case "mh_accept":
             return named(ACCEPT, accept_arguments(ROWS))
         case "mh_accept_out":
@@ -146,6 +192,8 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def call(name: str, arguments: dict) -> object:
+    if name.endswith("_from_hidden_out"):
+        return getattr(pk, name)(**{"softcap": 20.0, "scale": 0.75, **arguments})
     if name == "mh_advance":
         state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
         return pk.mh_advance(state, LAW, **{k: v for k, v in arguments.items() if k not in STATE})
@@ -194,7 +242,7 @@ def test_what_is_not_a_tensor_is_refused_by_name_and_type(name, argument):
     for value in (tensor.tolist(), 4.0, "text", tensor.cpu().numpy()):
         fragments = (rf"\b{argument}\b", type(value).__name__, r"torch\.Tensor")
         assert_refused(name, {argument: value}, ArgumentTypeError, *fragments)
-    if argument not in ("exclude", "entropy"):  # the two that may be left out
+    if argument not in ("exclude", "entropy", "bias"):  # those that may be left out
         assert_refused(name, {argument: None}, ArgumentTypeError, rf"\b{argument}\b", "NoneType", r"torch\.Tensor")
 
 
@@ -213,7 +261,7 @@ def test_a_wrong_dtype_is_refused_with_those_allowed(name, argument):
 def test_a_tensor_on_another_device_is_refused_with_both_devices(name, argument):
     changed = {argument: arguments_of(name)[argument].to("meta")}
     blamed = rf"^{argument} is on meta; .* on {DEVICE}"
-    if argument in FIRST:
+    if is_first(name, argument):
         blamed = rf"^\w+ is on {DEVICE}; it must be on meta"
     assert_refused(name, changed, ArgumentTypeError, blamed)
 
@@ -261,7 +309,7 @@ def test_a_size_that_does_not_match_is_refused_with_the_shape_wanted(name, argum
         assert_refused(name, {argument: value}, ArgumentError, *fragments)
 
 
-@cases(lambda name, argument: argument not in MATRICES)
+@cases(lambda name, argument: not is_matrix(name, argument))
 def test_a_vector_with_gaps_is_refused_with_its_strides(name, argument):
     tensor = arguments_of(name)[argument]
     if tensor.numel() < 2:
@@ -272,7 +320,7 @@ def test_a_vector_with_gaps_is_refused_with_its_strides(name, argument):
     assert_refused(name, {argument: value}, ArgumentError, *fragments)
 
 
-@cases(lambda name, argument: argument in MATRICES)
+@cases(is_matrix)
 def test_an_inner_stride_that_is_not_one_is_refused_with_its_value(name, argument):
     tensor = arguments_of(name)[argument]
     for value, stride in (

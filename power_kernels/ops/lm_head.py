@@ -47,7 +47,8 @@ def _check_head(hidden, lm_head, bias, softcap, scale) -> None:
         raise ArgumentError("lm_head has an empty vocabulary; V must be at least 1")
     check_rows("lm_head", lm_head)
     if bias is not None:
-        check_vectors(hidden, bias=(bias, (hidden.dtype, torch.float32), (lm_head.shape[0],)))
+        dtypes = tuple(dict.fromkeys((hidden.dtype, torch.float32)))
+        check_vectors(hidden, bias=(bias, dtypes, (lm_head.shape[0],)))
     _check_number("softcap", softcap, 0.0)
     _check_number("scale", scale, -math.inf)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ POINTER = {
     torch.int16: "*i16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
+
+
+LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,52 @@ class Configuration:
     kernel: Any  # a triton.JITFunction
     signature: Mapping[str, str]  # argument -> Triton type, constexprs left out
     constexprs: Mapping[str, Any]
-    aligned: tuple[str, ...] = ()  # pointers at 16 bytes, integers that are multiples of 16
+    aligned: tuple[str, ...] = ()  # pointers at 16 bytes, integers that are multiples of 16, where Triton looks
     num_warps: int = 4
-    wide: str | None = None  # the vector load that the data must come through in PTX, e.g. "v4"
+    num_stages: int | None = None  # None: the target's default
+    wide: str | None = None  # "v4": what it streams must come in 16-byte loads
+    elements: int | None = None  # that a program takes in one pass of its hot loop
+
+
+def split(meta: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Constexprs and number of warps of a launcher's constants."""
+    return {k: v for k, v in meta.items() if k != "num_warps"}, meta["num_warps"]
+
+
+def logits_configurations(
+    name: str, kernel, signature: Mapping[str, str], meta: Mapping[str, Any], choices: Mapping[str, tuple]
+) -> list[Configuration]:
+    """A kernel over rows of logits: every dtype, 16-byte and single-entry loads (VEC), every combination of `choices`.
+
+    signature: all but logits_ptr and stride_row. meta: the launcher's constants. A kernel without a constexpr VEC reads
+    single entries only.
+    """
+    constexprs, warps = split(meta)
+    found = []
+    for dtype in LOGITS:
+        for width in (16 // dtype.itemsize, 1) if "VEC" in kernel.arg_names else (None,):
+            for combination in product(*choices.values()):
+                chosen = {**({} if width is None else {"VEC": width}), **dict(zip(choices, combination, strict=True))}
+                found.append(
+                    Configuration(
+                        name=" ".join([name, str(dtype)[6:], *(f"{k}={v}" for k, v in chosen.items())]),
+                        kernel=kernel,
+                        signature={"logits_ptr": POINTER[dtype], "stride_row": "i64", **signature},
+                        constexprs={**constexprs, **chosen},
+                        aligned=("logits_ptr",) if (width or 1) > 1 else (),
+                        num_warps=warps,
+                        wide="v4" if (width or 1) > 1 else None,
+                        elements=meta.get("TILE") if name == "mass" else None,
+                    )
+                )
+    return found
 
 
 def configurations() -> list[Configuration]:
     """Every shipped configuration of every kernel of this package."""
-    from . import chain, kv_cache, sampling, scoring
+    from . import chain, kv_cache, paged_kv, sampling, scoring
 
-    return [c for module in (sampling, scoring, chain, kv_cache) for c in module.configurations()]
+    return [c for module in (sampling, scoring, chain, kv_cache, paged_kv) for c in module.configurations()]
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:

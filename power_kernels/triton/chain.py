@@ -30,9 +30,9 @@ from power_kernels.state import (
     Outcome,
     Status,
 )
-from power_kernels.triton import Configuration, launch
+from power_kernels.triton import Configuration, launch, split
 from power_kernels.triton.rng import uniforms
-from power_kernels.triton.sampling import split, take
+from power_kernels.triton.sampling import take
 
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))
@@ -70,7 +70,22 @@ def _running_sum(weights, length, UNROLL: tl.constexpr):
     return total, has_nan, has_inf
 
 
-@triton.jit(do_not_specialize=["rows", "longest_cur", "longest_prop", "stride_cur", "stride_prop"])
+_ACCEPT_POINTERS = {
+    "weights_cur_ptr": "*fp32",
+    "weights_prop_ptr": "*fp32",
+    "len_cur_ptr": "*i32",
+    "len_prop_ptr": "*i32",
+    "log_u_ptr": "*fp64",
+    "accept_ptr": "*u1",
+    "log_ratio_ptr": "*fp64",
+    "status_ptr": "*i32",
+}
+_ACCEPT_INTEGERS = {
+    "rows": "i32", "longest_cur": "i32", "longest_prop": "i32", "stride_cur": "i64", "stride_prop": "i64",
+}  # fmt: skip
+
+
+@triton.jit(do_not_specialize=list(_ACCEPT_INTEGERS), do_not_specialize_on_alignment=list(_ACCEPT_POINTERS))
 def _mh_accept_kernel(
     weights_cur_ptr,  # [B, T] fp32, row stride stride_cur
     weights_prop_ptr,  # [B, T'] fp32, row stride stride_prop
@@ -83,8 +98,8 @@ def _mh_accept_kernel(
     rows,
     longest_cur,
     longest_prop,
-    stride_cur,
-    stride_prop,
+    stride_cur: tl.int64,
+    stride_prop: tl.int64,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -242,11 +257,39 @@ def _is_eos(token, eos_ptr, eos_count):
     return hit
 
 
-@triton.jit(
-    do_not_specialize=[
-        "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
-    ]
+_ADVANCE_POINTERS = {
+    "field_ptr": "*i32",
+    "token_ptr": "*i32",
+    "logq_ptr": "*fp32",
+    "cumw_ptr": "*fp64",
+    "outcome_ptr": "*i8",
+    "cost_ptr": "*i64",
+    "lane_field_ptr": "*i32",
+    "lane_token_ptr": "*i32",
+    "lane_logq_ptr": "*fp32",
+    "lane_cumw_ptr": "*fp64",
+    "lane_theta_ptr": "*fp64",
+    "input_id_ptr": "*i64",
+    "position_ptr": "*i64",
+    "counter_ptr": "*i32",
+    "exclude_ptr": "*i64",
+    "commit_range_ptr": "*i32",
+    "open_range_ptr": "*i32",
+    "log_n_ptr": "*fp64",
+    "seed_ptr": "*i64",
+    "eos_ptr": "*i64",
+    "new_token_ptr": "*i64",
+    "new_logq_ptr": "*fp32",
+    "new_weight_ptr": "*fp32",
+    "new_status_ptr": "*i32",
+}
+_ADVANCE_INTEGERS = (
+    "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+    "early_rejection", "free_prefix", "karan_du", "lanes",
 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=list(_ADVANCE_INTEGERS), do_not_specialize_on_alignment=list(_ADVANCE_POINTERS))
 def _mh_advance_kernel(
     field_ptr,  # [C, CHAIN_PITCH] i32
     token_ptr,  # [C, width] i32
@@ -279,10 +322,10 @@ def _mh_advance_kernel(
     block_size,
     mcmc_steps,
     final_steps,
-    EARLY_REJECTION: tl.constexpr,
-    FREE_PREFIX: tl.constexpr,
-    KARAN_DU: tl.constexpr,
-    P: tl.constexpr,
+    early_rejection,
+    free_prefix,
+    karan_du,
+    lanes,  # P, a chain
     P_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -311,8 +354,8 @@ def _mh_advance_kernel(
     prompt_token = tl.load(field + _PROMPT_TOKEN)
 
     index = tl.arange(0, P_PAD)
-    live = index < P
-    lane = c * P + index
+    live = index < lanes
+    lane = c * lanes + index
     lane_row = lane.to(tl.int64) * width
     lane_field = lane_field_ptr + lane * LANE_PITCH
     lane_status = tl.load(lane_field + _LANE_STATUS, mask=live, other=_IDLE)
@@ -373,18 +416,14 @@ def _mh_advance_kernel(
     tl.store(lane_cumw_ptr + lane_row + pos + 1, total, mask=append)
     pos = tl.where(prefix | append, pos + 1, pos)
 
-    cap = horizon
-    if KARAN_DU:
-        cap = tl.where(extending, horizon, length)
+    cap = tl.where((karan_du == 0) | extending, horizon, length)
     closed = append & (_is_eos(token, eos_ptr, eos_count) | (pos == cap))
     tested = append & (extending == 0)
     theta = tl.load(lane_theta_ptr + lane, mask=tested, other=0.0)
-    if KARAN_DU:
-        tested = tested & closed
+    tested = tested & (closed | ((early_rejection > 0) & (karan_du == 0)))
+    if karan_du:
         against = tl.load(cumw_ptr + pos, mask=tested, other=0.0)
     else:
-        if not EARLY_REJECTION:
-            tested = tested & closed
         # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
         at_least = tl.where(eos_count > 0, pos + 1, cap)
         against = tl.load(log_n_ptr + tl.where(closed, pos, at_least), mask=tested, other=0.0)
@@ -401,7 +440,7 @@ def _mh_advance_kernel(
         start = take(pos, index, walking) + 1
         found = _walk(logq_ptr, seed, chain_id, prompt_word, number, start, length, BLOCK)
         fed = start
-        if FREE_PREFIX:
+        if free_prefix:
             saved_prefix += found - start
             fed = found
         if fed == length:
@@ -435,7 +474,7 @@ def _mh_advance_kernel(
         elif state == _CLOSED_LANE:
             d = take(div, index, winner)
             n = take(pos, index, winner)
-            row = (c * P + winner).to(tl.int64) * width
+            row = (c * lanes + winner).to(tl.int64) * width
             for block in range(d, n, BLOCK):
                 t = block + tl.arange(0, BLOCK)
                 inside = t < n
@@ -444,7 +483,7 @@ def _mh_advance_kernel(
                 tl.store(cumw_ptr + t + 1, tl.load(lane_cumw_ptr + row + t + 1, mask=inside), mask=inside)
             tl.debug_barrier()
             # The chain's KV lacks its last token; an extension starts there and so must copy it too.
-            commit_lane = c * P + winner
+            commit_lane = c * lanes + winner
             commit_start = base + tl.minimum(d, length - 1)
             commit_stop = base + n - 1
             length = n
@@ -479,7 +518,7 @@ def _mh_advance_kernel(
         if extend:
             begin = stage * block_size
             number = tl.zeros_like(opened)
-            if KARAN_DU:
+            if karan_du:
                 begin = length
                 # The published code can extend from the same position twice; those draws must not repeat.
                 number = -(stage + 1)
@@ -494,13 +533,13 @@ def _mh_advance_kernel(
                 seed, tl.zeros_like(number), number, chain_id, prompt_word | _STREAM_STEP
             )
             theta_new = tl.log(1.0 - accept_uniform)
-            if not KARAN_DU:
+            if karan_du == 0:
                 theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
-            tl.store(lane_theta_ptr + c * P + free, theta_new)
+            tl.store(lane_theta_ptr + c * lanes + free, theta_new)
             cut = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
             found = _walk(logq_ptr, seed, chain_id, prompt_word, number, cut, length, BLOCK)
             fed = cut
-            if FREE_PREFIX:
+            if free_prefix:
                 saved_prefix += found - cut
                 fed = found
             starts = fed < length
@@ -584,8 +623,8 @@ def _mh_advance_kernel(
     tl.store(commit + 3, commit_stop)
 
 
-def _lanes(lanes: int) -> dict[str, int]:
-    return {"P": lanes, "P_PAD": triton.next_power_of_2(lanes)}
+# Vectors over lanes: one lane needs no reductions, and most users have one or a few.
+_WIDTHS = (1, 4, MAX_LANES)
 
 
 def mh_advance(*args) -> None:
@@ -615,87 +654,36 @@ def mh_advance(*args) -> None:
         block_size,
         mcmc_steps,
         final_steps,
-        EARLY_REJECTION=early_rejection,
-        FREE_PREFIX=free_prefix,
-        KARAN_DU=karan_du,
-        **_lanes(state.lanes),
+        int(early_rejection),
+        int(free_prefix),
+        int(karan_du),
+        state.lanes,
+        P_PAD=min(width for width in _WIDTHS if width >= state.lanes),
         **ADVANCE,
     )
 
 
-_ADVANCE_POINTERS = {
-    "field_ptr": "*i32",
-    "token_ptr": "*i32",
-    "logq_ptr": "*fp32",
-    "cumw_ptr": "*fp64",
-    "outcome_ptr": "*i8",
-    "cost_ptr": "*i64",
-    "lane_field_ptr": "*i32",
-    "lane_token_ptr": "*i32",
-    "lane_logq_ptr": "*fp32",
-    "lane_cumw_ptr": "*fp64",
-    "lane_theta_ptr": "*fp64",
-    "input_id_ptr": "*i64",
-    "position_ptr": "*i64",
-    "counter_ptr": "*i32",
-    "exclude_ptr": "*i64",
-    "commit_range_ptr": "*i32",
-    "open_range_ptr": "*i32",
-    "log_n_ptr": "*fp64",
-    "seed_ptr": "*i64",
-    "eos_ptr": "*i64",
-    "new_token_ptr": "*i64",
-    "new_logq_ptr": "*fp32",
-    "new_weight_ptr": "*fp32",
-    "new_status_ptr": "*i32",
-}
-_ADVANCE_INTEGERS = (
-    "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
-)  # fmt: skip
-
-
 def configurations() -> list[Configuration]:
-    """mh_accept, and mh_advance for 1 to 16 lanes with every flag."""
+    """mh_accept, and mh_advance for 1, up to 4 and up to 16 lanes; the law is in the arguments."""
     constexprs, warps = split(ACCEPT)
-    accept = {
-        "weights_cur_ptr": "*fp32",
-        "weights_prop_ptr": "*fp32",
-        "len_cur_ptr": "*i32",
-        "len_prop_ptr": "*i32",
-        "log_u_ptr": "*fp64",
-        "accept_ptr": "*i1",
-        "log_ratio_ptr": "*fp64",
-        "status_ptr": "*i32",
-    }
-    sizes = ("rows", "longest_cur", "longest_prop", "stride_cur", "stride_prop")
     found = [
         Configuration(
             name="mh_accept",
             kernel=_mh_accept_kernel,
-            signature={**accept, **dict.fromkeys(sizes, "i32")},
+            signature={**_ACCEPT_POINTERS, **_ACCEPT_INTEGERS},
             constexprs=constexprs,
-            aligned=tuple(accept),
             num_warps=warps,
         )
     ]
     constexprs, warps = split(ADVANCE)
-    flags = [(True, True, False), (False, True, False), (True, False, False), (False, True, True)]
-    for lanes in (1, 2, 4, 8, 12, MAX_LANES):
-        for early_rejection, free_prefix, karan_du in flags if lanes in (1, 8) else flags[:1]:
-            found.append(
-                Configuration(
-                    name=f"mh_advance lanes={lanes} early={early_rejection} free={free_prefix} karan_du={karan_du}",
-                    kernel=_mh_advance_kernel,
-                    signature={**_ADVANCE_POINTERS, **dict.fromkeys(_ADVANCE_INTEGERS, "i32")},
-                    constexprs={
-                        "EARLY_REJECTION": early_rejection,
-                        "FREE_PREFIX": free_prefix,
-                        "KARAN_DU": karan_du,
-                        **_lanes(lanes),
-                        **constexprs,
-                    },
-                    aligned=tuple(_ADVANCE_POINTERS),
-                    num_warps=warps,
-                )
+    for width in _WIDTHS:
+        found.append(
+            Configuration(
+                name=f"mh_advance P_PAD={width}",
+                kernel=_mh_advance_kernel,
+                signature={**_ADVANCE_POINTERS, **dict.fromkeys(_ADVANCE_INTEGERS, "i32")},
+                constexprs={"P_PAD": width, **constexprs},
+                num_warps=warps,
             )
+        )
     return found

@@ -6,7 +6,8 @@ Shapes: dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D] of one dtype (moved 
 other strides; ranges i32 [R, 4], contiguous. A range is copied whole or not at all: it is skipped when it is empty, or
 when a row or position lies outside a slab. The slabs must not share memory, ranges must not write the same positions.
 Bytes moved: 2 * G * heads * D * itemsize a position. One program a (range, g, share of the range's blocks); a program
-of an empty range reads 16 bytes and leaves.
+of an empty range reads 16 bytes and leaves. Every size and stride is an argument: a device compiles the few block
+widths below, whatever the model.
 """
 
 from __future__ import annotations
@@ -15,36 +16,35 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.triton import Configuration, launch
-from power_kernels.triton.sampling import split
+from power_kernels.triton import POINTER, Configuration, launch, split
 
 COPY = {"num_warps": 4}
 _BLOCK = 2048  # words a step: four 16-byte loads in flight a thread
 _PROGRAMS = 16384  # long ranges are shared out until there are this many; a program without work costs its launch
 
 _STRIDES = ("dst_g", "dst_row", "dst_head", "dst_step", "src_g", "src_row", "src_head", "src_step")
-_SIZES = ("dst_rows", "src_rows", "heads", "positions")
+_SIZES = ("dst_rows", "src_rows", "heads", "positions", "units")
 
 
-@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES])
+@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES], do_not_specialize_on_alignment=["ranges_ptr"])
 def _kv_copy_kernel(
     dst_ptr,  # [G, Rd, heads, S, D] words
     src_ptr,  # [G, Rs, heads, S', D] words
     ranges_ptr,  # [R, 4] i32: dst_row, src_row, start, stop
-    dst_g,  # strides in units of UNIT words
-    dst_row,
-    dst_head,
-    dst_step,
-    src_g,
-    src_row,
-    src_head,
-    src_step,
+    dst_g: tl.int64,  # strides in units of UNIT words
+    dst_row: tl.int64,
+    dst_head: tl.int64,
+    dst_step: tl.int64,
+    src_g: tl.int64,
+    src_row: tl.int64,
+    src_head: tl.int64,
+    src_step: tl.int64,
     dst_rows,
     src_rows,
     heads,
     positions,  # min(S, S')
-    D: tl.constexpr,  # words a position
-    UNIT: tl.constexpr,  # words a unit: 4 when everything is a multiple of 16 bytes
+    units,  # a position: D / UNIT
+    UNIT: tl.constexpr,  # words a unit: 4 when every address is a multiple of 16 bytes
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -57,18 +57,25 @@ def _kv_copy_kernel(
     inside = (to >= 0) & (to < dst_rows) & (of >= 0) & (of < src_rows) & (start >= 0) & (stop <= positions)
     if inside & (start < stop):
         g = tl.program_id(1).to(tl.int64)
-        # Strides count units, so that the compiler sees that every offset is a multiple of UNIT words.
+        # Strides count units, so that the compiler sees that every offset is a multiple of UNIT words; that the slabs
+        # begin at multiples of 16 bytes it is told by the launcher.
         dst_base = dst_ptr + (g * dst_g + to.to(tl.int64) * dst_row) * UNIT
         src_base = src_ptr + (g * src_g + of.to(tl.int64) * src_row) * UNIT
+        if UNIT > 1:
+            dst_base = tl.multiple_of(dst_base, 4 * UNIT)
+            src_base = tl.multiple_of(src_base, 4 * UNIT)
         blocks = tl.cdiv(stop - start, BLOCK_S)
-        word = tl.arange(0, BLOCK_D)[None, :]
         for item in range(tl.program_id(2), heads * blocks, tl.num_programs(2)):
             head = (item // blocks).to(tl.int64)
             step = start + (item % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
-            mask = (step < stop) & (word < D)
+            rows = step < stop
             step = step.to(tl.int64)
-            values = tl.load(src_base + (head * src_head + step * src_step) * UNIT + word, mask=mask)
-            tl.store(dst_base + (head * dst_head + step * dst_step) * UNIT + word, values, mask=mask)
+            of_step = src_base + (head * src_head + step * src_step) * UNIT
+            to_step = dst_base + (head * dst_head + step * dst_step) * UNIT
+            for first in range(0, units * UNIT, BLOCK_D):
+                word = first + tl.arange(0, BLOCK_D)[None, :]
+                mask = rows & (word < units * UNIT)
+                tl.store(to_step + word, tl.load(of_step + word, mask=mask), mask=mask)
 
 
 _WORD = {16: (torch.int32, 4), 8: (torch.int32, 2), 4: (torch.int32, 1), 2: (torch.int16, 1), 1: (torch.uint8, 1)}
@@ -92,9 +99,14 @@ def _words(slab: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return slab.as_strided(slab.shape, [*strides[:4], 1]).view(dtype)
 
 
-def _blocks(words: int) -> dict[str, int]:
-    block_d = triton.next_power_of_2(words)
-    return {"D": words, "BLOCK_S": max(1, _BLOCK // block_d), "BLOCK_D": block_d}
+# Words of a position at a time: 128, 256 or 512 bytes of it; narrower units are for odd shapes and have one width.
+_WIDTHS = {16: (32, 64, 128), 8: (32,), 4: (32,), 2: (32,), 1: (32,)}
+
+
+def _blocks(unit_bytes: int, words: int) -> dict[str, int]:
+    widths = _WIDTHS[unit_bytes]
+    width = next((w for w in widths if w >= words), widths[-1])
+    return {"BLOCK_S": _BLOCK // width, "BLOCK_D": width}
 
 
 def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -> None:
@@ -106,7 +118,7 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
     to, of = _words(dst, dtype), _words(src, dtype)
     groups, _, heads, _, words = to.shape
     positions = min(to.shape[3], of.shape[3])
-    meta = _blocks(words)
+    meta = _blocks(unit_bytes, words)
     wanted = triton.cdiv(_PROGRAMS, max(ranges.shape[0] * groups, 1))
     shares = min(wanted, heads * triton.cdiv(positions, meta["BLOCK_S"]))
     launch(
@@ -122,6 +134,7 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
         of.shape[1],
         heads,
         positions,
+        words // unit,
         UNIT=unit,
         **meta,
         **COPY,
@@ -129,28 +142,28 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
 
 
 def configurations() -> list[Configuration]:
-    """Head dimensions 64, 80, 96, 128, 256 of bf16 in 16-byte units (of fp32: half of that), and narrower units."""
-    shapes = [(16, d * 2) for d in (64, 80, 96, 128, 256)] + [(8, 40), (2, 130), (1, 33)]
+    """Every unit and block width, whatever the head dimension and dtype."""
+    constexprs, warps = split(COPY)
     found = []
-    for unit_bytes, row_bytes in shapes:
-        dtype, unit = _WORD[unit_bytes]
-        pointer = {torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}[dtype]
-        constexprs, warps = split(COPY)
-        found.append(
-            Configuration(
-                name=f"kv_copy unit={unit_bytes}B row={row_bytes}B",
-                kernel=_kv_copy_kernel,
-                signature={
-                    "dst_ptr": pointer,
-                    "src_ptr": pointer,
-                    "ranges_ptr": "*i32",
-                    **{name: "i64" if name in ("dst_g", "src_g") else "i32" for name in _STRIDES},
-                    **dict.fromkeys(_SIZES, "i32"),
-                },
-                constexprs={"UNIT": unit, **_blocks(row_bytes // dtype.itemsize), **constexprs},
-                aligned=("dst_ptr", "src_ptr", "ranges_ptr") if unit_bytes == 16 else (),
-                num_warps=warps,
-                wide="v4" if unit_bytes == 16 else None,
+    for unit_bytes, (dtype, unit) in _WORD.items():
+        pointer = POINTER[dtype]
+        for width in _WIDTHS[unit_bytes]:
+            found.append(
+                Configuration(
+                    name=f"kv_copy unit={unit_bytes}B BLOCK_D={width}",
+                    kernel=_kv_copy_kernel,
+                    signature={
+                        "dst_ptr": pointer,
+                        "src_ptr": pointer,
+                        "ranges_ptr": "*i32",
+                        **dict.fromkeys(_STRIDES, "i64"),
+                        **dict.fromkeys(_SIZES, "i32"),
+                    },
+                    constexprs={"UNIT": unit, **_blocks(unit_bytes, width), **constexprs},
+                    aligned=("dst_ptr", "src_ptr") if unit_bytes == 16 else (),
+                    num_warps=warps,
+                    wide="v4" if unit_bytes == 16 else None,
+                    elements=_BLOCK,
+                )
             )
-        )
     return found

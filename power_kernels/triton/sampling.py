@@ -10,6 +10,10 @@ relative to the tile's own maximum; it knows neither randomness nor exclusion an
 one program a row, combines the tiles in float64, picks a tile by their prefix and reads that tile once more (and the
 excluded token's tile when there is one).
 
+A logit costs one exponential where beta is an integer up to 16, whose powers come by squaring, and two otherwise. One
+row of 151,936 logits is 149 warps, more than a device has multiprocessors: every load of the row is in flight at once,
+and a narrower tile could only add to the finisher's work.
+
 Shapes: logits [B, V] (fp32, fp16, bf16; unit inner stride, any row stride), everything else [B] and contiguous.
 Bytes moved: B * V * itemsize read once, + 16 B * V / TILE written and read, + one or two tiles a row read again.
 """
@@ -21,16 +25,18 @@ import triton
 import triton.language as tl
 
 from power_kernels.state import Status
-from power_kernels.triton import POINTER, Configuration, launch
+from power_kernels.triton import LOGITS, Configuration, launch, logits_configurations, split  # noqa: F401
 from power_kernels.triton.rng import uniforms
 
 # A tile is one warp's, 32 entries a thread: the reductions of larger programs through shared memory were a third of the
-# kernel's instructions.
+# kernel's instructions. The same for every batch, so that a row's bits do not depend on it.
 TILE = 1024
+_LANES = tl.constexpr(32)  # what a tile's entries are summed over last; a wave of 64 adds one step
 MASS = {"TILE": TILE, "num_warps": 1}
 _PROGRAMS = 8192  # one-warp programs that fill any device; beyond that each takes more tiles, to save their starts
 FINISH = {"TILE": TILE, "num_warps": 4}
 LEAST_TILES = 256  # every vocabulary up to 262,144 shares one specialisation
+MOST_TILES = 512  # what is compiled and checked offline: vocabularies up to 524,288
 
 _OK = tl.constexpr(int(Status.OK))
 _NAN = tl.constexpr(int(Status.NAN))
@@ -43,6 +49,9 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))
 _FAR = tl.constexpr(0x7FFFFFFF)
+_MOST_POWER = tl.constexpr(
+    16
+)  # beyond, the rounding of e = exp(z - m) would grow to more than that of exp(beta (z - m))
 
 
 # ---- helpers in float64
@@ -66,81 +75,102 @@ def take(values, index, at):
 
 
 @triton.jit
-def _power_sum(e, beta):
-    """sum e**beta of a tile, beta = 1, 2, ... 8: no second exponential."""
-    if beta == 4.0:
-        e = e * e
-        total = tl.sum(e * e, 0)
-    elif beta == 2.0:
-        total = tl.sum(e * e, 0)
-    elif beta == 3.0:
-        total = tl.sum(e * e * e, 0)
-    elif beta == 1.0:
-        total = tl.sum(e, 0)
-    elif beta == 5.0:
-        e2 = e * e
-        total = tl.sum(e2 * e2 * e, 0)
-    elif beta == 6.0:
-        e = e * e
-        total = tl.sum(e * e * e, 0)
-    elif beta == 7.0:
-        e2 = e * e
-        total = tl.sum(e2 * e2 * e2 * e, 0)
-    else:
-        e = e * e
-        e = e * e
-        total = tl.sum(e * e, 0)
-    return total
+def _row_of(logits_ptr, row, stride_row, VEC: tl.constexpr):
+    """The row's first entry. With VEC > 1 the launcher has seen that every row begins at a multiple of 16 bytes; Triton
+    sees it from the pointer's own alignment and the stride in units of VEC."""
+    return logits_ptr + row.to(tl.int64) * (stride_row * VEC)
 
 
 @triton.jit
-def _tile_record(logits, beta, record, tiles, V, first, ENTROPY: tl.constexpr, TILE: tl.constexpr):
-    """The four numbers of one tile, from logits (a pointer to its first entry) to record."""
-    entry = tl.arange(0, TILE)
-    # Two branches so that full tiles load without a mask: one at a V that is no multiple of 16 would split their
-    # 16-byte loads.
-    if first + TILE <= V:
-        z = tl.load(logits + entry).to(tl.float32)
-    else:
-        z = tl.load(logits + entry, mask=entry < V - first, other=-_INF).to(tl.float32)
+def _lane_sums(x, VEC: tl.constexpr):
+    """The sum of the entries that each lane of a warp holds when they come VEC at a time: [TILE] -> [_LANES]."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0] // (_LANES * VEC), _LANES, VEC]), 2), 0)
 
-    top = tl.max(z, 0)
+
+@triton.jit
+def _lane_maxima(x, VEC: tl.constexpr):
+    return tl.max(tl.max(tl.reshape(x, [x.shape[0] // (_LANES * VEC), _LANES, VEC]), 2), 0)
+
+
+@triton.jit
+def _power_sums(e, n, VEC: tl.constexpr):
+    """Each lane's sum of e**n, n = 1, 2, 3, ...: by squaring, the last square together with the sum."""
+    while ((n & 1) == 0) & (n > 2):
+        e = e * e
+        n = n >> 1
+    if n == 2:
+        sums = _lane_sums(e * e, VEC)
+    elif n == 1:
+        sums = _lane_sums(e, VEC)
+    else:
+        odd = e
+        while n > 3:
+            n = n >> 1
+            e = e * e
+            if (n & 1) == 1:
+                odd = odd * e
+        sums = _lane_sums(odd * (e * e), VEC)
+    return sums
+
+
+@triton.jit
+def _tile_record(
+    logits, beta, power, record, tiles, left, ENTROPY: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr
+):
+    """The four numbers of one tile, from logits (a pointer to its first entry, of which `left` remain) to record."""
+    entry = tl.arange(0, TILE)
+    z = tl.load(logits + entry, mask=entry < left, other=-_INF).to(tl.float32)
+    highest = _lane_maxima(z, VEC)
+    top = tl.max(highest, 0)
     if top == _INF:  # NaN is told first, and max() skips it
         top = tl.where(tl.max((z != z).to(tl.int32), 0) > 0, _UNDEFINED, top)
     shift = tl.where(top == -_INF, 0.0, top)
-    peak = z == shift
-    ties = tl.sum(peak.to(tl.int32), 0)
-    # Every entry at the maximum leaves the sums, all but one come back: nothing is rounded against the removed 1.
-    back = tl.maximum(ties - 1, 0).to(tl.float32)
-    d = tl.where(peak, -_INF, z - shift) * _LOG2E
-    power = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= 8.0)
-    rb = back
-    if not power:  # before e, so that the two exponentials never share the registers
-        rb = tl.sum(tl.exp2(d * beta), 0)
+
+    # One argmax must leave the sums before anything is added to it, or its 1 would round the rest away. Comparing every
+    # entry with the maximum was a quarter of the instructions. Instead the lane that holds an argmax is left out of
+    # the sums, and its 32 entries are read once more, one a lane: only these are compared.
+    lane = tl.arange(0, _LANES)
+    winner = tl.min(tl.where(highest == top, lane, _LANES - 1), 0)
+    others = lane != winner
+    held = (lane // VEC) * (_LANES * VEC) + winner * VEC + lane % VEC
+    y = tl.load(logits + held, mask=held < left, other=-_INF).to(tl.float32)
+    peak = y == shift
+    # Every entry at the maximum leaves these 32, all but one come back.
+    back = tl.maximum(tl.sum(peak.to(tl.int32), 0) - 1, 0).to(tl.float32)
+    dy = tl.where(peak, -_INF, y - shift) * _LOG2E
+
+    d = (z - shift) * _LOG2E
+    rb = tl.zeros_like(highest)
+    if power == 0:  # before e, so that the two exponentials never share the registers
+        rb = _lane_sums(tl.exp2(d * beta), VEC)
     e = tl.exp2(d)
-    r1 = tl.sum(e, 0)
+    r1 = tl.sum(tl.where(others, _lane_sums(e, VEC), 0.0) + tl.exp2(dy), 0)
     if ENTROPY:
-        # exp2(-300) is 0 in fp32, so the bound only keeps -inf * 0 out.
+        # The argmax adds 0. exp2(-300) is 0 in fp32, so the bound only keeps -inf * 0 out.
         tl.store(record + 3 * tiles, tl.sum(tl.maximum(d, -300.0) * e, 0) * _LN2)
     tl.store(record, tl.where((r1 != r1) & (top != _INF), _UNDEFINED, top))  # a NaN below a finite maximum
     tl.store(record + tiles, r1 + back)
-    if power:
-        rb = _power_sum(e, beta)
-    tl.store(record + 2 * tiles, rb + back)
+    if power > 0:
+        rb = _power_sums(e, power, VEC)
+    tl.store(record + 2 * tiles, tl.sum(tl.where(others, rb, 0.0) + tl.exp2(dy * beta), 0) + back)
 
 
-@triton.jit(do_not_specialize=["V", "tiles", "programs", "share"])
+@triton.jit(
+    do_not_specialize=["V", "stride_row", "tiles", "programs", "share"],
+    do_not_specialize_on_alignment=["beta_ptr", "work_ptr"],
+)
 def _mass_kernel(
     logits_ptr,  # [B, V] fp32 | fp16 | bf16, row stride stride_row
     beta_ptr,  # [B] fp32
     work_ptr,  # [B, 4, tiles] fp32: maximum, R1, Rb, entropy sum of each tile
     V,
-    stride_row,
+    stride_row: tl.int64,  # in units of VEC entries
     tiles,
     programs,  # a row
     share,  # tiles a program
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
+    VEC: tl.constexpr,  # entries a load: 16 bytes, or 1
 ):
     """A share of one row's tiles, one after the other.
 
@@ -149,31 +179,36 @@ def _mass_kernel(
     """
     row = tl.program_id(0) // programs
     start = (tl.program_id(0) % programs) * share
-    logits = logits_ptr + row.to(tl.int64) * stride_row
+    logits = _row_of(logits_ptr, row, stride_row, VEC)
     record = work_ptr + row.to(tl.int64) * (4 * tiles)
     beta = tl.load(beta_ptr + row)
+    whole = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= _MOST_POWER)
+    power = tl.where(whole, beta, 0.0).to(tl.int32)
     for tile in range(start, tl.minimum(start + share, tiles)):
         first = tile * TILE
-        _tile_record(logits + first, beta, record + tile, tiles, V, first, ENTROPY, TILE)
+        left = tl.multiple_of(V - first, VEC)
+        _tile_record(logits + first, beta, power, record + tile, tiles, left, ENTROPY, TILE, VEC)
 
 
 # ---- rows
 
 
 @triton.jit
-def _read_tile(row_ptr, tile, V, skip, TILE: tl.constexpr):
+def _read_tile(row_ptr, tile, V, skip, TILE: tl.constexpr, VEC: tl.constexpr):
     """The logits of one tile again, fp32 [TILE], -inf at `skip` and past the vocabulary."""
-    token = tile * TILE + tl.arange(0, TILE)
-    z = tl.load(row_ptr + token, mask=token < V, other=-_INF).to(tl.float32)
-    return tl.where(token == skip, -_INF, z)
+    first = tile * TILE
+    entry = tl.arange(0, TILE)
+    left = tl.multiple_of(V - first, VEC)
+    z = tl.load(row_ptr + first + entry, mask=entry < left, other=-_INF).to(tl.float32)
+    return tl.where(entry == skip - first, -_INF, z)
 
 
 @triton.jit
-def row_masses(work_ptr, row, tiles, alpha, beta, ENTROPY: tl.constexpr, TILES: tl.constexpr):
+def row_masses(work_ptr, row, tiles, alpha, beta, has_entropy, TILES: tl.constexpr):
     """The records of one row, combined in float64. alpha, beta: float64; unsound ones make the status NAN.
 
     Returns status, tile numbers [TILES], tile maxima fp32 [TILES], tile masses 1 + rb float64 [TILES], and the row's
-    maximum, R1, Rb, entropy.
+    maximum, R1, Rb, E (undefined unless has_entropy).
     """
     index = tl.arange(0, TILES)
     live = index < tiles
@@ -199,17 +234,17 @@ def row_masses(work_ptr, row, tiles, alpha, beta, ENTROPY: tl.constexpr, TILES: 
     eb = tl.where(empty, 0.0, tl.exp(d * beta))
     rest_1 = tl.sum(tl.where(argmax_tile, r1, e1 * (1.0 + r1)), 0)
     rest_b = tl.sum(tl.where(argmax_tile, rb, eb * (1.0 + rb)), 0)
-    entropy = rest_1
-    if ENTROPY:
+    moment = rest_1
+    if has_entropy:
         gaps = tl.load(record + 3 * tiles, mask=live, other=0.0).to(tl.float64)
-        gap = tl.sum(e1 * (gaps + d * (1.0 + r1)), 0)
-        entropy = log1p(rest_1) - gap / (1.0 + rest_1)
-    return status, index, top, 1.0 + rb, m, rest_1, rest_b, entropy
+        moment = tl.sum(e1 * (gaps + d * (1.0 + r1)), 0)
+    return status, index, top, 1.0 + rb, m, rest_1, rest_b, moment
 
 
 @triton.jit
 def store_quantities(
-    row, status, z, m, rest_1, rest_b, entropy, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr
+    row, status, z, m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr,
+    has_entropy,
 ):  # fmt: skip
     """logp, logq, weight of the token with logit z (float64) and the row's entropy; NaN where the status is not OK."""
     ok = status == _OK
@@ -224,43 +259,60 @@ def store_quantities(
     tl.store(logp_ptr + row, tl.where(ok, logp, _UNDEFINED).to(tl.float32))
     tl.store(logq_ptr + row, tl.where(ok, beta * gap - log_b, _UNDEFINED).to(tl.float32))
     tl.store(weight_ptr + row, tl.where(ok, weight, _UNDEFINED).to(tl.float32))
-    if entropy_ptr is not None:
+    if has_entropy:
+        entropy = log_1 - moment / (1.0 + rest_1)
         tl.store(entropy_ptr + row, tl.where(ok, entropy, _UNDEFINED).to(tl.float32))
     tl.store(status_ptr + row, status)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
+def _tile_masses(z, top, beta, TILE: tl.constexpr):
+    """exp(beta (z - top)) of one tile for a float64 scan, in the arithmetic of the mass kernel; 0 where z is -inf."""
+    return tl.exp2((z - tl.where(top == -_INF, 0.0, top)) * _LOG2E * beta).to(tl.float64)
+
+
+@triton.jit(
+    do_not_specialize=["V", "stride_row", "tiles", "has_exclude", "has_entropy"],
+    do_not_specialize_on_alignment=[
+        "alpha_ptr", "beta_ptr", "seed_ptr", "counter_ptr", "exclude_ptr", "work_ptr", "token_ptr",
+        "logp_ptr", "logq_ptr", "weight_ptr", "entropy_ptr", "status_ptr",
+    ],
+)  # fmt: skip
 def _finish_kernel(
     logits_ptr,  # [B, V] fp32 | fp16 | bf16, row stride stride_row
     alpha_ptr,  # [B] fp32
     beta_ptr,  # [B] fp32
     seed_ptr,  # [1] i64
     counter_ptr,  # [B, 4] i32, the bit patterns of uint32
-    exclude_ptr,  # [B] i64 or None; negative: none
+    exclude_ptr,  # [B] i64, negative: none; not read unless has_exclude
     work_ptr,  # [B, 4, tiles] fp32, see _mass_kernel
     token_ptr,  # [B] i64
     logp_ptr,  # [B] fp32
     logq_ptr,  # [B] fp32
     weight_ptr,  # [B] fp32
-    entropy_ptr,  # [B] fp32 or None
+    entropy_ptr,  # [B] fp32; not written unless has_entropy
     status_ptr,  # [B] i32
     V,
-    stride_row,
+    stride_row: tl.int64,  # in units of VEC entries
     tiles,
+    has_exclude,
+    has_entropy,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """One row: its sums, its draw, its token's quantities."""
     row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * stride_row
+    row_ptr = _row_of(logits_ptr, row, stride_row, VEC)
     alpha = tl.load(alpha_ptr + row).to(tl.float64)
-    beta = tl.load(beta_ptr + row).to(tl.float64)
-    status, index, top, mass, m, rest_1, rest_b, entropy = row_masses(
-        work_ptr, row, tiles, alpha, beta, entropy_ptr is not None, TILES
+    beta32 = tl.load(beta_ptr + row)
+    beta = beta32.to(tl.float64)
+    status, index, top, mass, m, rest_1, rest_b, moment = row_masses(
+        work_ptr, row, tiles, alpha, beta, has_entropy, TILES
     )
 
     skip = -1
-    if exclude_ptr is not None:
+    if has_exclude:
         given = tl.load(exclude_ptr + row)
         status = tl.where((status == _OK) & (given >= V), _BAD_TOKEN, status)
         if (status == _OK) & (given >= 0):
@@ -274,12 +326,11 @@ def _finish_kernel(
         u, _ = uniforms(tl.load(seed_ptr), tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
         if skip >= 0:
             # Only the excluded token's tile changes; its new maximum keeps what is left from underflowing.
-            z = _read_tile(row_ptr, skip // TILE, V, skip, TILE)
+            z = _read_tile(row_ptr, skip // TILE, V, skip, TILE, VEC)
             z_top = tl.max(z, 0)
             here = index == skip // TILE
             top = tl.where(here, z_top, top)
-            e = tl.exp((z - tl.where(z_top == -_INF, 0.0, z_top)).to(tl.float64) * beta)
-            mass = tl.where(here, tl.sum(e, 0), mass)
+            mass = tl.where(here, tl.sum(_tile_masses(z, z_top, beta32, TILE), 0), mass)
             m_draw = tl.max(top, 0)
         else:
             m_draw = m
@@ -293,14 +344,15 @@ def _finish_kernel(
             tile = tl.min(tl.where((prefix > target) & (mass > 0.0), index, _FAR), 0)
             if tile == _FAR:  # rounding alone can lead here
                 tile = tl.max(tl.where(mass > 0.0, index, 0), 0)
-            # The fraction of the tile's mass, not the mass: within the tile the sums below are what counts.
-            part = tl.maximum(target - take(prefix, index, tile - 1), 0.0) / take(mass, index, tile)
-            z = _read_tile(row_ptr, tile, V, skip, TILE)
+            # Of the tile's mass: within the tile the sums below are what counts, so both sides are scaled to them.
+            part = tl.maximum(target - take(prefix, index, tile - 1), 0.0)
+            of = take(mass, index, tile)
+            z = _read_tile(row_ptr, tile, V, skip, TILE, VEC)
             token = tile * TILE + tl.arange(0, TILE)
-            e = tl.exp((z - take(top, index, tile)).to(tl.float64) * beta)
+            e = _tile_masses(z, take(top, index, tile), beta32, TILE)
             cdf = tl.cumsum(e, 0)
             some = e > 0.0
-            x = tl.min(tl.where((cdf > part * tl.sum(e, 0)) & some, token, _FAR), 0)
+            x = tl.min(tl.where((cdf * of > part * tl.sum(e, 0)) & some, token, _FAR), 0)
             if x == _FAR:
                 x = tl.max(tl.where(some, token, 0), 0)
     z_x = tl.load(row_ptr + tl.maximum(x, 0)).to(tl.float32).to(tl.float64)
@@ -312,7 +364,7 @@ def _finish_kernel(
         m,
         rest_1,
         rest_b,
-        entropy,
+        moment,
         alpha,
         beta,
         logp_ptr,
@@ -320,6 +372,7 @@ def _finish_kernel(
         weight_ptr,
         entropy_ptr,
         status_ptr,
+        has_entropy,
     )
 
 
@@ -335,12 +388,19 @@ def tiles_block(vocabulary: int) -> int:
     return max(LEAST_TILES, triton.next_power_of_2(tile_count(vocabulary)))
 
 
+def vector_width(logits: torch.Tensor) -> int:
+    """Entries a load: 16 bytes where the rows of logits [B, V] begin and end at multiples of them, otherwise 1."""
+    item = logits.element_size()
+    return 1 if (logits.data_ptr() | logits.stride(0) * item | logits.shape[1] * item) % 16 else 16 // item
+
+
 def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
     """Write the tile records of every row. logits [B, V], beta [B] f32, workspace f32 (>= B * 4 * tiles entries)."""
     rows, vocabulary = logits.shape
     tiles = tile_count(vocabulary)
     share = max(1, rows * tiles // _PROGRAMS)
     programs = triton.cdiv(tiles, share)
+    width = vector_width(logits)
     launch(
         _mass_kernel,
         (rows * programs,),
@@ -349,12 +409,46 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
         beta,
         workspace,
         vocabulary,
-        logits.stride(0),
+        logits.stride(0) // width,
         tiles,
         programs,
         share,
         ENTROPY=entropy,
+        VEC=width,
         **MASS,
+    )
+
+
+def finish_out(
+    logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status
+) -> None:
+    """`sample_tokens_out` from tile records that are in the workspace already."""
+    width = vector_width(logits)
+    launch(
+        _finish_kernel,
+        (logits.shape[0],),
+        logits.device,
+        logits,
+        alpha,
+        beta,
+        seed,
+        counter,
+        token if exclude is None else exclude,
+        workspace,
+        token,
+        logp,
+        logq,
+        weight,
+        logp if entropy is None else entropy,
+        status,
+        logits.shape[1],
+        logits.stride(0) // width,
+        tile_count(logits.shape[1]),
+        int(exclude is not None),
+        int(entropy is not None),
+        TILES=tiles_block(logits.shape[1]),
+        VEC=width,
+        **FINISH,
     )
 
 
@@ -379,97 +473,39 @@ def sample_tokens_out(
     weight, entropy f32 [B] (nats); workspace f32, B * 4 * ceil(V / 256) entries or more. All but logits contiguous.
     """
     mass_out(logits, beta, workspace, entropy=entropy is not None)
-    launch(
-        _finish_kernel,
-        (logits.shape[0],),
-        logits.device,
-        logits,
-        alpha,
-        beta,
-        seed,
-        counter,
-        exclude,
-        workspace,
-        token,
-        logp,
-        logq,
-        weight,
-        entropy,
-        status,
-        logits.shape[1],
-        logits.stride(0),
-        tile_count(logits.shape[1]),
-        TILES=tiles_block(logits.shape[1]),
-        **FINISH,
-    )
+    finish_out(logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status)
 
 
-LOGITS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def split(meta: dict) -> tuple[dict, int]:
-    """Constexprs and number of warps of a launcher's constants."""
-    return {k: v for k, v in meta.items() if k != "num_warps"}, meta["num_warps"]
+_FINISH_POINTERS = {
+    "alpha_ptr": "*fp32",
+    "beta_ptr": "*fp32",
+    "seed_ptr": "*i64",
+    "counter_ptr": "*i32",
+    "exclude_ptr": "*i64",
+    "work_ptr": "*fp32",
+    "token_ptr": "*i64",
+    "logp_ptr": "*fp32",
+    "logq_ptr": "*fp32",
+    "weight_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
+    "status_ptr": "*i32",
+}
 
 
 def configurations() -> list[Configuration]:
-    """Every dtype, with and without entropy and exclusion, for row strides that are multiples of 16 and not."""
-    found = []
-    for dtype in LOGITS:
-        for even in (True, False):
-            for entropy in (False, True):
-                constexprs, warps = split(MASS)
-                found.append(
-                    Configuration(
-                        name=f"mass {dtype} entropy={entropy} even_stride={even}",
-                        kernel=_mass_kernel,
-                        signature={
-                            "logits_ptr": POINTER[dtype],
-                            "beta_ptr": "*fp32",
-                            "work_ptr": "*fp32",
-                            "V": "i32",
-                            "stride_row": "i32",
-                            "tiles": "i32",
-                            "programs": "i32",
-                            "share": "i32",
-                        },
-                        constexprs={"ENTROPY": entropy, **constexprs},
-                        aligned=("logits_ptr", "beta_ptr", "work_ptr", *(("stride_row",) if even else ())),
-                        num_warps=warps,
-                        wide="v4" if even else None,
-                    )
-                )
-        for entropy in (False, True):
-            for exclude in (False, True):
-                constexprs, warps = split(FINISH)
-                pointers = {
-                    "logits_ptr": POINTER[dtype],
-                    "alpha_ptr": "*fp32",
-                    "beta_ptr": "*fp32",
-                    "seed_ptr": "*i64",
-                    "counter_ptr": "*i32",
-                    "exclude_ptr": "*i64" if exclude else None,
-                    "work_ptr": "*fp32",
-                    "token_ptr": "*i64",
-                    "logp_ptr": "*fp32",
-                    "logq_ptr": "*fp32",
-                    "weight_ptr": "*fp32",
-                    "entropy_ptr": "*fp32" if entropy else None,
-                    "status_ptr": "*i32",
-                }
-                present = {k: v for k, v in pointers.items() if v is not None}
-                found.append(
-                    Configuration(
-                        name=f"finish {dtype} entropy={entropy} exclude={exclude}",
-                        kernel=_finish_kernel,
-                        signature={**present, "V": "i32", "stride_row": "i32", "tiles": "i32"},
-                        constexprs={
-                            **{k: None for k in pointers if k not in present},
-                            "TILES": LEAST_TILES,
-                            **constexprs,
-                        },
-                        aligned=(*present, "stride_row"),
-                        num_warps=warps,
-                    )
-                )
-    return found
+    """Every dtype in 16-byte loads and single entries, the masses with and without entropy, both widths over tiles."""
+    masses = logits_configurations(
+        "mass",
+        _mass_kernel,
+        {"beta_ptr": "*fp32", "work_ptr": "*fp32", **dict.fromkeys(("V", "tiles", "programs", "share"), "i32")},
+        MASS,
+        {"ENTROPY": (False, True)},
+    )
+    finishers = logits_configurations(
+        "finish",
+        _finish_kernel,
+        {**_FINISH_POINTERS, **dict.fromkeys(("V", "tiles", "has_exclude", "has_entropy"), "i32")},
+        FINISH,
+        {"TILES": (LEAST_TILES, MOST_TILES)},
+    )
+    return masses + finishers

@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 
 from power_kernels.state import Status
-from power_kernels.triton import POINTER, Configuration, launch
+from power_kernels.triton import Configuration, launch, logits_configurations
 from power_kernels.triton.sampling import (
     LEAST_TILES,
-    LOGITS,
+    MOST_TILES,
     mass_out,
     row_masses,
-    split,
     store_quantities,
     tile_count,
     tiles_block,
@@ -31,7 +30,13 @@ _OK = tl.constexpr(int(Status.OK))
 _BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 
 
-@triton.jit(do_not_specialize=["V", "tiles"])
+@triton.jit(
+    do_not_specialize=["V", "stride_row", "tiles", "has_entropy"],
+    do_not_specialize_on_alignment=[
+        "logits_ptr", "tokens_ptr", "alpha_ptr", "beta_ptr", "work_ptr", "logp_ptr", "logq_ptr", "weight_ptr",
+        "entropy_ptr", "status_ptr",
+    ],
+)  # fmt: skip
 def _score_kernel(
     logits_ptr,  # [N, V] fp32 | fp16 | bf16, row stride stride_row
     tokens_ptr,  # [N] i64
@@ -41,20 +46,19 @@ def _score_kernel(
     logp_ptr,  # [N] fp32
     logq_ptr,  # [N] fp32
     weight_ptr,  # [N] fp32
-    entropy_ptr,  # [N] fp32 or None
+    entropy_ptr,  # [N] fp32; not written unless has_entropy
     status_ptr,  # [N] i32
     V,
-    stride_row,
+    stride_row: tl.int64,
     tiles,
+    has_entropy,
     TILES: tl.constexpr,
 ):
     """One row: its sums and its token's quantities."""
     row = tl.program_id(0)
     alpha = tl.load(alpha_ptr + row).to(tl.float64)
     beta = tl.load(beta_ptr + row).to(tl.float64)
-    status, _, _, _, m, rest_1, rest_b, entropy = row_masses(
-        work_ptr, row, tiles, alpha, beta, entropy_ptr is not None, TILES
-    )
+    status, _, _, _, m, rest_1, rest_b, moment = row_masses(work_ptr, row, tiles, alpha, beta, has_entropy, TILES)
     token = tl.load(tokens_ptr + row)
     inside = (token >= 0) & (token < V)
     status = tl.where((status == _OK) & (inside == 0), _BAD_TOKEN, status)
@@ -66,7 +70,7 @@ def _score_kernel(
         m,
         rest_1,
         rest_b,
-        entropy,
+        moment,
         alpha,
         beta,
         logp_ptr,
@@ -74,6 +78,7 @@ def _score_kernel(
         weight_ptr,
         entropy_ptr,
         status_ptr,
+        has_entropy,
     )
 
 
@@ -107,46 +112,36 @@ def score_tokens_out(
         logp,
         logq,
         weight,
-        entropy,
+        logp if entropy is None else entropy,
         status,
         logits.shape[1],
         logits.stride(0),
         tile_count(logits.shape[1]),
+        int(entropy is not None),
         TILES=tiles_block(logits.shape[1]),
         **SCORE,
     )
 
 
+_POINTERS = {
+    "tokens_ptr": "*i64",
+    "alpha_ptr": "*fp32",
+    "beta_ptr": "*fp32",
+    "work_ptr": "*fp32",
+    "logp_ptr": "*fp32",
+    "logq_ptr": "*fp32",
+    "weight_ptr": "*fp32",
+    "entropy_ptr": "*fp32",
+    "status_ptr": "*i32",
+}
+
+
 def configurations() -> list[Configuration]:
-    """The finisher for every dtype, with and without entropy. `_mass_kernel` is listed by sampling.py."""
-    found = []
-    for dtype in LOGITS:
-        for entropy in (False, True):
-            constexprs, warps = split(SCORE)
-            pointers = {
-                "logits_ptr": POINTER[dtype],
-                "tokens_ptr": "*i64",
-                "alpha_ptr": "*fp32",
-                "beta_ptr": "*fp32",
-                "work_ptr": "*fp32",
-                "logp_ptr": "*fp32",
-                "logq_ptr": "*fp32",
-                "weight_ptr": "*fp32",
-                "status_ptr": "*i32",
-                **({"entropy_ptr": "*fp32"} if entropy else {}),
-            }
-            found.append(
-                Configuration(
-                    name=f"score {dtype} entropy={entropy}",
-                    kernel=_score_kernel,
-                    signature={**pointers, "V": "i32", "stride_row": "i32", "tiles": "i32"},
-                    constexprs={
-                        **({} if entropy else {"entropy_ptr": None}),
-                        "TILES": LEAST_TILES,
-                        **constexprs,
-                    },
-                    aligned=(*pointers, "stride_row"),
-                    num_warps=warps,
-                )
-            )
-    return found
+    """The finisher for every dtype and both widths over tiles. `_mass_kernel` is listed by sampling.py."""
+    return logits_configurations(
+        "score",
+        _score_kernel,
+        {**_POINTERS, **dict.fromkeys(("V", "tiles", "has_entropy"), "i32")},
+        SCORE,
+        {"TILES": (LEAST_TILES, MOST_TILES)},
+    )

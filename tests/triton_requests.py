@@ -1,0 +1,160 @@
+"""`python -m tests.triton_requests`: what launchers ask of Triton, as JSON lines; must run without TRITON_INTERPRET.
+
+Triton's own binder says what each launch would be compiled for (types, alignment, constants, options), with a driver in
+place of a GPU's that names the target; nothing is compiled or run. Every launcher is called through its operator for a
+spread of shapes, dtypes, strides and alignments.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import power_kernels as pk
+from power_kernels.state import ChainState, Law
+from power_kernels.triton import chain, configurations, kv_cache, paged_kv, sampling, scoring
+
+TARGET = GPUTarget("cuda", 90, 32)
+SEEN: set[str] = set()
+
+
+class Driver:
+    def get_current_target(self):
+        return TARGET
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+def record(self, *args, grid, warmup, **kwargs):
+    _, _, _, backend, binder = self.device_caches[0]
+    kwargs["debug"] = False
+    bound, specialization, _ = binder(*args, **kwargs)
+    options, signature, constexprs, attributes = self._pack_args(backend, kwargs, bound, specialization, None)
+    names = [parameter.name for parameter in self.params]
+    SEEN.add(
+        line(
+            "request",
+            self.fn.__name__,
+            {k: v for k, v in signature.items() if v != "constexpr"},
+            {names[path[0]]: value for path, value in constexprs.items()},
+            [names[path[0]] for path, found in attributes.items() if found],
+            options.num_warps,
+            options.num_stages,
+        )
+    )
+
+
+def line(kind, kernel, signature, constexprs, aligned, num_warps, num_stages) -> str:
+    asked = {"signature": signature, "constexprs": constexprs, "aligned": sorted(aligned)}
+    return json.dumps(
+        {"kind": kind, "kernel": kernel, **asked, "num_warps": num_warps, "num_stages": num_stages}, sort_keys=True
+    )
+
+
+def logits_launches() -> None:
+    """Rows that begin at multiples of 16 bytes and rows that do not, one row and many, both widths over tiles."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for rows, vocabulary, pad, skip in [
+            (1, 1, 0, 0),  # a stride of 1, which Triton would make a constant
+            (2, 1000, 0, 0),
+            (3, 1001, 0, 0),
+            (3, 1000, 3, 0),  # an odd row stride
+            (2, 1000, 0, 1),  # a base off by one entry
+            (1, 151_936, 0, 0),
+            (2, 262_208, 0, 0),  # Gemma 3: more tiles than 256
+        ]:
+            storage = torch.zeros(skip + rows * (vocabulary + pad), dtype=dtype)
+            logits = storage[skip:].view(rows, vocabulary + pad)[:, :vocabulary]
+            f32 = torch.ones(rows + 1)[1:]  # off 16 bytes
+            i64, i32 = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
+            counter, seed = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+            workspace = torch.zeros(pk.workspace_size(rows, vocabulary))
+            for exclude in (None, i64):
+                for entropy in (None, f32):
+                    sampling.sample_tokens_out(
+                        logits, f32, f32, seed, counter, exclude, workspace, i64, f32, f32, f32, entropy, i32
+                    )
+                    scoring.score_tokens_out(logits, i64, f32, f32, workspace, f32, f32, f32, entropy, i32)
+
+
+def chain_launches() -> None:
+    for rows, longest in ((1, 1), (33, 48), (32, 3072)):
+        f32, i32 = torch.zeros(rows, longest), torch.ones(rows, dtype=torch.int32)
+        f64 = torch.zeros(rows, dtype=torch.float64)
+        chain.mh_accept_out(f32, f32, i32, i32, f64, torch.zeros(rows, dtype=torch.bool), f64.clone(), i32.clone())
+    for lanes in range(1, chain.MAX_LANES + 1):
+        for law in (
+            Law(max_new_tokens=16, block_size=16, mcmc_steps=1),
+            Law(max_new_tokens=48, block_size=16, mcmc_steps=10, final_steps=1, early_rejection=False),
+            Law(
+                max_new_tokens=47, block_size=1, mcmc_steps=16, free_prefix=False, early_rejection=False, karan_du=True
+            ),
+        ):
+            state = ChainState.allocate(2, lanes, law)
+            wide = torch.zeros(2 * lanes, dtype=torch.int64)
+            sampled = (wide, torch.zeros(2 * lanes), torch.zeros(2 * lanes), torch.zeros(2 * lanes, dtype=torch.int32))
+            log_n = torch.zeros(law.max_new_tokens + 2, dtype=torch.float64)
+            chain.mh_advance(*values(state), log_n, wide[:1], wide[:0], *sampled, *values(law))
+
+
+def kv_launches() -> None:
+    ranges = torch.zeros(3, 4, dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for head in (1, 5, 33, 40, 64, 80, 96, 128, 256, 576):
+            slab = torch.zeros(2, 3, 2, 4, head + 1, dtype=dtype)
+            for view in (slab[..., :head].contiguous(), slab[..., :head], slab[..., 1:]):
+                kv_cache.kv_copy_ranges(view, view.clone(), ranges)
+
+
+def block_table_launches() -> None:
+    for rows, blocks, off in ((1, 1, 0), (33, 17, 0), (16, 16, 1)):  # the last: tables that begin off 16 bytes
+        table = torch.zeros(off + rows * blocks, dtype=torch.int32)[off:].view(rows, blocks)
+        length, refcount, free_list = (torch.zeros(n + off, dtype=torch.int32)[off:] for n in (rows, 64, 64))
+        free_count, copies = length[:1], torch.zeros(rows, 4, dtype=torch.int32)
+        held = (table, length, refcount, free_list, free_count, copies, length.clone())
+        paged_kv.block_table_fork(*held, length.clone(), length.clone(), 16)
+        paged_kv.block_table_extend(*held, length.clone(), 16)
+        paged_kv.block_table_commit(*held, length.clone(), 1)
+        paged_kv.block_table_rollback(*held, length.clone(), 7)
+
+
+def values(record) -> list:
+    return [getattr(record, field.name) for field in fields(record)]
+
+
+def main() -> int:
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = record
+    logits_launches()
+    chain_launches()
+    kv_launches()
+    block_table_launches()
+    default = triton.compiler.make_backend(TARGET).parse_options({}).num_stages
+    listed = {
+        line(
+            "listed",
+            c.kernel.fn.__name__,
+            dict(c.signature),
+            dict(c.constexprs),
+            c.aligned,
+            c.num_warps,
+            c.num_stages or default,
+        )
+        for c in configurations()
+    }
+    print("\n".join(sorted(SEEN | listed)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

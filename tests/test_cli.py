@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from power_kernels import use_backend
 from power_kernels.api import PowerConfig, PowerSampler
 from power_kernels.api.cli import INTERRUPTED, main
 from tests.tiny_models import mamba
@@ -228,3 +229,34 @@ def test_the_doctor_names_the_backend_of_every_op(capsys):
     assert report["packages"]["torch"]
     assert main(["doctor"]) == 0
     assert "backend of each op" in capsys.readouterr().out
+
+
+def test_bench_prints_its_tables_and_writes_its_results(tmp_path, capsys):
+    """One small operator; tests/test_bench_results.py looks at the whole of it."""
+    arguments = ["bench", "--quick", "--device", "cpu", "--ops", "kv_copy_ranges", "--out", str(tmp_path / "new")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "KV copies: kv_copy_ranges" in printed
+    assert "mh_accept" not in printed
+    assert json.loads((tmp_path / "new" / "ops.json").read_text())["records"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--device", "meta"], "it must be a CPU or CUDA device"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--seconds", "-1"], "--seconds is -1"),
+        (["--out", __file__], "cannot be written"),
+    ],
+)
+def test_bad_bench_options_exit_with_2_and_name_the_option(options, message, capsys):
+    assert main(["bench", "--quick", "--ops", "kv_copy_ranges", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_does_not_measure_the_reference(capsys):
+    with use_backend("reference"):
+        assert main(["bench", "--quick", "--device", "cpu"]) == 2
+    assert "the reference would serve cpu" in capsys.readouterr().err

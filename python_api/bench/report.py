@@ -122,8 +122,7 @@ def records(
 
 
 def write(results: dict, folder: Path) -> None:
-    """`ops.json` and `ops.csv` in a folder, made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`ops.json` and `ops.csv` in a folder that is there."""
     (folder / "ops.json").write_text(json.dumps(results, indent=1) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

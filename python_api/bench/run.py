@@ -53,6 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ArgumentError(f"--threads is {arguments.threads}; it must be at least 1")
     if not seconds >= 0:
         raise ArgumentError(f"--seconds is {seconds}; it must not be negative")
+    if arguments.out is not None:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"--out {arguments.out} cannot be written: {error}") from None
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:

@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # A compiled step of the install; torch first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench doctor gpu-check clean
+.PHONY: demo test lint bench doctor kernels-report gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.demo
@@ -23,6 +23,9 @@ bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OU
 	$(PY) bench/ops.py --out $(or $(OUT),build/bench)
 	$(PY) bench/plots.py $(or $(OUT),build/bench)/ops.json $(or $(OUT),build/bench)
 	$(PY) bench/end_to_end.py
+
+kernels-report: $(READY)  ## every Triton kernel compiled for every target, without a GPU: registers, loads, instructions
+	$(PY) -m power_kernels.triton
 
 doctor: $(READY)
 	$(VENV)/bin/power-kernels doctor

@@ -1,11 +1,13 @@
 """The harness, its results and its plots: medians of rounds, records that explain themselves, pictures of all."""
 
+import contextlib
 import csv
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,52 @@ def test_a_benchmark_that_did_not_do_its_work_is_an_error():
     work.check = check
     with pytest.raises(RuntimeError, match="nothing moved"):
         measure(work, CPU, ScriptedClock({"ours": [1.0]}), seconds=0)
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_cuda_clock_empties_the_cache_and_replays_what_can_be_captured(monkeypatch, capturable):
+    """torch.cuda replaced by what notes its calls: the order of a sample, and a capture that fails."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 250.0  # ms
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def graph(captured):
+        log.append("capture")
+        yield
+        if not capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(
+        Event=Event, CUDAGraph=Graph, graph=graph, Stream=lambda device: stream,
+        stream=lambda s: contextlib.nullcontext(), current_stream=lambda device: stream,
+        synchronize=lambda device: None,
+        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=50 << 20),
+    )  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = harness.CudaClock(CPU)
+    assert clock.flush.nbytes == 200 << 20
+    clock.flush = types.SimpleNamespace(zero_=lambda: log.append("flush"))
+    sample, replayed = clock.prepare(lambda: log.append("call"), True)
+    assert replayed is capturable
+    assert log == ["call"] * 3 + ["capture", "call"] + ["replay"] * capturable
+    log.clear()
+    assert sample()() == 0.25
+    assert log == ["flush", "event", "replay" if capturable else "call", "event"]
 
 
 def test_memory_is_seen_whoever_allocates_it():

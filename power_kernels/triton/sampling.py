@@ -78,7 +78,7 @@ def take(values, index, at):
 def _row_of(logits_ptr, row, stride_row, VEC: tl.constexpr):
     """The row's first entry. With VEC > 1 the launcher has seen that every row begins at a multiple of 16 bytes; Triton
     sees it from the pointer's own alignment and the stride in units of VEC."""
-    return logits_ptr + row.to(tl.int64) * (stride_row * VEC)
+    return logits_ptr + row.to(tl.int64) * stride_row * VEC
 
 
 @triton.jit

@@ -373,7 +373,7 @@ def suite(check: Check, seconds: float, folder: Path = ROOT / "tests") -> Result
     results = check.out / "tests.jsonl"
     results.write_text("")
     parts = parts_of(folder)
-    at_once = max(1, min(8, (os.cpu_count() or 2) - 1, len(parts)))
+    at_once = max(1, min(12, (os.cpu_count() or 2) - 1, len(parts)))
 
     def one(file: str, shard: str) -> tuple[str, Finished | None]:
         name = f"{Path(file).stem}-{shard.replace('/', 'of')}"

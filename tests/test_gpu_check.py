@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from bench import gpu_check
 from bench.gpu_check import ABSENT, FAILED, LATE, PASSED, REFUSED, Check, Result, Stage
+from power_kernels.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -402,3 +404,17 @@ def test_the_scripts_take_the_options_that_they_are_given(check, script):
     text = check.python("help", [script, "--help"], 60).text
     wanted = ["--device", "--out"] + (["--seconds"] if script == "bench/ops.py" else [])
     assert all(option in text for option in wanted), text
+
+
+def test_the_profiling_guide_names_every_kernel_and_only_what_exists():
+    guide = (ROOT / "bench" / "profile.md").read_text()
+    filters = [re.compile(f.replace("\\|", "|")) for f in re.findall(r"`regex:(\S+)`", guide)]
+    sources = "".join(path.read_text() for path in (ROOT / "power_kernels" / "triton").glob("*.py"))
+    kernels = re.findall(r"^def (_\w*kernel)\(", sources, re.MULTILINE)
+    assert len(kernels) >= 6
+    assert [k for k in kernels if not any(f.search(k) for f in filters)] == []
+    assert [f.pattern for f in filters if not any(f.search(k) for k in kernels)] == []
+    phases = {"admit", "prefill", "advance", "step", "transfer", "retire", "move"}
+    assert set(re.findall(r"power_kernels\.(\w+)", guide)) <= phases | set(dispatch.KERNELS) | {"api", "nvtx"}
+    modes = set(re.findall(r"bench/gpu_targets\.py (\w+)", guide))
+    assert modes == {"durations", "profile", "launch"}

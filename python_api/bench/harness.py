@@ -259,7 +259,7 @@ def copy_bandwidth(device: torch.device, clock, megabytes: int | None = None) ->
     source = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     sample, _ = clock.prepare(lambda: target.copy_(source), False)
-    return 2 * source.nbytes / min(rounds({"copy": sample}, clock, 0.3)["copy"])
+    return 2 * source.nbytes / min(rounds({"copy": sample}, clock, 1.0)["copy"])
 
 
 def peak_memory(run: Call, device: torch.device) -> tuple[int, int | None]:

@@ -43,7 +43,7 @@ def points(op: str):
             sizes = [(1, VOCABULARY), (4, 32_000)]
         else:
             small = grid == "default" and device == "cpu"
-            rows = (1, 16, 64) if small else (1, 4, 16, 64, 256, 1024)
+            rows = (1, 4, 16, 64) if small else (1, 4, 16, 64, 256, 1024)
             middle = 16 if small else 64
             sizes = [(r, VOCABULARY) for r in rows] + [(middle, v) for v in VOCABULARIES if v != VOCABULARY]
         compiled = () if grid == "quick" else COMPILED_ROWS[device]

@@ -41,7 +41,7 @@ def run_module(*arguments: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
-    return run_module("power_kernels.triton", "--json")
+    return run_module("power_kernels.triton", "--json", "--quick")
 
 
 @pytest.fixture(scope="module")

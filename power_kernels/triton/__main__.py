@@ -128,10 +128,10 @@ def hot_loop(sass: str) -> tuple[int, int, int] | None:
     return len(code), end - start + 1, 0
 
 
-def _nvidia(compiled, configuration: Configuration, name: str) -> dict:
+def _nvidia(compiled, configuration: Configuration, name: str, disassemble: bool) -> dict:
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _binary_tool("cuobjdump", cubin, "--dump-resource-usage")))
-    code, loop, around = hot_loop(_binary_tool("nvdisasm", cubin, "-c"))
+    code, loop, around = hot_loop(_binary_tool("nvdisasm", cubin, "-c")) if disassemble else (None, None, None)
     registers = int(used["REG"])
     # Four partitions of 16,384 registers, taken 8 a thread at a time; 64 warps; 1 KB of every block's memory is taken.
     warps = min(64, 4 * (16384 // (-(-registers // 8) * 8 * 32)))
@@ -170,7 +170,7 @@ def _copies(ptx: str) -> Counter:
 # ---- AMD
 
 
-def _amd(compiled, configuration: Configuration, name: str) -> dict:
+def _amd(compiled, configuration: Configuration, name: str, _disassemble: bool) -> dict:
     code = compiled.asm["amdgcn"]
 
     def of(key: str) -> int:
@@ -208,7 +208,7 @@ def _amd_widths(code: str, kind: str) -> Counter:
 # ---- the report
 
 
-def examine(configuration: Configuration, name: str) -> dict:
+def examine(configuration: Configuration, name: str, disassemble: bool = True) -> dict:
     """One row of the report; `error` says why a configuration did not compile."""
     row = {"target": name, "name": configuration.name, "wide": configuration.wide, "error": None}
     try:
@@ -216,17 +216,18 @@ def examine(configuration: Configuration, name: str) -> dict:
     except Exception as error:  # the report names what does not compile
         return {**row, "error": f"{type(error).__name__}: {error}"[:2000]}
     row["shared"] = compiled.metadata.shared
-    return {**row, **(_nvidia if TARGETS[name].backend == "cuda" else _amd)(compiled, configuration, name)}
+    look = _nvidia if TARGETS[name].backend == "cuda" else _amd
+    return {**row, **look(compiled, configuration, name, disassemble)}
 
 
-def _examine_one(job: tuple[int, str]) -> dict:
-    return examine(configurations()[job[0]], job[1])
+def _examine_one(job: tuple[int, str, bool]) -> dict:
+    return examine(configurations()[job[0]], *job[1:])
 
 
-def rows(targets, words=()):
+def rows(targets, words=(), disassemble: bool = True):
     """The rows of the report in order, two compilations at a time, none from a cache."""
     chosen = [i for i, c in enumerate(configurations()) if all(word in c.name for word in words)]
-    jobs = [(i, target) for target in targets for i in chosen]
+    jobs = [(i, target, disassemble) for target in targets for i in chosen]
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(2) as pool:
         os.environ["TRITON_CACHE_DIR"] = cache
         yield from pool.map(_examine_one, jobs)
@@ -258,11 +259,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--quick", action="store_true", help="leave out insts, loop and /elem: half of the time")
     chosen = parser.parse_args(arguments)
     failures = 0
     if not chosen.json:
         print(HEADER)
-    for row in rows([chosen.target] if chosen.target else TARGETS, chosen.words):
+    for row in rows([chosen.target] if chosen.target else TARGETS, chosen.words, not chosen.quick):
         failures += bool(row["error"])
         print(json.dumps(row) if chosen.json else _line(row), flush=True)
     return 1 if failures and not chosen.json else 0

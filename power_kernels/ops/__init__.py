@@ -27,6 +27,7 @@ from power_kernels.ops.paged_kv import (
 from power_kernels.ops.rows import workspace_size
 from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
 from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
+from power_kernels.ops.shards import sample_from_shards, score_from_shards, shard_record
 
 dispatch.load_extension()
 dispatch.choose_from_environment()
@@ -48,12 +49,15 @@ __all__ = [
     "mh_advance",
     "sample_from_hidden",
     "sample_from_hidden_out",
+    "sample_from_shards",
     "sample_tokens",
     "sample_tokens_out",
     "score_from_hidden",
     "score_from_hidden_out",
+    "score_from_shards",
     "score_tokens",
     "score_tokens_out",
+    "shard_record",
     "use_backend",
     "workspace_size",
 ]

@@ -1,11 +1,11 @@
 """Timing of contenders side by side, on a CPU or on one CUDA device.
 
-All contenders of a point run in one process, in rounds that take each of them in turn, so that a noisy machine hurts
-all alike; ratios are of medians over rounds.
+All contenders of a point run in one process, in rounds that take each of them once, in another order each, so that a
+noisy machine hurts all alike and none always finds the caches that another left; ratios are of medians over rounds.
 
 CPU: with one thread the clock is the process's own processor time, which other programs do not lengthen; with more it
-is the wall. A call shorter than `SHORTEST` is repeated within one sample. Inputs stay in whatever cache they fit, as
-they do where a product has just written them.
+is the wall. A call shorter than `SHORTEST` is repeated within one sample, and one shorter than `WARMED` is preceded by
+one that is not timed: inputs lie in whatever cache they fit, as they do where a product has just written them.
 
 CUDA: each sample is one call between two events on the stream. Before it, a buffer four times the L2 cache is written,
 which empties the cache of the inputs and keeps the device busy while the host enqueues the call. What never waits for
@@ -15,6 +15,7 @@ the device is replayed as a CUDA graph; the others pay for their launches.
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch
 Call = Callable[[], object]
 
 SHORTEST = 1e-3  # seconds of a sample on a CPU: a hundred times what the clock resolves
+WARMED = 0.02  # seconds: what takes longer moves more than caches hold
 FEWEST_ROUNDS = 5
 SLOW = 20  # a contender this much slower than the fastest is not called after FEWEST_ROUNDS
 
@@ -128,9 +130,12 @@ class CpuClock:
         run()
         start = self.now()
         run()
-        repeats = max(1, round(SHORTEST / max(self.now() - start, 1e-9)))
+        took = self.now() - start
+        repeats = max(1, round(SHORTEST / max(took, 1e-9)))
 
         def sample() -> Callable[[], float]:
+            if took < WARMED:
+                run()
             begin = self.now()
             for _ in range(repeats):
                 run()
@@ -239,17 +244,18 @@ def _once(run: Call, device: torch.device, clock: CpuClock) -> Timing:
 def rounds(samples: dict[str, Call], clock, seconds: float) -> dict[str, list[float]]:
     """Seconds a call, by contender, of as many rounds as fit, and FEWEST_ROUNDS at least."""
     times: dict[str, list[float]] = {name: [] for name in samples}
-    active, begin = dict(samples), time.perf_counter()
-    done = 0
+    active, begin = list(samples), time.perf_counter()
+    order, done = random.Random(0), 0
     while done < FEWEST_ROUNDS or time.perf_counter() - begin < seconds:
-        pending = {name: sample() for name, sample in active.items()}
+        order.shuffle(active)
+        pending = {name: samples[name]() for name in active}
         clock.finish()
         for name, elapsed in pending.items():
             times[name].append(elapsed())
         done += 1
         if done == FEWEST_ROUNDS:
             median = {name: statistics.median(values) for name, values in times.items()}
-            active = {name: s for name, s in samples.items() if median[name] < SLOW * min(median.values())}
+            active = [name for name in samples if median[name] < SLOW * min(median.values())]
     return times
 
 

@@ -4,7 +4,7 @@
     tests        the test suite on the device (`pytest --device cuda`), a process a file, several at once
     benchmarks   bench/ops.py: every operator against its opponents
     durations    the time of each kernel at real sizes (torch.profiler)
-    memcheck, racecheck   compute-sanitizer over the launches of the first stage
+    sanitizer    compute-sanitizer's memcheck and racecheck over the launches of the first stage
     ncu          Nsight Compute: traffic, throughput, registers and occupancy of each kernel at real sizes
 
 Uses the Python that runs it and what is installed there; needs no network, no compiled extension and no installed
@@ -127,6 +127,7 @@ class Check:
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(checkout(scratch / "path")), str(ROOT)]),
+            "PYTHONUNBUFFERED": "1",  # logs hold what was printed when a kill comes
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",  # no test may try the network
@@ -414,17 +415,39 @@ def suite(check: Check, seconds: float, folder: Path = ROOT / "tests") -> Result
     return Result(LATE if late or never else PASSED, lines, figures)
 
 
+_OPS = "from power_kernels.api.bench.run import SUITES; print('OPS', *(suite.op for suite in SUITES))"
+
+
 def benchmarks(check: Check, seconds: float) -> Result:
-    # bench/ops.py writes its results after every suite
-    arguments = ["bench/ops.py", "--device", check.device, "--seconds", "0.1", "--out", check.out / "bench"]
-    done = check.python("benchmarks", arguments, seconds)
-    tables = done.text.strip().splitlines()
-    lines = ["```", *(line[:200] for line in tables[-220:]), "```"]
-    records = (read_json(check.out / "bench" / "ops.json") or {}).get("records", [])
-    figures = {"records": len(records)}
-    if done.code is None:
-        return Result(LATE, lines, figures)
-    return Result(PASSED if done.code == 0 and records else FAILED, lines, figures)
+    """bench/ops.py over all ops; where one of them ends the process, again over those behind it."""
+    end = time.monotonic() + seconds
+    listed = check.python("benchmarks-ops", ["-c", _OPS], min(60, seconds))
+    found = re.search(r"^OPS (.*)$", listed.text, re.MULTILINE)
+    left = found.group(1).split() if found else []
+    if not left:
+        return Result(FAILED, last_lines(listed.text))
+    lines, broken, records, part, late = [], [], 0, 0, False
+    while left and not late and end - time.monotonic() > 1:
+        part += 1
+        folder = check.out / "bench" / f"part{part}"  # written after every op
+        arguments = ["bench/ops.py", "--device", check.device, "--seconds", "0.1", "--out", folder, "--ops", *left]
+        done = check.python(f"benchmarks-{part}", arguments, end - time.monotonic())
+        rows = (read_json(folder / "ops.json") or {}).get("records", [])
+        records += len(rows)
+        lines += ["```", *(line[:200] for line in done.text.strip().splitlines()[-200:]), "```", ""]
+        late = done.code is None
+        if done.code == 0:
+            left = []
+        elif not late:
+            measured = {row["op"] for row in rows}
+            left = [op for op in left if op not in measured]
+            broken += left[:1] or [f"part {part}, after its last op"]
+            left = left[1:]
+    figures = {"records": records, "broken": broken, "late": late or bool(left)}
+    lines = [f"{records} records." + (f" Ended the process: {', '.join(broken)}." if broken else ""), "", *lines]
+    if broken or not records:
+        return Result(LATE if late and not broken else FAILED, lines, figures)
+    return Result(LATE if figures["late"] else PASSED, lines, figures)
 
 
 def durations(check: Check, seconds: float) -> Result:
@@ -452,30 +475,35 @@ _SUMMARIES = {
 }
 
 
-def sanitizer(tool: str) -> Callable[[Check, float], Result]:
-    def run(check: Check, seconds: float) -> Result:
-        program = find_tool("compute-sanitizer")
-        if program is None:
-            return Result(ABSENT, ["compute-sanitizer is not installed (it comes with the CUDA toolkit)."])
-        done = check.command(
-            tool,
-            [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", sys.executable,
-             "bench/gpu_targets.py", "launch", "--device", check.device],
-            seconds,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # each tensor an allocation of its own, whose ends are watched
-        )  # fmt: skip
-        launched = done.text.count("\nlaunched ") + done.text.startswith("launched ")
-        found = re.findall(_SUMMARIES[tool], done.text)
-        lines = [f"{launched} launches; {found[-1] if found else 'no count of'} errors or hazards."]
-        figures = {"launched": launched, "found": int(found[-1]) if found else None}
-        if done.code is None:
-            return Result(LATE, [*lines, *last_lines(done.text, 4)], figures)
-        if done.code or not found or int(found[-1]) or not launched:
-            reports = [line for line in done.text.splitlines() if line.startswith("=========")][:60]
-            return Result(FAILED, [*lines, *(["```", *reports, "```"] if reports else last_lines(done.text))], figures)
-        return Result(PASSED, lines, figures)
+def sanitizer(check: Check, seconds: float) -> Result:
+    """Both tools side by side: most of their time is spent loading libraries."""
+    if find_tool("compute-sanitizer") is None:
+        return Result(ABSENT, ["compute-sanitizer is not installed (it comes with the CUDA toolkit)."])
+    with ThreadPoolExecutor(len(_SUMMARIES)) as pool:
+        found = dict(zip(_SUMMARIES, pool.map(lambda tool: sanitize(check, tool, seconds), _SUMMARIES), strict=True))
+    lines = [line for tool, one in found.items() for line in (f"### {tool}: {one.status}", "", *one.lines, "")]
+    worst = max((one.status for one in found.values()), key=(PASSED, LATE, FAILED).index)
+    return Result(worst, lines, {tool: {"status": one.status, **one.figures} for tool, one in found.items()})
 
-    return run
+
+def sanitize(check: Check, tool: str, seconds: float) -> Result:
+    done = check.command(
+        tool,
+        [find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "86", "--print-limit", "20",
+         sys.executable, "bench/gpu_targets.py", "launch", "--device", check.device],
+        seconds,
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # each tensor an allocation of its own, whose ends are watched
+    )  # fmt: skip
+    launched = done.text.count("\nlaunched ") + done.text.startswith("launched ")
+    found = re.findall(_SUMMARIES[tool], done.text)
+    lines = [f"{launched} launches; {found[-1] if found else 'no count of'} errors or hazards."]
+    figures = {"launched": launched, "found": int(found[-1]) if found else None}
+    if done.code is None:
+        return Result(LATE, [*lines, *last_lines(done.text, 4)], figures)
+    if done.code or not found or int(found[-1]) or not launched:
+        reports = [line for line in done.text.splitlines() if line.startswith("=========")][:60]
+        return Result(FAILED, [*lines, *(["```", *reports, "```"] if reports else last_lines(done.text))], figures)
+    return Result(PASSED, lines, figures)
 
 
 def ncu(check: Check, seconds: float) -> Result:
@@ -515,13 +543,12 @@ def ncu_table(rows: list[str]) -> tuple[list[str], int]:
 
 
 STAGES = (
-    Stage("kernels", 50, kernels, must_pass=True),
-    Stage("tests", 190, suite, must_pass=True),
-    Stage("benchmarks", 120, benchmarks),
+    Stage("kernels", 45, kernels, must_pass=True),
+    Stage("tests", 180, suite, must_pass=True),
+    Stage("benchmarks", 165, benchmarks),
     Stage("durations", 25, durations),
-    Stage("memcheck", 45, sanitizer("memcheck"), must_pass=True),
-    Stage("racecheck", 45, sanitizer("racecheck"), must_pass=True),
-    Stage("ncu", 40, ncu),
+    Stage("sanitizer", 55, sanitizer, must_pass=True),
+    Stage("ncu", 45, ncu),
 )
 ENVIRONMENT = Stage("environment", 60, environment)
 

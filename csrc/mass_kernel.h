@@ -89,11 +89,16 @@ static void sums(const Staged& s, float beta, const char* next, int next_bytes, 
 
 typedef void (*Sums)(const Staged&, float, const char*, int, TileMass&);
 
+// The power that stands for exp(beta x): beta where it is one of 1, 2, ... 16, else 0.
+PK_INLINE int power_of(float beta) { return beta >= 1.f && beta <= 16.f && beta == (float)(int)beta ? (int)beta : 0; }
+
 template <bool MOMENT>
 static Sums sums_for(float beta) {
-  constexpr Sums table[] = {sums<0, MOMENT>, sums<1, MOMENT>, sums<2, MOMENT>, sums<3, MOMENT>, sums<4, MOMENT>,
-                            sums<5, MOMENT>, sums<6, MOMENT>, sums<7, MOMENT>, sums<8, MOMENT>};
-  return beta >= 1.f && beta <= 8.f && beta == (float)(int)beta ? table[(int)beta] : table[0];
+  constexpr Sums table[] = {sums<0, MOMENT>,  sums<1, MOMENT>,  sums<2, MOMENT>,  sums<3, MOMENT>,  sums<4, MOMENT>,
+                            sums<5, MOMENT>,  sums<6, MOMENT>,  sums<7, MOMENT>,  sums<8, MOMENT>,  sums<9, MOMENT>,
+                            sums<10, MOMENT>, sums<11, MOMENT>, sums<12, MOMENT>, sums<13, MOMENT>, sums<14, MOMENT>,
+                            sums<15, MOMENT>, sums<16, MOMENT>};
+  return table[power_of(beta)];
 }
 
 PK_INLINE void infinite_tile(const Staged& s, TileMass& out) {
@@ -171,10 +176,12 @@ static int64_t draw(const void* tile, int64_t n, int64_t skip, float beta, doubl
   stage<T>(s, (const typename T::Item*)tile, n, skip);
   if (s.max == MINUS_INF) return -1;
   typedef void (*Masses)(Staged&, float);
-  constexpr Masses table[] = {masses_in_place<0>, masses_in_place<1>, masses_in_place<2>,
-                              masses_in_place<3>, masses_in_place<4>, masses_in_place<5>,
-                              masses_in_place<6>, masses_in_place<7>, masses_in_place<8>};
-  (beta >= 1.f && beta <= 8.f && beta == (float)(int)beta ? table[(int)beta] : table[0])(s, beta);
+  constexpr Masses table[] = {masses_in_place<0>,  masses_in_place<1>,  masses_in_place<2>,  masses_in_place<3>,
+                              masses_in_place<4>,  masses_in_place<5>,  masses_in_place<6>,  masses_in_place<7>,
+                              masses_in_place<8>,  masses_in_place<9>,  masses_in_place<10>, masses_in_place<11>,
+                              masses_in_place<12>, masses_in_place<13>, masses_in_place<14>, masses_in_place<15>,
+                              masses_in_place<16>};
+  table[power_of(beta)](s, beta);
   double before[GROUPS + 1];  // the CDF before each group
   before[0] = 0;
   for (int g = 0; g < s.groups; ++g) {

@@ -11,6 +11,7 @@
 
 constexpr int COLUMNS = 4;                 // entries of the vocabulary a panel
 constexpr int ROWS = PK_ISA == 5 ? 6 : 3;  // rows of hidden states a panel: 24 of 32, or 12 of 16 registers add
+constexpr int FEW_ROWS = PK_ISA == 5 ? 4 : 3;  // up to these the memory is what limits
 
 // ---- what is multiplied: float32, or pairs of bfloat16
 
@@ -121,12 +122,40 @@ static void panel(const typename P::Item* const* weights, int64_t ahead, const t
   }
 }
 
+// The same sums, one entry of the vocabulary after the other: one stream of weights, which the hardware fetches up to
+// twice as fast as four beside each other.
+template <class P, int R>
+static void narrow_panel(const typename P::Item* const* weights, int64_t, const typename P::Item* hidden,
+                         int64_t hidden_pitch, int64_t steps, float* z, int64_t z_pitch, bool more) {
+  F sum[R][COLUMNS];
+  for (int c = 0; c < COLUMNS; ++c) {
+    F partial[R] = {};
+#pragma GCC unroll 12
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t k = s * P::STEP;
+      const typename P::Vector w = P::load(weights[c] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) partial[r] = P::add(partial[r], w, P::load(hidden + r * hidden_pitch + k));
+    }
+    for (int r = 0; r < R; ++r) sum[r][c] = partial[r];
+  }
+  for (int r = 0; r < R; ++r) {
+    Columns_any* to = (Columns_any*)(z + r * z_pitch);
+    *to = more ? *to + add_lanes(sum[r]) : add_lanes(sum[r]);
+  }
+}
+
 template <class P>
 using Panel = void (*)(const typename P::Item* const*, int64_t, const typename P::Item*, int64_t, int64_t, float*,
                        int64_t, bool);
 
+// rows: those that are left. few: the weights come from memory and are used once.
 template <class P>
-static Panel<P> panel_of(int64_t rows) {
+static Panel<P> panel_of(int64_t rows, bool few) {
+  if (few) {
+    constexpr Panel<P> narrow[] = {narrow_panel<P, 1>, narrow_panel<P, 2>, narrow_panel<P, 3>, narrow_panel<P, 4>};
+    return narrow[rows - 1];
+  }
 #if PK_ISA == 5
   constexpr Panel<P> table[] = {panel<P, 1>, panel<P, 2>, panel<P, 3>, panel<P, 4>, panel<P, 5>, panel<P, 6>};
 #else
@@ -169,7 +198,7 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
       const int64_t from_pitch = direct ? weight_pitch : depth;
       int64_t ahead = direct ? strip * weight_pitch : 0;
       for (int64_t r = 0; r < rows; r += ROWS, ahead = 0) {
-        const Panel<P> multiply = panel_of<P>(rows - r);
+        const Panel<P> multiply = panel_of<P>(rows - r, rows <= FEW_ROWS);
         for (int64_t v = 0; v < width; v += COLUMNS) {
           const Item* column[COLUMNS];
           for (int c = 0; c < COLUMNS; ++c)  // behind the last entry its own row again: those sums are left unused

@@ -47,7 +47,7 @@ def environment(device: torch.device, clock, grid: str) -> dict:
         "power_kernels": pk.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     if device.type == "cuda":

@@ -543,9 +543,9 @@ def ncu_table(rows: list[str]) -> tuple[list[str], int]:
 
 
 STAGES = (
-    Stage("kernels", 45, kernels, must_pass=True),
+    Stage("kernels", 70, kernels, must_pass=True),
     Stage("tests", 180, suite, must_pass=True),
-    Stage("benchmarks", 165, benchmarks),
+    Stage("benchmarks", 140, benchmarks),
     Stage("durations", 25, durations),
     Stage("sanitizer", 55, sanitizer, must_pass=True),
     Stage("ncu", 45, ncu),

@@ -44,6 +44,7 @@ class Configuration:
     num_stages: int | None = None  # None: the target's default
     wide: str | None = None  # "v4": what it streams must come in 16-byte loads
     elements: int | None = None  # that a program takes in one pass of its hot loop
+    targets: tuple[str, ...] | None = None  # that it is launched on; None: all
 
 
 def split(meta: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -83,9 +83,9 @@ def logits_configurations(
 
 def configurations() -> list[Configuration]:
     """Every shipped configuration of every kernel of this package."""
-    from . import chain, kv_cache, paged_kv, sampling, scoring
+    from . import chain, kv_cache, lm_head, paged_kv, sampling, scoring
 
-    return [c for module in (sampling, scoring, chain, kv_cache, paged_kv) for c in module.configurations()]
+    return [c for module in (sampling, scoring, lm_head, chain, kv_cache, paged_kv) for c in module.configurations()]
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:

@@ -155,24 +155,33 @@ class HuggingFaceEngine:
             lanes, hidden = self._memory.recall(state)
             if lanes:
                 return self._recalled(state, lanes, hidden)
-        hidden, logits = self._decode(state)
-        drawn = self._draw(state, slice(0, logits.shape[0]), logits)
+        output = self._decode(state)
+        drawn = self._draw(state, slice(0, output.shape[0]), output)
         if self._memory is not None:
-            self._memory.learn(state, hidden, drawn.status == Status.OK)
+            self._memory.learn(state, output, drawn.status == Status.OK)
         self._scrub(state.position, drawn.status)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
 
-    def _draw(self, state: ChainState, rows, logits: torch.Tensor) -> power_kernels.SampleOutput:
-        alpha, beta = self._alpha[rows], self._beta[rows]
-        return power_kernels.sample_tokens(
-            logits, alpha, beta, self._seed, state.counter[rows].contiguous(), state.exclude[rows].contiguous()
+    def _draw(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
+        """Sample rows of the state from what `_decode` gave for them."""
+        draw = (
+            self._alpha[rows],
+            self._beta[rows],
+            self._seed,
+            state.counter[rows].contiguous(),
+            state.exclude[rows].contiguous(),
         )
+        if self._head is None:
+            return power_kernels.sample_tokens(output, *draw)
+        if self._head.is_faster_fused(output):
+            return self._head.sample(output, *draw)
+        with self._patches, torch.inference_mode():
+            logits = self._head.logits(output)
+        return power_kernels.sample_tokens(logits, *draw)
 
     def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
-        with self._patches, torch.inference_mode():
-            logits = self._head.logits(hidden)
         self._steps += 1
-        drawn = self._draw(state, lanes, logits)
+        drawn = self._draw(state, lanes, hidden)
         rows = state.position.shape[0]
         token = torch.zeros(rows, dtype=torch.int64)
         logq, weight = torch.zeros(2, rows).unbind()
@@ -200,9 +209,9 @@ class HuggingFaceEngine:
 
     # -- decoding
 
-    def _decode(self, state: ChainState) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Feed every row of the state. Returns the last hidden states [rows, D], None for a model whose head is not
-        known, and the logits [rows, V] of the next position."""
+    def _decode(self, state: ChainState) -> torch.Tensor:
+        """Feed every row of the state. Returns the last hidden states [rows, D], or the logits [rows, V] of the next
+        position where the model's head is not known."""
         position = state.position
         length = self._length.of(state)
         if length is None:
@@ -215,10 +224,8 @@ class HuggingFaceEngine:
         fed = (view, state.input_id[:, None], position[:, None])
         self._steps += 1
         if self._head is None:
-            return None, self._forward(self.model, *fed).logits[:, -1]
-        hidden = self._forward(self._decoder, *fed).last_hidden_state[:, -1]
-        with self._patches, torch.inference_mode():
-            return hidden, self._head.logits(hidden)
+            return self._forward(self.model, *fed).logits[:, -1]
+        return self._forward(self._decoder, *fed).last_hidden_state[:, -1]
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)

@@ -12,7 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import power_kernels
 from power_kernels.api.engines.patches import Patches
+
+# Rows up to which the fused operator beats the product and `sample_tokens` after it, fp32 on a CPU (bench/findings.md).
+# On a CUDA device: not measured, so not used.
+FUSED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,28 @@ class LmHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [rows, V] of hidden states [rows, D], in the model's dtype."""
         return self._finish(self.module(hidden))
+
+    def is_faster_fused(self, hidden: torch.Tensor) -> bool:
+        """Whether `sample_from_hidden` is the quicker way for these rows.
+
+        Only in fp32, where both ways round alike: elsewhere the fused logits are the more precise ones, and the law
+        must not depend on how many rows there are.
+        """
+        weight = self.module.weight
+        return (
+            hidden.shape[0] <= FUSED_ROWS
+            and weight.dtype == torch.float32
+            and weight.stride(1) == 1
+            and power_kernels.backend_for(hidden.device) == "cpp"
+        )
+
+    def sample(self, hidden: torch.Tensor, *draw: torch.Tensor) -> power_kernels.SampleOutput:
+        """`sample_from_hidden` with this head. draw: alpha, beta, seed, counter, exclude."""
+        weight, bias = self.module.weight.detach(), self.module.bias
+        bias = None if bias is None else bias.detach()
+        return power_kernels.sample_from_hidden(
+            hidden, weight, *draw, bias=bias, softcap=self.softcap, scale=self.scale
+        )
 
     def _finish(self, logits: torch.Tensor) -> torch.Tensor:
         if self.scale != 1.0:

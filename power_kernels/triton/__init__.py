@@ -74,7 +74,8 @@ def logits_configurations(
                         constexprs={**constexprs, **chosen},
                         aligned=("logits_ptr",) if (width or 1) > 1 else (),
                         num_warps=warps,
-                        wide="v4" if (width or 1) > 1 else None,
+                        # where a tile has as many entries a thread
+                        wide="v4" if (width or 1) > 1 and meta["TILE"] >= 32 * warps * width else None,
                         elements=meta.get("TILE") if name == "mass" else None,
                     )
                 )

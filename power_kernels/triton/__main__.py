@@ -239,17 +239,17 @@ def _count(bits: dict) -> str:
 
 def _line(row: dict) -> str:
     if row["error"]:
-        return f"{row['target']:7} {row['name']:34} DOES NOT COMPILE: {row['error']}"
+        return f"{row['target']:7} {row['name']:36} DOES NOT COMPILE: {row['error']}"
     per = "-" if row["per_element"] is None else f"{row['per_element']:.1f}"
     return (
-        f"{row['target']:7} {row['name']:34} {row['registers']:>4} {row['shared']:>6} {row['spill']:>5} "
+        f"{row['target']:7} {row['name']:36} {row['registers']:>4} {row['shared']:>6} {row['spill']:>5} "
         f"{row['warps']:>3} {row['occupancy']:>4.0%} {row['instructions'] or '-':>6} {row['loop'] or '-':>5} {per:>6}  "
         f"{_count(row['loads']):24} {_count(row['stores'])}"
     )
 
 
 HEADER = (
-    f"{'target':7} {'configuration':34} {'regs':>4} {'shared':>6} {'spill':>5} {'warps':>8} {'insts':>6} {'loop':>5} "
+    f"{'target':7} {'configuration':36} {'regs':>4} {'shared':>6} {'spill':>5} {'warps':>8} {'insts':>6} {'loop':>5} "
     f"{'/elem':>6}  {'loads':24} stores"
 )
 

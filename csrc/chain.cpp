@@ -23,7 +23,8 @@ constexpr int SIDE_BY_SIDE = 8;
 
 // The running sums of section 3.3 of several answers: each is plain float64 in position order. One alone would wait for
 // every addition; side by side they fill those waits. A finished answer adds zeros, which leave any sum as it is.
-void running_sums(const float* const* weights, const int64_t* lengths, double* sums) {
+// ahead: floats from an answer to the one that will be summed in its place next, which is fetched meanwhile.
+void running_sums(const float* const* weights, const int64_t* lengths, const int64_t* ahead, double* sums) {
   constexpr int64_t BLOCK = 64;
   float padded[SIDE_BY_SIDE][BLOCK];
   const float* block[SIDE_BY_SIDE];
@@ -34,6 +35,7 @@ void running_sums(const float* const* weights, const int64_t* lengths, double* s
       const int64_t left = std::max<int64_t>(lengths[k] - first, 0);
       if (left >= BLOCK) {
         block[k] = weights[k] + first;
+        for (int64_t line = 0; line < BLOCK; line += 16) __builtin_prefetch(block[k] + ahead[k] + line);
       } else {
         if (left > 0) std::copy_n(weights[k] + first, left, padded[k]);
         std::fill(padded[k] + left, padded[k] + BLOCK, 0.0f);
@@ -90,8 +92,9 @@ void mh_accept_out(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tens
 
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     const float* answer[SIDE_BY_SIDE];
-    int64_t length[SIDE_BY_SIDE];
+    int64_t length[SIDE_BY_SIDE], ahead[SIDE_BY_SIDE];
     double sum[SIDE_BY_SIDE];
+    for (int k = 0; k < SIDE_BY_SIDE; ++k) ahead[k] = PAIRS * (k % 2 ? stride_prop : stride_cur);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t pair = (b - begin) % PAIRS;
       if (pair == 0) {
@@ -102,7 +105,7 @@ void mh_accept_out(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tens
           length[2 * i] = there ? n_cur[b + i] : 0;
           length[2 * i + 1] = there ? n_prop[b + i] : 0;
         }
-        running_sums(answer, length, sum);
+        running_sums(answer, length, ahead, sum);
       }
       const double sum_cur = sum[2 * pair], sum_prop = sum[2 * pair + 1];
       Status row = Status::OK_;

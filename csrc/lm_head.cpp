@@ -178,9 +178,10 @@ struct Block {
   float* scratch;
 
   Block(int64_t rows, int64_t pitch, int64_t D) {
-    const int64_t floats = rows * (pitch + ceil_div(D, DEPTH_UNIT) * DEPTH_UNIT) + STRIP * DEPTH_BYTES / 4;
+    const int64_t width = ceil_div(D, DEPTH_UNIT) * DEPTH_UNIT;
+    const int64_t floats = rows * pitch + (rows + 1) * width + STRIP * DEPTH_BYTES / 4;
     z.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
-    scratch = z.get() + rows * pitch;
+    scratch = z.get() + rows * pitch;  // pitches are whole cache lines
   }
 };
 

@@ -11,7 +11,8 @@
 
 constexpr int COLUMNS = 4;                 // entries of the vocabulary a panel
 constexpr int ROWS = PK_ISA == 5 ? 6 : 3;  // rows of hidden states a panel: 24 of 32, or 12 of 16 registers add
-constexpr int FEW_ROWS = PK_ISA == 5 ? 4 : 3;  // up to these the memory is what limits
+constexpr int FEW_ROWS = 4;                // up to these the memory is what limits,
+constexpr int64_t STREAM_BYTES = 16384;    // where the hidden states lie in the first-level cache
 
 // ---- what is multiplied: float32, or pairs of bfloat16
 
@@ -122,40 +123,12 @@ static void panel(const typename P::Item* const* weights, int64_t ahead, const t
   }
 }
 
-// The same sums, one entry of the vocabulary after the other: one stream of weights, which the hardware fetches up to
-// twice as fast as four beside each other.
-template <class P, int R>
-static void narrow_panel(const typename P::Item* const* weights, int64_t, const typename P::Item* hidden,
-                         int64_t hidden_pitch, int64_t steps, float* z, int64_t z_pitch, bool more) {
-  F sum[R][COLUMNS];
-  for (int c = 0; c < COLUMNS; ++c) {
-    F partial[R] = {};
-#pragma GCC unroll 12
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t k = s * P::STEP;
-      const typename P::Vector w = P::load(weights[c] + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) partial[r] = P::add(partial[r], w, P::load(hidden + r * hidden_pitch + k));
-    }
-    for (int r = 0; r < R; ++r) sum[r][c] = partial[r];
-  }
-  for (int r = 0; r < R; ++r) {
-    Columns_any* to = (Columns_any*)(z + r * z_pitch);
-    *to = more ? *to + add_lanes(sum[r]) : add_lanes(sum[r]);
-  }
-}
-
 template <class P>
 using Panel = void (*)(const typename P::Item* const*, int64_t, const typename P::Item*, int64_t, int64_t, float*,
                        int64_t, bool);
 
-// rows: those that are left. few: the weights come from memory and are used once.
 template <class P>
-static Panel<P> panel_of(int64_t rows, bool few) {
-  if (few) {
-    constexpr Panel<P> narrow[] = {narrow_panel<P, 1>, narrow_panel<P, 2>, narrow_panel<P, 3>, narrow_panel<P, 4>};
-    return narrow[rows - 1];
-  }
+static Panel<P> panel_of(int64_t rows) {
 #if PK_ISA == 5
   constexpr Panel<P> table[] = {panel<P, 1>, panel<P, 2>, panel<P, 3>, panel<P, 4>, panel<P, 5>, panel<P, 6>};
 #else
@@ -164,8 +137,53 @@ static Panel<P> panel_of(int64_t rows, bool few) {
   return table[(rows < ROWS ? rows : ROWS) - 1];
 }
 
+// ---- few rows: the memory limits
+
+// The same sums as of panels, in the order in which the weights lie in memory: one stream, which the hardware fetches up
+// to twice as fast as four beside each other. partials: R * COLUMNS vectors a block of columns.
+template <class T, class P, int R>
+static void stream(const typename T::Item* weights, int64_t weight_pitch, int64_t n, const typename P::Item* hidden,
+                   int64_t hidden_pitch, int64_t D, int64_t depth, F* partials, float* z, int64_t z_pitch) {
+  typedef typename P::Vector Vector;
+  const auto load = [](const typename T::Item* p) __attribute__((always_inline)) -> Vector {
+    if constexpr (sizeof(typename T::Item) == sizeof(typename P::Item)) return P::load((const typename P::Item*)p);
+    else return (Vector)T::load(p);
+  };
+  for (int64_t v = 0; v < n; v += COLUMNS) {
+    for (int c = 0; c < COLUMNS; ++c) {
+      const auto* row = weights + (v + c < n ? v + c : n - 1) * weight_pitch;
+      F* partial = partials + c;
+      for (int64_t first = 0; first < D; first += depth) {
+        const int64_t left = D - first < depth ? D - first : depth, whole = left / P::STEP * P::STEP;
+        F sum[R] = {};
+#pragma GCC unroll 4
+        for (int64_t k = first; k < first + whole; k += P::STEP) {
+          const Vector w = load(row + k);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) sum[r] = P::add(sum[r], w, P::load(hidden + r * hidden_pitch + k));
+        }
+        if (whole < left) {
+          typename T::Item items[P::STEP] = {};
+          __builtin_memcpy(items, row + first + whole, (left - whole) * sizeof *items);
+          const Vector w = load(items);
+          for (int r = 0; r < R; ++r) sum[r] = P::add(sum[r], w, P::load(hidden + r * hidden_pitch + first + whole));
+        }
+        for (int r = 0; r < R; ++r, partial += COLUMNS) *partial = sum[r];
+      }
+    }
+    const F* partial = partials;
+    for (int64_t first = 0; first < D; first += depth)
+      for (int r = 0; r < R; ++r, partial += COLUMNS) {
+        Columns_any* to = (Columns_any*)(z + r * z_pitch + v);
+        *to = first ? *to + add_lanes(partial) : add_lanes(partial);
+      }
+  }
+}
+
+// ---- any number of rows
+
 // z[rows, n] = hidden[rows, D] @ weights[n, D]^T. Pitches in items. z has room for n rounded up to COLUMNS a row, and
-// scratch for `rows` rows of D floats, D rounded up to DEPTH_UNIT, and STRIP * DEPTH_BYTES.
+// scratch, aligned to vectors, for rows + 1 rows of D floats, D rounded up to DEPTH_UNIT, and STRIP * DEPTH_BYTES.
 //
 // A strip of weights lies in the second-level cache while all rows pass over it, a panel of hidden states in the first
 // while it passes over the strip.
@@ -184,6 +202,14 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
   Item* staged = packed + rows * pitch;
   for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch, D, pitch, packed + r * pitch);
 
+  if (rows <= FEW_ROWS && rows * pitch * (int64_t)sizeof(Item) <= STREAM_BYTES) {
+    typedef void (*Stream)(const typename T::Item*, int64_t, int64_t, const Item*, int64_t, int64_t, int64_t, F*,
+                           float*, int64_t);
+    constexpr Stream table[] = {stream<T, P, 1>, stream<T, P, 2>, stream<T, P, 3>, stream<T, P, 4>};
+    if (rows > 0)
+      table[rows - 1](weights, weight_pitch, n, packed, pitch, D, depth, (F*)staged, z, z_pitch);
+    return;
+  }
   // With one panel each weight is used once: in the order of memory.
   const int64_t strip = rows <= ROWS ? COLUMNS : STRIP;
   for (int64_t v0 = 0; v0 < n; v0 += strip) {
@@ -198,7 +224,7 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
       const int64_t from_pitch = direct ? weight_pitch : depth;
       int64_t ahead = direct ? strip * weight_pitch : 0;
       for (int64_t r = 0; r < rows; r += ROWS, ahead = 0) {
-        const Panel<P> multiply = panel_of<P>(rows - r, rows <= FEW_ROWS);
+        const Panel<P> multiply = panel_of<P>(rows - r);
         for (int64_t v = 0; v < width; v += COLUMNS) {
           const Item* column[COLUMNS];
           for (int c = 0; c < COLUMNS; ++c)  // behind the last entry its own row again: those sums are left unused

@@ -32,8 +32,12 @@ TESTED_AS = {
     "pip install torch setuptools wheel": "pip install --dry-run torch setuptools wheel",
     "pip install --no-build-isolation '.[gguf]'": "pip install --dry-run --no-build-isolation '.[gguf]'",
     "make bench": "make --dry-run bench",
+    "power-kernels bench": "power-kernels bench --quick --ops mh_accept",
     "python bench/ops.py": "python bench/ops.py --quick",
     "python bench/end_to_end.py": "python bench/end_to_end.py --quick --only ours-1",
+    "python -m power_kernels.api.paged_demo": "python -m power_kernels.api.paged_demo --tiny",
+    "make kernels-report": "python -m power_kernels.triton --quick mh_accept",
+    "make gpu-check OUT=results": "make --dry-run gpu-check OUT=results",
 }
 PRINTED = {
     "make demo": ("plain sampling", "low temperature", "power sampling", "nats", "acceptance rate", "tokens forwarded"),
@@ -41,7 +45,11 @@ PRINTED = {
     "power-kernels doctor": ("backend of each op", "sample_tokens", "missing"),
     "make bench": ("bench/ops.py", "bench/end_to_end.py"),
     "python bench/ops.py": ("decisions/s", "logsumexp", "compile", "eager", "limits"),
+    "power-kernels bench": ("decisions/s", "eager"),
     "python bench/end_to_end.py": ("plain generate", "power_kernels, 1 chain"),
+    "python -m power_kernels.api.paged_demo": ("shared", "copied"),
+    "make kernels-report": ("sm_80", "sm_90", "sm_100", "gfx942", "regs"),
+    "make gpu-check OUT=results": ("bench/gpu_check.py --out",),
 }
 
 

@@ -370,7 +370,7 @@ class HuggingFaceEngine:
     def _self_check(self) -> None:
         """Compare ragged decoding, a commit and a rollback with plain forward passes; a few tokens each."""
         limit = min(self._input_vocab, self.vocab_size)
-        ids = torch.randint(0, limit, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(0, limit, (24,), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
         short, long = ids[:3], ids[3:9]
         # What each row has been fed when it is looked at: then row 0 goes back to its prompt and takes
         # another way.

@@ -9,6 +9,7 @@ import torch
 
 import power_kernels as pk
 from power_kernels.api.engine import EngineBusyError, Sampled
+from power_kernels.rng import as_int64
 from power_kernels.state import LaneField, LaneStatus
 from tests.devices import DEVICE
 
@@ -92,7 +93,7 @@ class ToyEngine:
         rows = chains * lanes
         self.alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
         self.beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
-        self.seed = torch.tensor([seed], device=self.device)
+        self.seed = torch.tensor([as_int64(seed)], device=self.device)
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         for slot, prompt in zip(slots, prompts, strict=True):

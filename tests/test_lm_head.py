@@ -368,14 +368,15 @@ def batch(rows: int, width: int, vocab: int, dtype):
     return run, hidden, lm_head
 
 
-# fewer rows than a panel, a panel and one row, a chunk and some, two chunks; one block of columns and several, odd
+# few rows as a stream of weights, a panel of them, a panel and one row, a chunk and some, two chunks;
+# one block of columns, and several of odd widths
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [64, 3333])
+@pytest.mark.parametrize("width", [64, 1701, 3333])
 def test_a_row_alone_and_inside_a_batch_gives_the_same_bits(cpp, dtype, width):
     rows = 203
     run, *_ = batch(rows, width, 270, dtype)
     whole = run(slice(0, rows))
-    for first, count in ((0, 1), (5, 1), (202, 1), (40, 2), (7, 5), (100, 7), (3, 100), (1, 202)):
+    for first, count in ((0, 1), (202, 1), (40, 2), (50, 3), (60, 4), (7, 5), (100, 7), (3, 100), (1, 202)):
         part = slice(first, first + count)
         assert_same_bits(run(part), [column[part] for column in whole])
 

@@ -237,6 +237,56 @@ def test_scores_are_the_references(backend, data):
         assert torch.equal(a == -INF, b == -INF)
 
 
+@on_every_backend(0.3)
+def test_heads_draw_and_score_what_the_reference_does_alone_and_in_a_batch(backend, data):
+    # Products of small integers are exact in every dtype and order, so that the logits are the reference's.
+    rows = data.draw(st.integers(0, 2 if backend == "triton" else 9), "rows")
+    width = data.draw(st.sampled_from([1, 2, 15, 16, 17, 33, 64]), "width")
+    vocab = data.draw(st.one_of(st.sampled_from(EDGES[:17]), st.integers(1, 300)), "vocab")
+    exact = (torch.float32, torch.float16) if backend == "triton" else DTYPES  # the interpreter's bfloat16 is not
+    dtype = data.draw(st.sampled_from(exact), "dtype")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "values"))
+    pad = data.draw(st.integers(0, 3), "pad")
+
+    def integers(*shape) -> torch.Tensor:
+        padded = torch.full((*shape[:-1], shape[-1] + pad), NAN, dtype=dtype)
+        padded[..., : shape[-1]] = torch.from_numpy(rng.integers(-3, 4, shape))
+        return padded[..., : shape[-1]]
+
+    hidden, lm_head = integers(rows, width), integers(vocab, width)
+    bias = torch.from_numpy(rng.integers(-5, 6, vocab)).to(dtype) if data.draw(st.booleans(), "bias") else None
+    if bias is not None and data.draw(st.booleans(), "forbidden"):
+        bias[rng.random(vocab) < 0.5] = -INF
+    scale = data.draw(st.sampled_from([1.0, 0.5, 0.0625]), "scale")
+    z = hidden.float() @ lm_head.float().T
+    z = scale * (z if bias is None else z + bias.float())
+    alpha, beta = draw_exponents(data, rows)
+    counter = draw_vector(data, 4 * rows, WORD, torch.int32, "counter").view(rows, 4)
+    exclude = draw_vector(data, rows, token_in_or_near(vocab), torch.int64, "exclude")
+    head = dict(bias=bias, scale=scale, return_entropy=True)
+    seed = torch.tensor([SEED])
+
+    def both(part: slice):
+        arguments = (alpha[part], beta[part])
+        drawn = pk.sample_from_hidden(hidden[part], lm_head, *arguments, seed, counter[part], exclude[part], **head)
+        return drawn, pk.score_from_hidden(hidden[part], lm_head, exclude[part], *arguments, **head)
+
+    ours = result_or_error(both, slice(0, rows))
+    with pk.use_backend("reference"):
+        theirs = result_or_error(both, slice(0, rows))
+    if check_errors(ours, theirs):
+        return
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.status.tolist() == other.status.tolist()
+    assert_sample(z, alpha, beta, counter, exclude, ours[0])
+    assert_score(z, exclude, alpha, beta, ours[1])
+    if rows:
+        row = data.draw(st.integers(0, rows - 1), "row")
+        part = slice(row, row + 1)
+        for alone, whole in zip(both(part), ours, strict=True):
+            assert_same_bits(alone, [column[part] for column in whole])
+
+
 @on_every_backend()
 def test_acceptances_are_the_references_bit_for_bit(backend, data):
     rows = data.draw(st.integers(0, 3 if slow(backend) else 8), "rows")

@@ -65,6 +65,9 @@ def test_every_configuration_compiles_for_every_target(report):
         # dtypes, load widths and entropy; dtypes, load widths and widths over tiles; dtypes and widths; lanes; units
         for kernel, many in dict(mass=12, finish=12, score=6, mh_accept=1, mh_advance=3, kv_copy=7).items():
             assert kernels[kernel] == many, (target, kernel)
+        # dtypes and load widths; widths over tiles
+        for kernel, many in dict(head_sample=6, head_score=6, head_finish=2, head_given=2).items():
+            assert kernels[kernel] == many, (target, kernel)
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(report):
@@ -114,16 +117,17 @@ def test_what_the_launchers_ask_for_is_what_is_compiled(requests):
     def key(asked: dict) -> str:
         constants = asked["constexprs"]
         if constants.get("VEC", 4) < 4 or constants.get("UNIT", 4) < 4 or asked["kernel"] == "_score_kernel":
-            data = ("logits_ptr", "dst_ptr", "src_ptr")
+            data = ("logits_ptr", "hidden_ptr", "head_ptr", "dst_ptr", "src_ptr")
             asked = {**asked, "aligned": [name for name in asked["aligned"] if name not in data]}
         return json.dumps({k: v for k, v in asked.items() if k != "kind"}, sort_keys=True)
 
     listed = {key(r) for r in requests if r["kind"] == "listed"}
     asked = {key(r) for r in requests if r["kind"] == "request"}
     assert asked - listed == set()
-    assert len({json.loads(a)["kernel"] for a in asked}) >= 11
+    assert len({json.loads(a)["kernel"] for a in asked}) >= 13
     # Nor is anything listed that nobody asks for.
-    for kernel in ("_mass_kernel", "_score_kernel", "_mh_accept_kernel", "_mh_advance_kernel", "_kv_copy_kernel"):
+    kernels = ("_mass_kernel", "_score_kernel", "_mh_accept_kernel", "_mh_advance_kernel", "_kv_copy_kernel")
+    for kernel in (*kernels, "_head_kernel", "_given_kernel"):
         assert {k for k in listed - asked if json.loads(k)["kernel"] == kernel} == set()
 
 

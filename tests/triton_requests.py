@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import power_kernels as pk
 from power_kernels.state import ChainState, Law
-from power_kernels.triton import chain, configurations, kv_cache, paged_kv, sampling, scoring
+from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring
 
 TARGET = GPUTarget("cuda", 90, 32)
 SEEN: set[str] = set()
@@ -87,6 +87,31 @@ def logits_launches() -> None:
                     scoring.score_tokens_out(logits, i64, f32, f32, workspace, f32, f32, f32, entropy, i32)
 
 
+def lm_head_launches() -> None:
+    """Every dtype, aligned or not, a bias of either dtype or none, both widths over tiles, one row and two tiles."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for rows, vocabulary, width, pad in [
+            (1, 1, 1, 0),
+            (2, 300, 64, 0),
+            (130, 1000, 64, 8),
+            (3, 300, 64, 3),  # an odd row stride
+            (2, 262_400, 16, 0),  # more tiles than 1,024
+        ]:
+            hidden = torch.zeros(rows, width + pad, dtype=dtype)[:, :width]
+            head = torch.zeros(vocabulary, width + pad, dtype=dtype)[:, :width]
+            f32 = torch.ones(rows + 1)[1:]  # off 16 bytes
+            i64, i32 = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
+            counter, seed = torch.zeros(rows, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+            workspace = torch.zeros(pk.hidden_workspace_size(rows, vocabulary))
+            logits = torch.zeros(rows, vocabulary)
+            for bias in (None, torch.zeros(vocabulary, dtype=dtype), torch.zeros(vocabulary)):
+                columns = (f32, f32, f32, f32, i32)
+                lm_head.sample_from_hidden_out(
+                    hidden, head, bias, f32, f32, seed, counter, None, 0.0, 1.0, logits, workspace, i64, *columns
+                )
+                lm_head.score_from_hidden_out(hidden, head, bias, i64, f32, f32, 30.0, 0.5, workspace, *columns)
+
+
 def chain_launches() -> None:
     for rows, longest in ((1, 1), (33, 48), (32, 3072)):
         f32, i32 = torch.zeros(rows, longest), torch.ones(rows, dtype=torch.int32)
@@ -136,6 +161,7 @@ def main() -> int:
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = record
     logits_launches()
+    lm_head_launches()
     chain_launches()
     kv_launches()
     block_table_launches()
@@ -151,6 +177,7 @@ def main() -> int:
             c.num_stages or default,
         )
         for c in configurations()
+        if c.targets is None or "sm_90" in c.targets
     }
     print("\n".join(sorted(SEEN | listed)))
     return 0

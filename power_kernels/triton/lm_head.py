@@ -312,7 +312,6 @@ def sample_from_hidden_out(
     """
     rows, vocabulary = logits.shape
     _head_out(hidden, lm_head, bias, beta, None, logits, workspace, workspace, softcap, scale)
-    width = vector_width(logits)
     launch(
         _finish_kernel,
         (rows,),
@@ -331,12 +330,12 @@ def sample_from_hidden_out(
         logp if entropy is None else entropy,
         status,
         vocabulary,
-        logits.stride(0) // width,
+        logits.stride(0),
         tile_count(vocabulary),
         int(exclude is not None),
         int(entropy is not None),
         TILES=tiles_block(vocabulary),
-        VEC=width,
+        VEC=1,  # a tile is one entry a thread
         **FINISH,
     )
 
@@ -423,7 +422,7 @@ def _head_configuration(dtype: torch.dtype, width: int, *, scoring: bool, tensor
 
 
 def configurations() -> list[Configuration]:
-    """The product for both uses, every dtype, 16-byte and single-entry loads; the finishers for both widths."""
+    """The product for both uses, every dtype, 16-byte and single-entry loads; finishers for both widths over tiles."""
     heads = []
     for dtype in LOGITS:
         for width in (16 // dtype.itemsize, 1):
@@ -441,4 +440,5 @@ def configurations() -> list[Configuration]:
         Configuration(f"head_given TILES={n}", _given_kernel, _GIVEN, {"TILES": n}, num_warps=SCORE["num_warps"])
         for n in widths["TILES"]
     ]
-    return heads + [c for c in finishers if c.signature["logits_ptr"] == POINTER[torch.float32]] + given
+    single = [c for c in finishers if c.signature["logits_ptr"] == POINTER[torch.float32] and c.constexprs["VEC"] == 1]
+    return heads + single + given

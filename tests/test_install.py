@@ -49,7 +49,8 @@ def test_an_install_with_a_compiler_has_the_extension(tmp_path):
     path, backend = python(SAMPLE, tmp_path, PYTHONPATH=str(target)).split()
     assert path.startswith(str(target))
     assert backend == "cpp"
-    bench = "from power_kernels.api.cli import main; main(['bench', '--quick', '--device', 'cpu', '--ops', 'mh_accept'])"
+    options = ["bench", "--quick", "--device", "cpu", "--ops", "mh_accept"]
+    bench = f"from power_kernels.api.cli import main; main({options})"
     assert "decisions/s" in python(bench, tmp_path, PYTHONPATH=str(target))
 
 

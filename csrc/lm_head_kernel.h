@@ -12,7 +12,7 @@
 constexpr int COLUMNS = 4;                 // entries of the vocabulary a panel
 constexpr int ROWS = PK_ISA == 5 ? 6 : 3;  // rows of hidden states a panel: 24 of 32, or 12 of 16 registers add
 constexpr int FEW_ROWS = 4;                // up to these the memory is what limits,
-constexpr int64_t STREAM_BYTES = 16384;    // where the hidden states lie in the first-level cache
+constexpr int64_t STREAM_BYTES = 16384;    // where the hidden states stay in the first-level cache beside a weight
 
 // ---- what is multiplied: float32, or pairs of bfloat16
 
@@ -202,7 +202,7 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
   Item* staged = packed + rows * pitch;
   for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch, D, pitch, packed + r * pitch);
 
-  if (rows <= FEW_ROWS && rows * pitch * (int64_t)sizeof(Item) <= STREAM_BYTES) {
+  if (rows <= FEW_ROWS && (rows + 1) * pitch * (int64_t)sizeof(Item) <= STREAM_BYTES) {
     typedef void (*Stream)(const typename T::Item*, int64_t, int64_t, const Item*, int64_t, int64_t, int64_t, F*,
                            float*, int64_t);
     constexpr Stream table[] = {stream<T, P, 1>, stream<T, P, 2>, stream<T, P, 3>, stream<T, P, 4>};

@@ -31,6 +31,7 @@ and three TF32 products, which would be near enough, make NaN of an infinity. Th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -244,6 +245,7 @@ def _bias_kind(bias: torch.Tensor | None, dtype: torch.dtype) -> int:
     return 0 if bias is None else 1 if bias.dtype == dtype else 2
 
 
+@functools.cache
 def _has_tensor_memory(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
 

@@ -248,7 +248,8 @@ def random_calls(generator: np.random.Generator, steps: int):
 def test_every_backend_writes_what_the_reference_writes(backend):
     generator = np.random.default_rng(0)
     seen = Counter()
-    for _ in range(40 if backend == "cpp" else 10):
+    rounds, least = (40, 5) if backend == "cpp" else (10, 2)
+    for _ in range(rounds):
         rows, max_blocks, blocks = (int(generator.integers(1, high)) for high in (9, 7, 24))
         block_size = int(generator.choice([1, 2, 3, 5, 16]))
         seen += in_lockstep(
@@ -257,7 +258,7 @@ def test_every_backend_writes_what_the_reference_writes(backend):
     for status in (("fork", "OUT_OF_BLOCKS"), ("fork", "BAD_ROW"), ("fork", "BAD_TOKENS"), ("fork", "NOT_EMPTY"),
                    ("extend", "OUT_OF_BLOCKS"), ("extend", "BAD_TOKENS"), ("commit", "BAD_ROW"), ("commit", "EMPTY"),
                    ("fork", "OK"), ("extend", "OK"), ("commit", "OK")):  # fmt: skip
-        assert seen[status] >= 5, (status, seen)
+        assert seen[status] >= least, (status, seen)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])

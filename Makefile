@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-# A compiled step of the install; torch first, since the C++ extension is built against it without isolation.
+# torch is installed first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint bench doctor kernels-report gpu-check clean
@@ -22,7 +22,7 @@ lint: $(READY)
 bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OUT (default build/bench)
 	$(PY) bench/ops.py --out $(or $(OUT),build/bench)
 	$(PY) bench/plots.py $(or $(OUT),build/bench)/ops.json $(or $(OUT),build/bench)
-	$(PY) bench/end_to_end.py
+	$(PY) bench/end_to_end.py --json $(or $(OUT),build/bench)/end_to_end.json
 
 kernels-report: $(READY)  ## every Triton kernel compiled for every target, without a GPU: registers, loads, instructions
 	$(PY) -m power_kernels.triton

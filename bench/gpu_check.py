@@ -126,7 +126,9 @@ class Check:
         scratch = Path(self._scratch.name)
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(checkout(scratch / "path")), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(checkout(scratch / "path")), str(ROOT), os.environ.get("PYTHONPATH")])
+            ),
             "PYTHONUNBUFFERED": "1",  # logs hold what was printed when a kill comes
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -190,7 +192,7 @@ class Check:
         (self.out / "summary.md").write_text("\n".join(lines) + "\n")
 
     def failed(self) -> bool:
-        return any(r["must_pass"] and r["status"] not in (PASSED, ABSENT) for r in self.results)
+        return any(r["must_pass"] and r["status"] not in (PASSED, ABSENT, REFUSED) for r in self.results)
 
 
 def kill(group: int) -> None:
@@ -482,7 +484,7 @@ def sanitizer(check: Check, seconds: float) -> Result:
     with ThreadPoolExecutor(len(_SUMMARIES)) as pool:
         found = dict(zip(_SUMMARIES, pool.map(lambda tool: sanitize(check, tool, seconds), _SUMMARIES), strict=True))
     lines = [line for tool, one in found.items() for line in (f"### {tool}: {one.status}", "", *one.lines, "")]
-    worst = max((one.status for one in found.values()), key=(PASSED, LATE, FAILED).index)
+    worst = max((one.status for one in found.values()), key=(PASSED, REFUSED, LATE, FAILED).index)
     return Result(worst, lines, {tool: {"status": one.status, **one.figures} for tool, one in found.items()})
 
 
@@ -500,6 +502,8 @@ def sanitize(check: Check, tool: str, seconds: float) -> Result:
     figures = {"launched": launched, "found": int(found[-1]) if found else None}
     if done.code is None:
         return Result(LATE, [*lines, *last_lines(done.text, 4)], figures)
+    if "Device not supported" in done.text:  # what it says where it may not attach to the driver
+        return Result(REFUSED, ["compute-sanitizer cannot watch this device (Device not supported)."], figures)
     if done.code or not found or int(found[-1]) or not launched:
         reports = [line for line in done.text.splitlines() if line.startswith("=========")][:60]
         return Result(FAILED, [*lines, *(["```", *reports, "```"] if reports else last_lines(done.text))], figures)
@@ -515,6 +519,7 @@ def ncu(check: Check, seconds: float) -> Result:
         "ncu",
         [program, "--profile-from-start", "off", "--target-processes", "application-only",
          "--metrics", ",".join(METRICS), "--csv", "--page", "raw", "--print-units", "base",
+         "--clock-control", "none",  # the device's settings stay as they are, and times are those of the other stages
          sys.executable, "bench/gpu_targets.py", "profile", "--device", check.device],
         seconds,
     )  # fmt: skip
@@ -586,6 +591,7 @@ def main(arguments: list[str], stages: tuple[Stage, ...] = STAGES) -> int:
     def stop(number, frame):
         for group in list(check.running):
             kill(group)
+        shutil.rmtree(check._scratch.name, ignore_errors=True)
         os._exit(128 + number)  # what was found is written already
 
     for number in (signal.SIGTERM, signal.SIGINT):

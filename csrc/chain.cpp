@@ -1,5 +1,5 @@
 // The chain (DESIGN sections 3, 5.4 and 5.5): mh_accept, for stacks that keep their own chains, and mh_advance, one
-// decode step of the whole law for every lane. power_kernels/reference_ops.py is the specification; the arithmetic here
+// decode step of the whole law for every lane. power_kernels/reference_ops/chain.py is the specification; the arithmetic here
 // is the same float64 operations in the same order, so that the two agree bit for bit.
 
 #include "rng.h"
@@ -536,7 +536,8 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_stat
   // Each list begins with a comma, which the Python side writes too.
   return "ChainField:" PK_CHAIN_FIELDS(PK_NAME) ";LaneField:" PK_LANE_FIELDS(PK_NAME) ";Mode:" PK_MODES(PK_NAME)
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
-      ";Status:" PK_STATUSES(PK_NAME) ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
+      ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
+      ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
 #undef PK_NAME
 #undef PK_STRING
 #undef PK_SPELL

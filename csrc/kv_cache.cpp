@@ -2,8 +2,8 @@
 // (dst_row, src_row, start, stop) of `ranges`.
 //
 // dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D]: any dtype, moved as bytes; unit stride along D. Bytes moved:
-// 2 * G * heads * D * itemsize per position. The ranges must not write the same place twice, and the two slabs must
-// not share memory. A range that leaves a slab is an error, raised before anything is copied.
+// 2 * G * heads * D * itemsize per position. The ranges must not write the same place twice, nor a place
+// that another range reads. A range that leaves a slab is an error, raised before anything is copied.
 
 #include <algorithm>
 #include <cstdint>

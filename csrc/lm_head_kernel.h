@@ -4,8 +4,9 @@
 // PK_DOT_BF16 (0 or 1) further says whether pairs of bfloat16 are multiplied by one instruction (AVX512_BF16).
 //
 // Every product z[b, v] = sum_k hidden[b, k] * lm_head[v, k] is summed in one fixed order, whatever the number of rows
-// and wherever it stands: lane i of one vector takes k = i, W + i, 2W + i, ... within a block of k, then the lanes are
-// added in one tree, then the blocks in order. So a row has the same bits alone and in a batch.
+// and wherever it stands: lane i of one vector takes k = i, W + i, 2W + i, ... within a block of k
+// (pairs of bfloat16: 2i and 2i + 1, 2W + 2i and 2W + 2i + 1, ...), then the lanes are added in one tree, then the
+// blocks in order. So a row has the same bits alone and in a batch.
 
 #include "vector.h"
 

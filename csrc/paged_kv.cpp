@@ -4,6 +4,8 @@
 //
 // Bytes: 4 to 12 an entry of the rows that change. All of it is bookkeeping in row order on one thread.
 
+#include "state.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -19,9 +21,6 @@ using torch::stable::Tensor;
 void kv_copy_ranges(Tensor dst, Tensor src, Tensor ranges);  // kv_cache.cpp
 
 namespace {
-
-// power_kernels.BlockStatus
-enum class BlockStatus : int32_t { OK, OUT_OF_BLOCKS, BAD_ROW, BAD_TOKENS, NOT_EMPTY, EMPTY };
 
 int32_t* entries(const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
 
@@ -88,20 +87,20 @@ void block_table_fork(Tensor block_table, Tensor length, Tensor refcount, Tensor
   int64_t asked = 0;
   for (int64_t r = 0; r < t.rows; ++r) {
     t.set_copy(r, 0, 0, 0);
-    t.set_status(r, BlockStatus::OK);
+    t.set_status(r, BlockStatus::OK_);
     const int64_t p = parents[r], n = counts[r];
     if (p < 0) continue;
     if (p >= t.rows || p == r) {
-      t.set_status(r, BlockStatus::BAD_ROW);
+      t.set_status(r, BlockStatus::BAD_ROW_);
     } else if (before[r] != 0) {
-      t.set_status(r, BlockStatus::NOT_EMPTY);
+      t.set_status(r, BlockStatus::NOT_EMPTY_);
     } else if (n < 0 || n > before[p]) {
-      t.set_status(r, BlockStatus::BAD_TOKENS);
+      t.set_status(r, BlockStatus::BAD_TOKENS_);
     } else {
       const int64_t full = n / block_size, split = n % block_size;
       asked += split > 0;
       if (split > 0 && asked > available) {
-        t.set_status(r, BlockStatus::OUT_OF_BLOCKS);
+        t.set_status(r, BlockStatus::OUT_OF_BLOCKS_);
         continue;
       }
       const int32_t* from = t.row(p);
@@ -125,12 +124,12 @@ void block_table_extend(Tensor block_table, Tensor length, Tensor refcount, Tens
   int64_t asked = 0;
   for (int64_t r = 0; r < t.rows; ++r) {
     t.set_copy(r, 0, 0, 0);
-    t.set_status(r, BlockStatus::OK);
+    t.set_status(r, BlockStatus::OK_);
     const int64_t n = counts[r], old = t.length[r];
     if (n <= old) continue;
     const int64_t have = t.held(old), want = t.held(n), split = old % block_size;
     if (want > t.max_blocks) {
-      t.set_status(r, BlockStatus::BAD_TOKENS);
+      t.set_status(r, BlockStatus::BAD_TOKENS_);
       continue;
     }
     int32_t* row = t.row(r);
@@ -139,7 +138,7 @@ void block_table_extend(Tensor block_table, Tensor length, Tensor refcount, Tens
     const int64_t first = have - shared;
     asked += want - first;
     if (want > first && asked > available) {
-      t.set_status(r, BlockStatus::OUT_OF_BLOCKS);
+      t.set_status(r, BlockStatus::OUT_OF_BLOCKS_);
       continue;
     }
     for (int64_t j = first; j < want; ++j) row[j] = t.take();
@@ -156,13 +155,13 @@ void block_table_commit(Tensor block_table, Tensor length, Tensor refcount, Tens
   const Tables t(block_table, length, refcount, free_list, free_count, copies, status, block_size);
   const int32_t* sources = entries(source);
   for (int64_t r = 0; r < t.rows; ++r) {
-    t.set_status(r, BlockStatus::OK);
+    t.set_status(r, BlockStatus::OK_);
     const int64_t s = sources[r];
     if (s < 0) continue;
     if (s >= t.rows || s == r || sources[s] >= 0) {
-      t.set_status(r, BlockStatus::BAD_ROW);
+      t.set_status(r, BlockStatus::BAD_ROW_);
     } else if (t.length[s] == 0) {
-      t.set_status(r, BlockStatus::EMPTY);
+      t.set_status(r, BlockStatus::EMPTY_);
     } else {
       int32_t *to = t.row(r), *from = t.row(s);
       for (int64_t j = 0; j < t.held(t.length[r]); ++j) t.release(to[j]);

@@ -1,5 +1,5 @@
-// The columns and codes of power_kernels/state.py, which explains them. `power_kernels_state_layout` (chain.cpp) spells
-// them out; the Python side looks for that string in the file and does not load one without it.
+// The columns and codes of power_kernels/state.py and block_tables.py, which explain them. `power_kernels_state_layout`
+// (chain.cpp) spells them out; the Python side looks for that string in the file and does not load one without it.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,8 @@ namespace power_kernels {
 #define PK_COSTS(X) X(EXTENSION, 0) X(PROPOSAL, 1) X(SAVED_PREFIX, 2) X(SAVED_EARLY, 3)
 #define PK_STATUSES(X) \
   X(PENDING, -1) X(OK, 0) X(NAN, 1) X(POS_INF, 2) X(NO_MASS, 3) X(BAD_TOKEN, 4) X(BAD_LENGTH, 5)
+#define PK_BLOCK_STATUSES(X) \
+  X(OK, 0) X(OUT_OF_BLOCKS, 1) X(BAD_ROW, 2) X(BAD_TOKENS, 3) X(NOT_EMPTY, 4) X(EMPTY, 5)
 
 // NAN and FAULT are macros or repeat, hence the trailing underscore.
 #define PK_ENUMERATOR(name, value) name##_ = value,
@@ -27,6 +29,7 @@ enum class LaneStatus : int32_t { PK_LANE_STATUSES(PK_ENUMERATOR) };
 enum class Outcome : int8_t { PK_OUTCOMES(PK_ENUMERATOR) };
 enum class Cost : int32_t { PK_COSTS(PK_ENUMERATOR) };
 enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
+enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR
 
 // Row pitches. Macros, so that the layout string can spell them.

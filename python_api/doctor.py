@@ -83,7 +83,7 @@ def text(data: dict) -> str:
     forced = data["forced_backend"]
     lines += ["", "backend of each op" + (f" (forced to {forced!r})" if forced else "")]
     lines += [
-        f"  {op:<18} " + ", ".join(f"{device}: {backend}" for device, backend in by_device.items())
+        f"  {op:<20} " + ", ".join(f"{device}: {backend}" for device, backend in by_device.items())
         for op, by_device in data["ops"].items()
     ]
     lines += ["", "missing"] + [f"  {line}" for line in data["missing"] or ["nothing"]]

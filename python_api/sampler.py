@@ -250,12 +250,13 @@ class _Run:
             while self.admit():
                 stopped: list[int] = []
                 while not stopped:
+                    sampled = 0
                     for _ in range(self.poll_steps):
-                        self.advance(engine.step(self.active))
+                        sampled += self.advance(engine.step(self.active))
                     modes = self.active.field[:, ChainField.MODE].tolist()
                     stopped = [slot for slot, mode in enumerate(modes) if mode in _STOPPED]
                     if bar is not None:
-                        bar.advance(self.poll_steps * len(modes) * config.lanes)
+                        bar.advance(sampled)
                 # Last slot first, so that the chain that moves into a free slot is one that still runs.
                 for slot in reversed(stopped):
                     result = self.retire(slot)
@@ -288,16 +289,20 @@ class _Run:
         token = torch.zeros(rows, dtype=torch.int64, device=device)
         return Sampled(token, values, values, torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device))
 
-    def advance(self, sampled: Sampled) -> None:
-        state = self.active
+    def advance(self, sampled: Sampled) -> int:
+        """Hand the draws to the chains. Returns how many lanes were fed."""
+        state, fed = self.active, len(sampled.token)
         if sampled.recalled is not None:
-            for slot, tokens in enumerate(sampled.recalled.view(state.chains, -1).sum(1).tolist()):
+            recalled = sampled.recalled.view(state.chains, -1).sum(1).tolist()
+            fed = sum(recalled)
+            for slot, tokens in enumerate(recalled):
                 self.recalled[slot] += tokens
         pk.mh_advance(
             state, self.law, self.log_n, self.seed_tensor, self.eos,
             sampled.token, sampled.logq, sampled.weight, sampled.status,
         )  # fmt: skip
         self.engine.transfer(state.commit_range, state.open_range)
+        return fed
 
     def retire(self, slot: int) -> PowerResult:
         last = len(self.prefill_cost) - 1

@@ -52,9 +52,7 @@ def plain_logits(model, sequences: list[list[int]], max_length: int) -> torch.Te
 
 def decoded(engine, state) -> torch.Tensor:
     """The logits [rows, V] that the engine would sample from."""
-    output = engine._decode(state)
-    with torch.inference_mode():
-        return output if engine._head is None else engine._head.logits(output)
+    return engine._logits(engine._decode(state))
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:

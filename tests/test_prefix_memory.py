@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from power_kernels.api import PowerConfig, PowerSampler
 from power_kernels.api.engines import prefix_memory
@@ -135,3 +136,152 @@ def test_a_head_that_is_not_the_models_is_not_believed(field, value, monkeypatch
     assert engine._head is None
     (result,) = PowerSampler(engine).generate([[5, 6]], CONFIG, seed=1, eos_token_id=[])
     assert result.cost.recalled == 0
+
+
+class Edited(transformers.LlamaForCausalLM):
+    """Changes its logits after the head."""
+
+    edit = staticmethod(lambda logits, position_ids: logits)
+
+    def forward(self, input_ids=None, position_ids=None, **options):
+        out = super().forward(input_ids=input_ids, position_ids=position_ids, **options)
+        out.logits = self.edit(out.logits, position_ids)
+        return out
+
+
+def edited(edit) -> Edited:
+    model = tiny_models.llama()
+    model.__class__ = Edited
+    model.edit = edit
+    return model
+
+
+FORBIDDEN = list(range(40, tiny_models.VOCAB))
+
+
+def forbid(logits: torch.Tensor, position_ids) -> torch.Tensor:
+    return logits.index_fill_(-1, torch.tensor(FORBIDDEN), -1e9)  # in place, as models do
+
+
+def forbid_later(logits: torch.Tensor, position_ids) -> torch.Tensor:
+    first = position_ids is not None and int(position_ids.max()) == 0
+    return logits if first else forbid(logits, position_ids)
+
+
+@pytest.mark.parametrize("edit", [forbid, forbid_later])
+def test_logits_that_a_model_changes_after_its_head_are_what_is_sampled(edit):
+    """In place, and where a probe of one token does not show it."""
+    engine = HuggingFaceEngine(edited(edit))
+    assert engine._head is None
+    results = PowerSampler(engine).generate(PROMPTS, CONFIG, seed=3, eos_token_id=[])
+    assert not {token for result in results for token in result.tokens} & set(FORBIDDEN)
+
+
+def test_a_head_that_its_owner_changes_later_is_the_one_that_runs():
+    """Its forward replaced, a hook put on it, another module in its place: in few rows and in many."""
+    mask = torch.zeros(tiny_models.VOCAB)
+    mask[FORBIDDEN] = -1e9
+
+    def replaced(model):
+        head = model.lm_head
+        head.forward = lambda hidden: torch.nn.functional.linear(hidden, head.weight) + mask
+
+    def hooked(model):
+        model.lm_head.register_forward_hook(lambda module, given, logits: logits + mask)
+
+    def exchanged(model):
+        other = torch.nn.Linear(32, tiny_models.VOCAB)
+        with torch.no_grad():
+            other.weight.copy_(model.lm_head.weight)
+            other.bias.copy_(mask)
+        model.set_output_embeddings(other)
+
+    for change in (replaced, hooked, exchanged):
+        model = tiny_models.llama()
+        engine = HuggingFaceEngine(model)
+        change(model)
+        for max_chains in (1, 9):
+            results = PowerSampler(engine).generate(
+                PROMPTS, CONFIG, seed=3, num_chains=3, max_chains=max_chains, eos_token_id=[]
+            )
+            drawn = {token for result in results for token in result.tokens}
+            assert not drawn & set(FORBIDDEN), (change.__name__, max_chains)
+
+
+def test_the_memory_takes_the_dtype_of_the_hidden_states():
+    """Under another default dtype, and where the first parameter of the model has another one."""
+    want, _ = sample(tiny_models.llama(), remember=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got, _ = sample(tiny_models.llama().float(), remember=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [len(r.tokens) for r in got] == [len(r.tokens) for r in want]
+    mixed = tiny_models.llama()
+    mixed.model.embed_tokens.to(torch.bfloat16)
+    mixed.model.embed_tokens.register_forward_hook(lambda module, given, out: out.float())
+    results, _ = sample(mixed, remember=True)
+    assert sum(r.cost.recalled for r in results) > 0
+
+
+class Audited(HuggingFaceEngine):
+    """Knows what tokens stand in every row, and holds each node to the prefix that it was first given to."""
+
+    checked = recalled = 0
+
+    def begin(self, *, chains, lanes, max_length, **options):
+        super().begin(chains=chains, lanes=lanes, max_length=max_length, **options)
+        self.lane_tokens = torch.full((chains * lanes, max_length), -1)
+        self.chain_tokens = torch.full((chains, max_length), -1)
+        self.prefix: dict[int, tuple] = {}
+
+    def prefill(self, slots, prompts):
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.chain_tokens[slot, : len(prompt) - 1] = torch.tensor(prompt[:-1])
+        return super().prefill(slots, prompts)
+
+    def transfer(self, commit_range, open_range):
+        for target, source, ranges in (
+            (self.chain_tokens, self.lane_tokens, commit_range),
+            (self.lane_tokens, self.chain_tokens, open_range),
+        ):
+            for row, of, start, stop in ranges.tolist():
+                target[row, start:stop] = source[of, start:stop].clone()
+        super().transfer(commit_range, open_range)
+
+    def move(self, source, target):
+        super().move(source, target)
+        lanes = self.lane_tokens.shape[0] // self.chain_tokens.shape[0]
+        self.chain_tokens[target] = self.chain_tokens[source]
+        for lane in range(lanes):
+            self.lane_tokens[target * lanes + lane] = self.lane_tokens[source * lanes + lane]
+
+    def step(self, state):
+        rows = torch.arange(state.position.shape[0])
+        drawn = super().step(state)
+        took_part = torch.ones(len(rows), dtype=torch.bool) if drawn.recalled is None else drawn.recalled
+        took_part = took_part & (state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING)
+        self.lane_tokens[rows[took_part], state.position[took_part]] = state.input_id[took_part]
+        for lane in rows[took_part].tolist():
+            position = int(state.position[lane])
+            node = int(self._memory._node[lane, position])
+            tokens = tuple(self.lane_tokens[lane, : position + 1].tolist())
+            assert node == 0 or self.prefix.setdefault(node, tokens) == tokens
+            self.checked += node != 0
+        self.recalled += 0 if drawn.recalled is None else int(drawn.recalled.sum())
+        return drawn
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("capacity", [None, 5])
+def test_a_node_always_stands_for_the_same_prefix(lanes, capacity, monkeypatch):
+    """Prompts that repeat, of one token, slots that are refilled and moved, lanes that are voided, a tiny ring."""
+    if capacity is not None:
+        monkeypatch.setattr(prefix_memory, "_MOST_BYTES", capacity * 700)
+    engine = Audited(tiny_models.llama(), self_check=False)
+    config = dataclasses.replace(CONFIG, lanes=lanes, max_new_tokens=16)
+    prompts = [[5, 17, 40], [8], [5, 17, 40], [5, 17]]
+    results = PowerSampler(engine).generate(prompts, config, num_chains=2, max_chains=3, seed=5)
+    assert sum(r.accepted for r in results) >= 10
+    assert engine.checked >= 300
+    assert engine.recalled >= (40 if capacity is None else 1)

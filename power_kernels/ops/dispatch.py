@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from power_kernels import reference_ops
+from power_kernels.block_tables import BlockStatus
 from power_kernels.errors import ArgumentError, BackendError
 from power_kernels.state import (
     CHAIN_FIELDS,
@@ -79,7 +80,7 @@ def _load_extension() -> str | None:
 
 def state_layout() -> str:
     """The columns and codes that Python and C++ must agree on, as the string that csrc/chain.cpp compiles in."""
-    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status)
+    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status, BlockStatus)
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
 

@@ -20,6 +20,8 @@ from power_kernels.ops.rows import row_outputs, workspace_size
 from power_kernels.ops.sampling import SampleOutput
 from power_kernels.ops.scoring import ScoreOutput
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def hidden_workspace_size(rows: int, vocab: int) -> int:
     """float32 elements of workspace that the `_out` forms of the fused LM head need on any backend.
@@ -32,9 +34,11 @@ def hidden_workspace_size(rows: int, vocab: int) -> int:
 def _check_number(name: str, value, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a float")
-    if not (math.isfinite(value) and value >= least):
+    # Kernels hold it in float32: neither infinity nor, for a number that is not zero, zero may come of that.
+    held = value == 0 or _SMALLEST <= abs(value) <= _LARGEST
+    if not (held and value >= least):
         bound = "" if least == -math.inf else f" and at least {least:g}"
-        raise ArgumentError(f"{name} is {value}; it must be finite{bound}")
+        raise ArgumentError(f"{name} is {value}; it must be finite{bound}, and neither overflow nor underflow float32")
 
 
 def _check_head(hidden, lm_head, bias, softcap, scale) -> None:

@@ -80,7 +80,7 @@ class HuggingFaceEngine:
         self._head = self._find_head()
         if self_check:
             check_rope(model, self.device, self.dtype)
-            self._self_check()
+            self._check_with_or_without_head()
 
     # -- a run
 
@@ -99,6 +99,8 @@ class HuggingFaceEngine:
             raise ArgumentError(f"max_length is {max_length}; the model's context is {self.max_context}")
         if self._slabs is not None:
             raise EngineBusyError("a run of this engine is on; exhaust its stream or close() it first")
+        if self._head is not None and self.model.get_output_embeddings() is not self._head.module:
+            self._head = self._find_head()  # the owner gave the model another
         self._patches = self._patched(max_length)
         on_device = self.device.type != "cpu"
         positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
@@ -118,8 +120,8 @@ class HuggingFaceEngine:
         # On a device it would have to be waited for what is known and what is not.
         self._memory = None
         if self.remember and self._head is not None and not on_device:
-            hidden_size = self._head.module.in_features
-            self._memory = PrefixMemory(slabs, chains=chains, hidden_size=hidden_size, dtype=self.dtype)
+            weight = self._head.module.weight
+            self._memory = PrefixMemory(slabs, chains=chains, hidden_size=weight.shape[1], dtype=weight.dtype)
         self._slabs = slabs
 
     def end(self) -> None:
@@ -171,21 +173,17 @@ class HuggingFaceEngine:
             state.counter[rows].contiguous(),
             state.exclude[rows].contiguous(),
         )
-        if self._head is None:
-            return power_kernels.sample_tokens(output, *draw)
-        if self._head.is_faster_fused(output):
+        if self._head is not None and self._head.is_faster_fused(output):
             return self._head.sample(output, *draw)
-        with self._patches, torch.inference_mode():
-            logits = self._head.logits(output)
-        return power_kernels.sample_tokens(logits, *draw)
+        return power_kernels.sample_tokens(self._logits(output), *draw)
 
     def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
         self._steps += 1
         drawn = self._draw(state, lanes, hidden)
         rows = state.position.shape[0]
-        token = torch.zeros(rows, dtype=torch.int64)
-        logq, weight = torch.zeros(2, rows).unbind()
-        status = torch.full((rows,), Status.PENDING, dtype=torch.int32)
+        token = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        logq, weight = torch.zeros(2, rows, dtype=torch.float32, device=self.device).unbind()
+        status = torch.full((rows,), Status.PENDING, dtype=torch.int32, device=self.device)
         for target, source in zip(
             (token, logq, weight, status), (drawn.token, drawn.logq, drawn.weight, drawn.status), strict=True
         ):
@@ -221,11 +219,20 @@ class HuggingFaceEngine:
         else:
             length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
         view = DecodeView(position, length)
-        fed = (view, state.input_id[:, None], position[:, None])
         self._steps += 1
+        return self._output(view, state.input_id[:, None], position[:, None])
+
+    def _output(self, view, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self._head is None:
-            return self._forward(self.model, *fed).logits[:, -1]
-        return self._forward(self._decoder, *fed).last_hidden_state[:, -1]
+            return self._forward(self.model, view, input_ids, position_ids).logits[:, -1]
+        return self._forward(self._decoder, view, input_ids, position_ids).last_hidden_state[:, -1]
+
+    def _logits(self, output: torch.Tensor) -> torch.Tensor:
+        """What is sampled from, of what `_output` gave."""
+        if self._head is None:
+            return output
+        with self._patches, torch.inference_mode():
+            return self._head.logits(output)
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
@@ -353,6 +360,15 @@ class HuggingFaceEngine:
             raise UnsupportedModelError(f"layers cache different dtypes: {sorted(map(str, dtypes))}")
         return KvLayout(tuple(written), dtypes.pop()), probe.windows, logits.shape[-1]
 
+    def _check_with_or_without_head(self) -> None:
+        try:
+            self._self_check()
+        except UnsupportedModelError:
+            if self._head is None:
+                raise
+            self._head = None  # whatever else there is between the decoder and the logits, the whole model has it
+            self._self_check()
+
     def _find_head(self) -> LmHead | None:
         head = LmHead.of(self.model)
         if head is None:
@@ -364,7 +380,9 @@ class HuggingFaceEngine:
             with self._patched(1), attached(Probe(recorder.layers)), torch.inference_mode():
                 return module(input_ids=token, position_ids=token, past_key_values=recorder, use_cache=True)
 
-        explained = head.explains(lambda: call(self.model).logits, lambda: call(self._decoder).last_hidden_state)
+        explained = head.explains(
+            lambda: call(self.model).logits, lambda: getattr(call(self._decoder), "last_hidden_state", None)
+        )
         return head if explained else None
 
     def _self_check(self) -> None:
@@ -432,7 +450,7 @@ class HuggingFaceEngine:
         position = torch.tensor(positions, device=self.device)
         view = DecodeView(position, max(positions) + 1)
         ids = torch.tensor(tokens, device=self.device)[:, None]
-        return self._forward(self.model, view, ids, position[:, None]).logits[:, -1]
+        return self._logits(self._output(view, ids, position[:, None]))
 
     def _open(self, ranges: list[tuple[int, int, int, int]]) -> None:
         self._slabs.open(torch.tensor(ranges, dtype=torch.int32, device=self.device))

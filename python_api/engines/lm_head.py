@@ -50,9 +50,11 @@ class LmHead:
         Only in fp32, where both ways round alike: elsewhere the fused logits are the more precise ones, and the law
         must not depend on how many rows there are.
         """
-        weight = self.module.weight
+        module, weight = self.module, self.module.weight
+        hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
         return (
             hidden.shape[0] <= FUSED_ROWS
+            and not hooked  # somebody else's forward, which the product below would pass by
             and weight.dtype == torch.float32
             and weight.stride(1) == 1
             and power_kernels.backend_for(hidden.device) == "cpp"
@@ -83,7 +85,7 @@ class LmHead:
 
         def ramped(hidden: torch.Tensor) -> torch.Tensor:
             seen.append(hidden)
-            return ramp.expand(*hidden.shape[:-1], -1)
+            return ramp.expand(*hidden.shape[:-1], -1).clone()  # a model may change its logits in place
 
         patches = Patches()
         patches.add(self.module, "forward", ramped)
@@ -92,7 +94,7 @@ class LmHead:
         if len(seen) != 1 or seen[0].shape[-1] != weight.shape[1]:
             return False
         hidden = decode()
-        if seen[0].shape != hidden.shape or logits.shape[-1] != weight.shape[0]:
+        if hidden is None or seen[0].shape != hidden.shape or logits.shape[-1] != weight.shape[0]:
             return False
         tolerance = {"rtol": 0.02, "atol": 0.02} if weight.dtype.itemsize < 4 else {"rtol": 1e-4, "atol": 1e-5}
         same = [(logits.reshape(-1), self._finish(ramp)), (seen[0], hidden)]

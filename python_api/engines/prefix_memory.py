@@ -15,6 +15,7 @@ position and step. Bytes a node: the KV of one position and one hidden state.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from power_kernels.api.engines.ragged_cache import KvSlabs
@@ -32,11 +33,11 @@ class PrefixMemory:
         kept = list(slabs.pairs)
         node_bytes = hidden_size * dtype.itemsize + sum(lane[:, 0, :, 0].nbytes for lane, _ in kept)
         self.capacity = max(1, min(_POSITIONS * chains * slabs.positions, _MOST_BYTES // node_bytes))
-        self._hidden = torch.empty(self.capacity, hidden_size, dtype=dtype)
+        device = kept[0][0].device
+        self._hidden = torch.empty(self.capacity, hidden_size, dtype=dtype, device=device)
         # Untouched memory costs nothing, so a short run pays for what it keeps.
         self._kv = [
-            (lane, torch.empty(self.capacity, lane.shape[0], lane.shape[2], lane.shape[4], dtype=lane.dtype))
-            for lane, _ in kept
+            (lane, lane.new_empty(self.capacity, lane.shape[0], lane.shape[2], lane.shape[4])) for lane, _ in kept
         ]
         lane_nodes, chain_nodes = slabs.add_pair(1, heads=1, dim=1, dtype=torch.int64)
         self._node = lane_nodes[0, :, 0, :, 0].numpy()  # [lanes, positions], in place
@@ -44,17 +45,17 @@ class PrefixMemory:
         self._child: dict[tuple[int, int], int] = {}
         self._key: list[tuple[int, int] | None] = [None] * self.capacity
         self._next = 1
-        self._prompt_node: dict[tuple[int, ...], int] = {}
+        self._prompt: list[tuple[int, ...] | None] = [None] * chain_nodes.shape[1]  # of each chain slot
         self._root = [_UNKNOWN] * chain_nodes.shape[1]  # of each chain slot: the node of its prompt's KV
 
     def admit(self, slot: int, prompt: tuple[int, ...]) -> None:
         """A slot holds all but the last token of a prompt. Chains of one prompt share what they forward."""
-        if prompt not in self._prompt_node:
-            self._prompt_node[prompt] = self._number()
-        self._root[slot] = self._prompt_node[prompt]
+        same = self._prompt.index(prompt) if prompt in self._prompt else None
+        self._root[slot] = self._number() if same is None else self._root[same]
+        self._prompt[slot] = prompt
 
     def move(self, source: int, target: int) -> None:
-        self._root[target] = self._root[source]
+        self._root[target], self._prompt[target] = self._root[source], self._prompt[source]
 
     def recall(self, state: ChainState) -> tuple[list[int], torch.Tensor]:
         """The running lanes whose next prefix is known, and its hidden state for each [n, hidden_size].
@@ -75,9 +76,10 @@ class PrefixMemory:
     def learn(self, state: ChainState, hidden: torch.Tensor, good: torch.Tensor) -> None:
         """Keep what a forward pass has just written. hidden [rows, hidden_size]; good bool [rows]: worth keeping."""
         trusted = good.tolist()
+        # What was written has no node until it gets one below: an old number would lie about it.
+        self._node[np.arange(len(trusted)), state.position.numpy()] = _UNKNOWN
         for lane, position, key in self._asked(state):
             if not trusted[lane]:
-                self._node[lane, position] = _UNKNOWN
                 continue
             node = self._child.get(key)
             if node is None:  # two lanes may come to a prefix in the same pass

@@ -335,6 +335,9 @@ def test_an_empty_vocabulary_or_width_is_refused(name):
     [
         ({"softcap": -1.0}, pk.ArgumentError, "softcap is -1.0; it must be finite and at least 0"),
         ({"softcap": INF}, pk.ArgumentError, "softcap is inf"),
+        ({"softcap": 1e39}, pk.ArgumentError, "softcap is 1e\\+39; .* neither overflow nor underflow float32"),
+        ({"softcap": 1e-46}, pk.ArgumentError, "softcap is 1e-46; .* neither overflow nor underflow float32"),
+        ({"scale": -1e39}, pk.ArgumentError, "scale is -1e\\+39"),
         ({"softcap": None}, pk.ArgumentTypeError, "softcap is None, a NoneType; it must be a float"),
         ({"scale": NAN}, pk.ArgumentError, "scale is nan; it must be finite"),
         ({"scale": True}, pk.ArgumentTypeError, "scale is True, a bool"),

@@ -16,7 +16,7 @@ from power_kernels.ops.checks import (
     check_vectors,
 )
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import row_outputs, workspace_size
+from power_kernels.ops.rows import check_outputs, row_outputs, workspace_size
 from power_kernels.ops.sampling import SampleOutput
 from power_kernels.ops.scoring import ScoreOutput
 
@@ -84,17 +84,6 @@ def _check_score(hidden, lm_head, bias, tokens, alpha, beta, softcap, scale) -> 
     check_exponents(alpha=alpha, beta=beta)
 
 
-def _check_outputs(hidden, lm_head, workspace, floats, entropy, status) -> None:
-    rows = (hidden.shape[0],)
-    check_vectors(hidden, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
-    need = hidden_workspace_size(hidden.shape[0], lm_head.shape[0])
-    if workspace.numel() < need:
-        raise ArgumentError(f"workspace has {workspace.numel()} elements; it must have at least {need}")
-    check_vectors(hidden, **{name: (value, torch.float32, rows) for name, value in floats.items()})
-    if entropy is not None:
-        check_vectors(hidden, entropy=(entropy, torch.float32, rows))
-
-
 def _new_workspace(hidden, lm_head) -> torch.Tensor:
     return hidden.new_empty(hidden_workspace_size(hidden.shape[0], lm_head.shape[0]), dtype=torch.float32)
 
@@ -148,7 +137,8 @@ def sample_from_hidden_out(
     _check_sample(hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale)
     rows, vocab = hidden.shape[0], lm_head.shape[0]
     check_vectors(hidden, logits=(logits, torch.float32, (rows, vocab)), token=(token, torch.int64, (rows,)))
-    _check_outputs(hidden, lm_head, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
+    need = hidden_workspace_size(hidden.shape[0], lm_head.shape[0])
+    check_outputs(hidden, need, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
     run(
         "sample_from_hidden_out", hidden.device,
         hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale,
@@ -211,7 +201,8 @@ def score_from_hidden_out(
 ) -> None:
     """`score_from_hidden` into preallocated tensors; see `sample_from_hidden_out`."""
     _check_score(hidden, lm_head, bias, tokens, alpha, beta, softcap, scale)
-    _check_outputs(hidden, lm_head, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
+    need = hidden_workspace_size(hidden.shape[0], lm_head.shape[0])
+    check_outputs(hidden, need, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
     run(
         "score_from_hidden_out", hidden.device,
         hidden, lm_head, bias, tokens, alpha, beta, softcap, scale, workspace, logp, logq, weight, entropy, status,

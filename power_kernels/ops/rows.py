@@ -16,15 +16,15 @@ def workspace_size(rows: int, vocab: int) -> int:
     return rows * -(-vocab // SMALLEST_TILE) * TILE_VALUES
 
 
-def check_outputs(logits, workspace, floats, entropy, status) -> None:
-    rows = (logits.shape[0],)
-    check_vectors(logits, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
-    need = workspace_size(*logits.shape)
+def check_outputs(like: torch.Tensor, need: int, workspace, floats, entropy, status) -> None:
+    """like: logits or hidden states, one row a row of the outputs. need: elements of the workspace."""
+    rows = (like.shape[0],)
+    check_vectors(like, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
     if workspace.numel() < need:
         raise ArgumentError(f"workspace has {workspace.numel()} elements; it must have at least {need}")
-    check_vectors(logits, **{name: (value, torch.float32, rows) for name, value in floats.items()})
+    check_vectors(like, **{name: (value, torch.float32, rows) for name, value in floats.items()})
     if entropy is not None:
-        check_vectors(logits, entropy=(entropy, torch.float32, rows))
+        check_vectors(like, entropy=(entropy, torch.float32, rows))
 
 
 def row_outputs(logits: torch.Tensor, floats: int, return_entropy: bool):

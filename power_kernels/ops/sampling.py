@@ -8,7 +8,7 @@ import torch
 
 from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs
+from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs, workspace_size
 
 
 class SampleOutput(NamedTuple):
@@ -79,7 +79,8 @@ def sample_tokens_out(
     """
     _check_sample(logits, alpha, beta, seed, counter, exclude)
     check_vectors(logits, token=(token, torch.int64, (logits.shape[0],)))
-    check_outputs(logits, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
+    need = workspace_size(*logits.shape)
+    check_outputs(logits, need, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
     run(
         "sample_tokens_out", logits.device,
         logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status,

@@ -8,7 +8,7 @@ import torch
 
 from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs
+from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs, workspace_size
 
 
 class ScoreOutput(NamedTuple):
@@ -57,7 +57,8 @@ def score_tokens(
 def score_tokens_out(logits, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status) -> None:
     """`score_tokens` into preallocated tensors; see `sample_tokens_out`."""
     _check_score(logits, tokens, alpha, beta)
-    check_outputs(logits, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
+    need = workspace_size(*logits.shape)
+    check_outputs(logits, need, workspace, dict(logp=logp, logq=logq, weight=weight), entropy, status)
     args = (logits, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status)
     run("score_tokens_out", logits.device, *args)
 

@@ -26,7 +26,8 @@ class PowerConfig:
     cut: the law of the place where a proposal leaves the answer.
     early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
-    lanes: proposals of one chain that run side by side (exact, section 3.5).
+    lanes: proposals of one chain that run side by side (exact, section 3.5). None: the driver chooses; the chains are
+        the same for any number.
     compat: "karan-du" reproduces the algorithm of the paper's published code (suffix sums over the overlap, proposals
         capped at the current length, no cut-law ratio). It does not leave p(x)^alpha invariant when answers can end
         early, and early rejection does not apply to it.
@@ -43,7 +44,7 @@ class PowerConfig:
     cut: str = "uniform"
     early_rejection: bool = True
     free_prefix: bool = True
-    lanes: int = 1
+    lanes: int | None = 1
     compat: str | None = None
 
     def __post_init__(self) -> None:
@@ -56,10 +57,11 @@ class PowerConfig:
                 raise ArgumentError(
                     f"temperature is {self.temperature}; it must lie in [{1 / _LARGEST:g}, {_LARGEST:g}], or be None"
                 )
-        for name, least in (("max_new_tokens", 1), ("mcmc_steps", 0), ("final_steps", 0), ("lanes", 1)):
+        for name, least in (("max_new_tokens", 1), ("mcmc_steps", 0), ("final_steps", 0)):
             _integer(name, getattr(self, name), least)
-        if self.block_size is not None:
-            _integer("block_size", self.block_size, 1)
+        for name in ("block_size", "lanes"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
         for name in ("early_rejection", "free_prefix"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentTypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")

@@ -28,7 +28,7 @@ TYPES = [
     ("block_size", 192.0),
     ("block_size", True),
     ("lanes", 2.0),
-    ("lanes", None),
+    ("lanes", True),
     ("early_rejection", 1),
     ("early_rejection", None),
     ("free_prefix", "no"),

@@ -38,7 +38,8 @@ class Sampled:
 
     token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
     `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
-    ignored. recalled: bool [L] where lanes were sampled without a forward pass, None where none was.
+    ignored. recalled: bool [L] where lanes were sampled without a forward pass, None where none was. entropy: float32
+    [L] in nats, of softmax(logits), where the run asked for it; else None.
     """
 
     token: torch.Tensor
@@ -46,6 +47,7 @@ class Sampled:
     weight: torch.Tensor
     status: torch.Tensor
     recalled: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
 
 @runtime_checkable
@@ -62,12 +64,15 @@ class Engine(Protocol):
     max_context: int | None
     eos_token_ids: tuple[int, ...]
 
-    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int, entropy: bool = False
+    ) -> None:
         """Get ready for `chains` slots of `lanes` lanes each, with all positions below `max_length`.
 
         max_length: prompt + max_new_tokens of the longest request. alpha, beta: the exponents of the
-        target and of the proposal (DESIGN section 2). seed: 64 bits. Raises EngineBusyError, and leaves the other run
-        alone, while one is on: an engine keeps the past of one run.
+        target and of the proposal (DESIGN section 2). seed: 64 bits. entropy: every sample needs the entropy of its
+        row, for the cut law "divergence-entropy". Raises EngineBusyError, and leaves the other run alone, while one is
+        on: an engine keeps the past of one run.
         """
         ...
 

@@ -215,6 +215,8 @@ class _Run:
                 setattr(self, phase, nvtx.in_range(phase, getattr(self, phase)))
         self.waiting = deque(jobs)
         self.slots = slots
+        self.lanes = config.lanes or 1
+        self.entropy = config.cut == "divergence-entropy"
         self.seed = seed
         self.max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
         self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
@@ -229,15 +231,16 @@ class _Run:
         self.recalled: list[int] = []
 
     def results(self, bar) -> Iterator[PowerResult]:
-        engine, config = self.engine, self.config
+        engine = self.engine
         try:
             engine.begin(
                 chains=self.slots,
-                lanes=config.lanes,
+                lanes=self.lanes,
                 max_length=self.max_length,
                 alpha=self.alpha,
-                beta=config.beta,
+                beta=self.config.beta,
                 seed=self.seed,
+                entropy=self.entropy,
             )
         except EngineBusyError:
             raise
@@ -245,7 +248,7 @@ class _Run:
             engine.end()
             raise
         try:
-            self.state = pk.ChainState.allocate(self.slots, config.lanes, self.law, engine.device)
+            self.state = pk.ChainState.allocate(self.slots, self.lanes, self.law, engine.device)
             self.active = self.state.first(0)
             while self.admit():
                 stopped: list[int] = []
@@ -283,7 +286,7 @@ class _Run:
         return len(self.prefill_cost)
 
     def nothing_sampled(self) -> Sampled:
-        rows = len(self.prefill_cost) * self.config.lanes
+        rows = len(self.prefill_cost) * self.lanes
         device = self.engine.device
         values = torch.zeros(rows, dtype=torch.float32, device=device)
         token = torch.zeros(rows, dtype=torch.int64, device=device)

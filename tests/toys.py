@@ -82,11 +82,13 @@ class ToyEngine:
         self.forwarded = 0
         self.running = False
 
-    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int, entropy: bool = False
+    ) -> None:
         if self.running:
             raise EngineBusyError("a run of this engine is on")
         self.running = True
-        self.lanes = lanes
+        self.lanes, self.entropy = lanes, entropy
         self.chain_kv = torch.full((2, chains, 1, max_length, 1), -1, dtype=torch.int32, device=self.device)
         self.lane_kv = torch.full((2, chains * lanes, 1, max_length, 1), -1, dtype=torch.int32, device=self.device)
         self.prompts: list[list[int]] = [[]] * chains
@@ -117,8 +119,9 @@ class ToyEngine:
             self.seed,
             state.counter,
             state.exclude,
+            return_entropy=self.entropy,
         )
-        return Sampled(out.token, out.logq, out.weight, out.status)
+        return Sampled(out.token, out.logq, out.weight, out.status, entropy=out.entropy)
 
     def logits(self, state: pk.ChainState) -> np.ndarray:
         """Feed every lane; float32 [rows, V], zeros where the sample is not used."""

@@ -84,7 +84,9 @@ class HuggingFaceEngine:
 
     # -- a run
 
-    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int, entropy: bool = False
+    ) -> None:
         """Allocate KV for `chains` slots of `lanes` lanes and positions below max_length, and fix the rotary regime.
 
         Raises ArgumentError for sizes or exponents that are not allowed and for max_length above `max_context`.
@@ -106,7 +108,7 @@ class HuggingFaceEngine:
         positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
         slabs = KvSlabs(self._layout, chains=chains, lanes=lanes, positions=positions, device=self.device)
         self._cache = RaggedCache(slabs, len(self._layout.layers))
-        self._max_length, self._chains = max_length, chains
+        self._max_length, self._chains, self._entropy = max_length, chains, entropy
         rows = chains * lanes
         self._alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
         self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
@@ -162,7 +164,7 @@ class HuggingFaceEngine:
         if self._memory is not None:
             self._memory.learn(state, output, drawn.status == Status.OK)
         self._scrub(state.position, drawn.status)
-        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
+        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
 
     def _draw(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
         """Sample rows of the state from what `_decode` gave for them."""
@@ -174,21 +176,28 @@ class HuggingFaceEngine:
             state.exclude[rows].contiguous(),
         )
         if self._head is not None and self._head.is_faster_fused(output):
-            return self._head.sample(output, *draw)
-        return power_kernels.sample_tokens(self._logits(output), *draw)
+            return self._head.sample(output, *draw, return_entropy=self._entropy)
+        return power_kernels.sample_tokens(self._logits(output), *draw, return_entropy=self._entropy)
 
     def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
         self._steps += 1
         drawn = self._draw(state, lanes, hidden)
         rows = state.position.shape[0]
-        token = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        logq, weight = torch.zeros(2, rows, dtype=torch.float32, device=self.device).unbind()
-        status = torch.full((rows,), Status.PENDING, dtype=torch.int32, device=self.device)
-        for target, source in zip(
-            (token, logq, weight, status), (drawn.token, drawn.logq, drawn.weight, drawn.status), strict=True
-        ):
-            target[lanes] = source
-        return Sampled(token, logq, weight, status, recalled=status != Status.PENDING)
+
+        def spread(values: torch.Tensor, elsewhere: int = 0) -> torch.Tensor:
+            out = values.new_full((rows,), elsewhere)
+            out[lanes] = values
+            return out
+
+        status = spread(drawn.status, Status.PENDING)
+        return Sampled(
+            spread(drawn.token),
+            spread(drawn.logq),
+            spread(drawn.weight),
+            status,
+            recalled=status != Status.PENDING,
+            entropy=None if drawn.entropy is None else spread(drawn.entropy),
+        )
 
     def move(self, source: int, target: int) -> None:
         """Copy the used positions of slot `source` and its lanes over slot `target`."""

@@ -60,12 +60,12 @@ class LmHead:
             and power_kernels.backend_for(hidden.device) == "cpp"
         )
 
-    def sample(self, hidden: torch.Tensor, *draw: torch.Tensor) -> power_kernels.SampleOutput:
+    def sample(self, hidden: torch.Tensor, *draw: torch.Tensor, return_entropy: bool) -> power_kernels.SampleOutput:
         """`sample_from_hidden` with this head. draw: alpha, beta, seed, counter, exclude."""
         weight, bias = self.module.weight.detach(), self.module.bias
         bias = None if bias is None else bias.detach()
         return power_kernels.sample_from_hidden(
-            hidden, weight, *draw, bias=bias, softcap=self.softcap, scale=self.scale
+            hidden, weight, *draw, bias=bias, softcap=self.softcap, scale=self.scale, return_entropy=return_entropy
         )
 
     def _finish(self, logits: torch.Tensor) -> torch.Tensor:

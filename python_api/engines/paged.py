@@ -76,10 +76,12 @@ class PagedEngine:
 
     # -- a run
 
-    def begin(self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int) -> None:
+    def begin(
+        self, *, chains: int, lanes: int, max_length: int, alpha: float, beta: float, seed: int, entropy: bool = False
+    ) -> None:
         if self.tables is not None:
             raise EngineBusyError("a run of this engine is on; exhaust its stream or close() it first")
-        self.chains, self.lanes = chains, lanes
+        self.chains, self.lanes, self.entropy = chains, lanes, entropy
         self.rows = chains * (1 + lanes)
         most = -(-max_length // self.block_size)
         blocks = self.rows * most if self.num_blocks is None else self.num_blocks
@@ -156,14 +158,17 @@ class PagedEngine:
         view = DecodeView(position, length)
         logits = self._forward(view, state.input_id[:, None], position[:, None], write, read)
         count = position.shape[0]
-        drawn = pk.sample_tokens(logits, self.alpha[:count], self.beta[:count], self.seed, state.counter, state.exclude)
+        drawn = pk.sample_tokens(
+            logits, self.alpha[:count], self.beta[:count], self.seed, state.counter, state.exclude,
+            return_entropy=self.entropy,
+        )  # fmt: skip
         # 0 * NaN is NaN: what a row with bad logits wrote must not stay where others may read it masked.
         bad = (drawn.status != pk.Status.OK)[:, None, None]
         slots = self.pool.flatten(1, 2)
         slots[:, write] = slots[:, write].masked_fill(bad, 0)
         in_use = self.pool.shape[1] - self.tables.free_count[0]
         self.counts.peak_blocks = torch.maximum(self.counts.peak_blocks, in_use)
-        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status)
+        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
 
     def move(self, source: int, target: int) -> None:
         if source == target:

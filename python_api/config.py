@@ -44,7 +44,7 @@ class PowerConfig:
     cut: str = "uniform"
     early_rejection: bool = True
     free_prefix: bool = True
-    lanes: int | None = 1
+    lanes: int | None = None
     compat: str | None = None
 
     def __post_init__(self) -> None:

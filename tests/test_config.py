@@ -144,7 +144,7 @@ def test_switches_reach_the_law_one_by_one():
 def test_defaults_are_those_of_the_paper():
     config = PowerConfig()
     assert (config.alpha, config.max_new_tokens, config.block_size, config.mcmc_steps) == (4.0, 3072, 192, 10)
-    assert (config.final_steps, config.temperature, config.beta, config.lanes) == (0, None, 4.0, 1)
+    assert (config.final_steps, config.temperature, config.beta, config.lanes) == (0, None, 4.0, None)
 
 
 def test_a_config_cannot_change_after_it_was_checked():

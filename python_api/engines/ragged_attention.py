@@ -2,10 +2,7 @@
 
     out[b, h] = softmax(scale * q[b, h] K[b, h / group]^T + mask[b]) V[b, h / group]
 
-Decoding, one query a row: the `group` query heads that share a KV head are that head's queries, [rows,
-kv_heads, group, dim] against [rows, kv_heads, length, dim], so the KV of a row is read once and never
-repeated. `length` is the longest active position, not the slab. Bytes a layer: 2 * rows * kv_heads * length
-* dim * itemsize.
+Decoding, one query a row: `decode_attention.py`, with the kernel that the view names.
 
 Prefill, prompts packed one behind the other in one row of tokens, no padding: each segment attends to its
 own chain row.
@@ -27,6 +24,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from power_kernels.api.engine import UnsupportedModelError
+from power_kernels.api.engines.decode_attention import DecodeView as DecodeView
+from power_kernels.api.engines.decode_attention import attention, write_index
 
 NAME = "power_kernels"
 
@@ -50,61 +49,6 @@ def attached(view) -> Iterator[None]:
         yield
     finally:
         _active.view = previous
-
-
-def _write_index(rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor, by_row: bool) -> torch.Tensor:
-    """Where the new states go in `slab` [R, heads, S, dim] seen as [R * heads * S, dim].
-
-    States come as [rows, heads, 1, dim] (by_row) or [1, heads, tokens, dim]; the result has their order.
-    """
-    heads, length = slab.shape[1], slab.shape[2]
-    head = torch.arange(heads, device=rows.device)
-    if by_row:
-        return ((rows[:, None] * heads + head) * length + positions[:, None]).reshape(-1)
-    return ((rows * heads + head[:, None]) * length + positions).reshape(-1)
-
-
-class DecodeView:
-    """One token for each of the first `rows` lanes. position: int64 [rows], all below `length`."""
-
-    of_chains = False
-
-    def __init__(self, position: torch.Tensor, length: int):
-        self.position, self.length, self.rows = position, length, position.shape[0]
-        self._index: dict[int, torch.Tensor] = {}
-        self._masks: dict[tuple, torch.Tensor] = {}
-
-    def write_index(self, slab: torch.Tensor) -> torch.Tensor:
-        heads = slab.shape[1]
-        if heads not in self._index:
-            rows = torch.arange(self.rows, device=slab.device)
-            self._index[heads] = _write_index(rows, self.position, slab, by_row=True)
-        return self._index[heads]
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive, [rows, 1, 1, length]."""
-        key = (window, dtype)
-        if key not in self._masks:
-            column = torch.arange(self.length, device=self.position.device)
-            hidden = column > self.position[:, None]
-            if window is not None:
-                hidden |= column <= self.position[:, None] - window
-            mask = torch.zeros(self.rows, self.length, dtype=dtype, device=self.position.device)
-            self._masks[key] = mask.masked_fill_(hidden, -math.inf)[:, None, None]
-        return self._masks[key]
-
-    def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None):
-        rows, heads, _, dim = query.shape
-        kv_heads, group = keys.shape[1], heads // keys.shape[1]
-        out = _attention(
-            query.reshape(rows, kv_heads, group, dim),
-            keys[:rows, :, : self.length],
-            values[:rows, :, : self.length],
-            self.mask(window, query.dtype),
-            scale,
-            softcap,
-        )
-        return out.reshape(rows, 1, heads, values.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -137,7 +81,7 @@ class PrefillView:
     def write_index(self, slab: torch.Tensor) -> torch.Tensor:
         heads = slab.shape[1]
         if heads not in self._index:
-            self._index[heads] = _write_index(self._rows, self.position, slab, by_row=False)
+            self._index[heads] = write_index(self._rows, self.position, slab, by_row=False)
         return self._index[heads]
 
     def mask(self, segment: Segment, window: int | None, dtype: torch.dtype, group: int) -> torch.Tensor:
@@ -179,18 +123,8 @@ class PrefillView:
         # The group's query heads as further queries of their KV head: nothing is repeated.
         query = query.reshape(1, kv_heads, group * tokens, dim)
         mask = self.mask(segment, window, query.dtype, group)
-        out = _attention(query, keys, values, mask, scale, softcap)
+        out = attention(query, keys, values, mask, scale, softcap)
         return out.reshape(1, heads, tokens, values.shape[-1])
-
-
-def _attention(query, keys, values, mask: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """[batch, kv_heads, queries, dim] against [batch, kv_heads, length, dim]; mask is added to the scores."""
-    if softcap is None:
-        return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = torch.tanh(torch.matmul(query, keys.transpose(2, 3)) * (scale / softcap)) * softcap + mask
-    # Rows of half-precision weights are normalised in float32, as transformers' eager attention does.
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.matmul(scores.softmax(dim=-1, dtype=dtype).to(values.dtype), values)
 
 
 @dataclass

@@ -1,0 +1,253 @@
+"""Decode attention: one query a row, against KV slabs whose rows end at different positions.
+
+    out[r, h] = softmax(scale * q[r, h] K[r, h / group, a_r : b_r]^T) V[r, h / group, a_r : b_r]
+    b_r = position[r] + 1,  a_r = max(0, b_r - window), or 0
+
+q [rows, heads, 1, dim], K and V [R, kv_heads, S, dim], heads = kv_heads * group. The group of query heads that share a
+KV head are handled as that head's queries, so KV is read once and never repeated. Bytes a layer that must be read:
+2 * sum_r (b_r - a_r) * kv_heads * dim * itemsize.
+
+Three ways to compute it:
+
+    flash    torch's flash attention for sequences of different lengths, told each row's own (a_r, b_r) in device
+             tensors: nothing is masked, nothing read beyond them, nothing looked at by the host. The slab is described
+             to it as it lies. CUDA, fp16 and bf16.
+    rows     one call of scaled-dot-product attention a row, with just that row's positions. On a CPU, where the host
+             may look at the positions. A row's bits depend on that row alone.
+    padded   one call for all rows up to the longest, the rest masked. Everything else.
+
+A soft cap on the scores is in no library kernel used here: `rows` and `padded` compute it from matrix products, and
+where `flash` runs, layers with a soft cap take `padded`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch.nn import functional
+
+from power_kernels.errors import ArgumentError
+
+FLASH, ROWS, PADDED = "flash", "rows", "padded"
+KERNELS = {
+    FLASH: "torch's flash attention, each lane's own length",
+    ROWS: "scaled-dot-product attention lane by lane, each lane's own length",
+    PADDED: "scaled-dot-product attention up to the longest lane's length",
+}
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLASH_DIM, _FLASH_DIM_MULTIPLE = 256, 8
+_INT32_POSITIONS = 2**31  # flash attention counts positions of the packed slab in int32
+# `rows` makes kv_heads tasks a call. Where these leave more of the threads idle than this, one padded call is better.
+_LEAST_BUSY = 0.8
+
+
+class DecodeView:
+    """One token for each of the first `rows` lanes: where it is written and what it sees.
+
+    position: int64 [rows]. Only memory of the row itself is touched whatever they are: below 0 they are taken for 0,
+    beyond the slab for its end, and beyond `length` only the `length` first positions are seen.
+    length: above all positions that matter; what `padded` reads, and what sizes the work of `flash`.
+    kernel: of `KERNELS`. `rows` looks at the positions on the host once, here; the others never do, and what they
+        launch depends on rows and length alone.
+    """
+
+    of_chains = False
+
+    def __init__(self, position: torch.Tensor, length: int, kernel: str = PADDED):
+        self.position, self.length, self.rows = position.clamp(min=0), length, position.shape[0]
+        self.kernel = kernel
+        self._stops = [min(p + 1, length) for p in self.position.tolist()] if kernel == ROWS else None
+        self._index: dict[tuple, torch.Tensor] = {}
+        self._masks: dict[tuple, torch.Tensor] = {}
+        self._sequences: dict[tuple, tuple] = {}
+
+    def write_index(self, slab: torch.Tensor) -> torch.Tensor:
+        """Where the rows' new states go in a slab [R, heads, S, dim] seen as [R * heads * S, dim]: int64."""
+        _, heads, positions, _ = slab.shape
+        key = (heads, positions)
+        if key not in self._index:
+            rows = torch.arange(self.rows, device=slab.device)
+            self._index[key] = write_index(rows, self.position.clamp(max=positions - 1), slab, by_row=True)
+        return self._index[key]
+
+    def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None) -> torch.Tensor:
+        """[rows, 1, heads, value dim]"""
+        rows, heads, _, dim = query.shape
+        if self.kernel == FLASH and softcap is None:
+            return self._flash(query, keys, values, scale, window)
+        kv_heads = keys.shape[1]
+        query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+        compute = self._by_rows if self.kernel == ROWS else self._padded
+        out = compute(query, keys[:rows], values[:rows], scale, window, softcap)
+        return out.reshape(rows, 1, heads, values.shape[-1])
+
+    def _flash(self, query, keys, values, scale, window) -> torch.Tensor:
+        start, used, queries = self._flash_sequences(keys, window)
+        longest = self.length if window is None else min(self.length, window)
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            query.squeeze(2), packed(keys), packed(values), queries, start, 1, longest, 0.0, False, False,
+            scale=scale, seqused_k=used,
+        )  # fmt: skip
+        return out[:, None]
+
+    def _flash_sequences(self, slab: torch.Tensor, window: int | None) -> tuple[torch.Tensor, ...]:
+        """(start [rows + 1], used [rows], queries [rows + 1]), int32: row r has query r and sees positions [start[r],
+        start[r] + used[r]) of the packed slab. A window moves the start, so that the kernel needs to know of none."""
+        _, heads, positions, _ = slab.shape
+        key = (heads, positions, window)
+        if key not in self._sequences:
+            stop = (self.position + 1).clamp(max=self.length)
+            queries = torch.arange(self.rows + 1, device=slab.device)
+            start = queries * (heads * positions)
+            if window is not None:
+                first = (stop - window).clamp(min=0)
+                stop = stop - first
+                start = torch.cat([start[:-1] + first, start[-1:]])
+            self._sequences[key] = tuple(x.to(torch.int32) for x in (start, stop, queries))
+        return self._sequences[key]
+
+    def _by_rows(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
+        parts = []
+        for q, k, v, stop in zip(query.split(1), keys.split(1), values.split(1), self._stops, strict=True):
+            start = 0 if window is None else max(0, stop - window)
+            parts.append(attention(q, k[:, :, start:stop], v[:, :, start:stop], None, scale, softcap))
+        return torch.cat(parts)
+
+    def _padded(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
+        mask = self.mask(window, query.dtype)
+        return attention(query, keys[:, :, : self.length], values[:, :, : self.length], mask, scale, softcap)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive, [rows, 1, 1, length]; the same one for all layers with this window."""
+        key = (window, dtype)
+        if key not in self._masks:
+            last = self.position.clamp(max=self.length - 1)[:, None]  # a row that sees nothing would be NaN
+            column = torch.arange(self.length, device=last.device)
+            hidden = column > last
+            if window is not None:
+                hidden |= column <= last - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=last.device)
+            self._masks[key] = mask.masked_fill_(hidden, -math.inf)[:, None, None]
+        return self._masks[key]
+
+
+def write_index(rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor, by_row: bool) -> torch.Tensor:
+    """Where new states go in `slab` [R, heads, S, dim] seen as [R * heads * S, dim].
+
+    States come as [rows, heads, 1, dim] (by_row) or [1, heads, tokens, dim]; the result has their order.
+    """
+    heads, length = slab.shape[1], slab.shape[2]
+    head = torch.arange(heads, device=rows.device)
+    if by_row:
+        return ((rows[:, None] * heads + head) * length + positions[:, None]).reshape(-1)
+    return ((rows * heads + head[:, None]) * length + positions).reshape(-1)
+
+
+def packed(slab: torch.Tensor) -> torch.Tensor:
+    """A slab [R, heads, S, dim] as packed KV [T, heads, dim] in which row r starts at r * heads * S: a view whose
+    entries overlap, since the positions of a row's first head are followed by those of its next."""
+    rows, heads, positions, dim = slab.shape
+    if not slab.is_contiguous() or rows * heads * positions >= _INT32_POSITIONS:
+        raise ArgumentError(
+            f"flash attention needs a contiguous slab of fewer than 2**31 positions; this one has {tuple(slab.shape)}"
+        )
+    total = ((rows - 1) * heads + 1) * positions
+    return slab.as_strided((total, heads, dim), (dim, positions * dim, 1))
+
+
+def attention(query, keys, values, mask: torch.Tensor | None, scale: float, softcap: float | None) -> torch.Tensor:
+    """[batch, kv_heads, queries, dim] against [batch, kv_heads, length, dim]; mask is added to the scores."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    scores = torch.tanh(torch.matmul(query, keys.transpose(2, 3)) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores + mask
+    # Rows of half-precision weights are normalised in float32, as transformers' eager attention does.
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.matmul(scores.softmax(dim=-1, dtype=dtype).to(values.dtype), values)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Choosing
+
+
+def choose(layout, heads: int, device: torch.device, asked: str | None = None) -> str:
+    """The kernel of `KERNELS` that decodes with this KV (`ragged_cache.KvLayout`) of a model with `heads` query heads.
+
+    Where `flash` looks possible it is tried, on this device and these shapes, against `padded`; if it fails, `padded`
+    is chosen and a RuntimeWarning says why. asked: take this one. Raises ArgumentError where it is unknown, cannot run
+    here or fails the trial.
+    """
+    if asked is not None and asked not in KERNELS:
+        raise ArgumentError(f"attention is {asked!r}; it must be one of {', '.join(map(repr, KERNELS))}")
+    shapes = dict.fromkeys(layout.layers)
+    if asked == FLASH or (asked is None and device.type == "cuda" and layout.dtype in _HALF and _flash_fits(shapes)):
+        trouble = _flash_trouble(shapes, heads, layout.dtype, device)
+        if trouble is None:
+            return FLASH
+        if asked is not None:
+            raise ArgumentError(f"attention is {asked!r}, which does not work here: {trouble}")
+        warnings.warn(
+            f"decoding reads KV up to the longest lane's length: {KERNELS[FLASH]} does not work here: {trouble}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return PADDED
+    if asked == ROWS and device.type != "cpu":
+        raise ArgumentError(f"attention is {asked!r}, which looks at positions on the host; the model is on {device}")
+    if asked is not None:
+        return asked
+    fewest = min(key[0] for key, _ in shapes)
+    return ROWS if device.type == "cpu" and _rows_fill(fewest, torch.get_num_threads()) else PADDED
+
+
+def recordable(kernel: str) -> str:
+    """The kernel for a step that is recorded and replayed: `kernel`, or `padded` where that would look at the host."""
+    return PADDED if kernel == ROWS else kernel
+
+
+def _flash_fits(shapes) -> bool:
+    dims = {(key[1], value[1]) for key, value in shapes}
+    return all(k == v and k <= _FLASH_DIM and k % _FLASH_DIM_MULTIPLE == 0 for k, v in dims)
+
+
+def _rows_fill(kv_heads: int, threads: int) -> bool:
+    rounds = -(-kv_heads // threads)
+    return kv_heads >= _LEAST_BUSY * threads * rounds
+
+
+def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `flash` cannot be used for KV of these shapes, or None. Ragged rows, with and without a window."""
+    stops = [1, 7, 300, 128]  # one position; less than, more than and just a tile of the kernel
+    length = max(stops)
+    position = torch.tensor(stops, device=device) - 1
+    try:
+        for (kv_heads, dim), _ in shapes:
+            generator = torch.Generator(device).manual_seed(0)
+
+            def normal(*shape, generator=generator):
+                return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+            keys, values = normal(2, len(stops) + 1, kv_heads, length + 20, dim).unbind()
+            query = normal(len(stops), max(1, heads // kv_heads) * kv_heads, 1, dim)
+            for window in (None, 5):
+                got, want = (
+                    DecodeView(position, length, kernel).attend(query, keys, values, dim**-0.5, window, None)
+                    for kernel in (FLASH, PADDED)
+                )
+                error = ((got - want).double().square().mean() / want.double().square().mean()).sqrt().item()
+                if not error <= _TRIAL_TOLERANCE:
+                    return f"it differs from scaled-dot-product attention by {error:.2g} (relative, window {window})"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # builds and devices without the kernel raise as many types as there are reasons
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return None
+
+
+# Relative root mean square. Rounding of fp16 and bf16 outputs gives 1e-3 and 6e-3, one position too many or too few of
+# seven 0.3.
+_TRIAL_TOLERANCE = 3e-2

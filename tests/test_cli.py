@@ -70,7 +70,7 @@ def assert_same(records, others):
     for key, record in records.items():
         for name in ("tokens", "steps", "accepted", "unchanged", "finish", "status", "text", "digest"):
             assert record[name] == others[key][name]
-        assert record["logp"] == pytest.approx(others[key]["logp"], abs=1e-4)
+        assert record["logp"] == pytest.approx(others[key]["logp"], abs=2e-4)
 
 
 def run(model_path, prompts, out, *more):
@@ -93,7 +93,7 @@ def test_results_are_those_of_the_sampler(model_path, uninterrupted):
         record = uninterrupted[result.prompt_id, result.chain_id]
         assert record["tokens"] == result.tokens
         assert record["accepted"] == result.accepted
-        assert record["logp"] == pytest.approx(result.logp, abs=1e-5)
+        assert record["logp"] == pytest.approx(result.logp, abs=1e-4)
         assert record["finish"] == result.finish
     assert uninterrupted[0, 0]["id"] == "one"
     assert uninterrupted[0, 0]["text"].startswith("w")

@@ -1,0 +1,149 @@
+"""Several processes draw one list of answers: prompts and chains divided over the ranks that torchrun or accelerate
+started, each with the whole model.
+
+    # torchrun --nproc-per-node 8 script.py
+    results = generate_sharded(PowerSampler(model, tokenizer), prompts, config, num_chains=4, seed=0)
+
+An answer depends on its prompt, prompt id, chain id and seed, and not on who draws it, so every division gives the same
+list. The answers left to draw, in prompt-major order, are dealt out in turn: rank r of n takes each n-th from the r-th
+on. Shares differ by one answer at most, one prompt's chains, which are about equally long, go to different ranks, and
+one prompt is enough to occupy all of them. A prompt is then prefilled once a rank, little beside its answers.
+
+No tensors travel. The ranks meet when they begin and when they have finished, over gloo, whatever else the process
+group uses, so that nobody's clock runs out while another one is computing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from power_kernels.api.config import PowerConfig
+from power_kernels.api.results import PowerResult
+from power_kernels.api.sampler import PowerSampler
+from power_kernels.errors import ArgumentError
+
+PATIENCE = timedelta(hours=6)
+
+
+class RankLostError(RuntimeError):
+    """Another process of the run stopped, or did not come in time."""
+
+
+class Ranks:
+    """The processes of one run, and this one's place among them: `rank` of `world`, `local_rank` on its machine."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, group=None):
+        self.rank, self.world, self.local_rank, self.group = rank, world, local_rank, group
+
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world > 1:
+            self._meet()
+            with _explained():
+                dist.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
+
+    def gather(self, value) -> list:
+        """Every rank's value, on every rank, in the order of ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            self._meet()
+            with _explained():
+                dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _meet(self) -> None:
+        with _explained():
+            everyone = dist.barrier(group=self.group, async_op=True)
+            while not everyone.is_completed():
+                time.sleep(0.02)  # and not in wait(), which would keep Ctrl-C and SIGTERM from being seen
+            everyone.wait()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(
+            f"another process of this run stopped, as its own output should explain, or did not come in time: {error}"
+        ) from error
+
+
+def launched() -> int:
+    """Processes that a launcher says there are (WORLD_SIZE), or that the process group has."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
+    """The ranks that torchrun or accelerate started: those of the process group, which is made where there is none.
+
+    patience: how long to wait for another rank. One that dies closes its connections and is noticed at once.
+    Raises RankLostError when not everyone comes.
+    """
+    if launched() == 1:
+        yield Ranks()
+        return
+    made = not dist.is_initialized()
+    with _explained():
+        if made:
+            try:
+                dist.init_process_group("gloo")
+            except ValueError as error:
+                raise ArgumentError(f"WORLD_SIZE is {launched()}, but {error}; start with torchrun") from None
+        group = dist.new_group(backend="gloo", timeout=patience)
+    rank = dist.get_rank()
+    try:
+        yield Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)), group)
+    finally:
+        dist.destroy_process_group(None if made else group)
+
+
+def generate_sharded(
+    sampler: PowerSampler,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    config: PowerConfig | None = None,
+    *,
+    num_chains: int = 1,
+    seed: int = 0,
+    patience: timedelta = PATIENCE,
+    progress: bool = False,
+    **options,
+) -> list[PowerResult]:
+    """`sampler.generate(prompts, config, ...)`, divided over the ranks. Called by every rank with the same arguments.
+
+    Every rank gets the whole list, prompt-major, the same that one process would draw. Uses the process group that is
+    there, of any backend; where there is none and the environment tells of several processes (torchrun, accelerate
+    launch), makes one for the call; alone, it is `sampler.generate`. The model is wherever each rank has put it.
+    patience: how long to wait for slower ranks. progress: a bar over rank 0's share, on rank 0 alone. options: the
+    other arguments of `generate`.
+
+    Raises what `generate` raises, on the rank where it happens (the others then lose that rank), RankLostError when
+    another rank stops or is late, and ArgumentError when the ranks were given different work.
+    """
+    work = repr((config, num_chains, seed, sorted(options.items())))
+    with join(patience) as ranks:
+        if len(set(ranks.gather(work))) > 1:
+            raise ArgumentError("the ranks were given different configs, seeds, num_chains or options")
+        mine = sampler.generate(
+            prompts,
+            config,
+            num_chains=num_chains,
+            seed=seed,
+            share=(ranks.rank, ranks.world),
+            progress=progress and ranks.rank == 0,
+            **options,
+        )
+        shares = ranks.gather(mine)
+    total = sum(map(len, shares))
+    if [len(share) for share in shares] != [len(range(rank, total, len(shares))) for rank in range(len(shares))]:
+        raise ArgumentError(f"the ranks were given different prompts: they drew {list(map(len, shares))} answers")
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import power_kernels as pk
 from power_kernels.api.engine import Engine, UnsupportedModelError
 from power_kernels.api.engines import lm_head
+from power_kernels.api.engines.decode_attention import FLASH, PADDED
 from power_kernels.api.engines.huggingface import HuggingFaceEngine, _LengthBound
 from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
@@ -613,10 +614,12 @@ def test_the_host_s_bound_is_never_below_the_longest_position(delay):
     assert tight > 100
 
 
+@pytest.mark.parametrize("attention", [PADDED, FLASH])
 @pytest.mark.parametrize("family", ["llama", "mixed_qwen2", "gemma2", "phi3"])
-def test_nothing_in_a_step_waits_for_a_device(family):
+def test_nothing_in_a_step_waits_for_a_device(family, attention):
     """On meta tensors whatever reads a value raises: `.item()`, boolean indexing, copies to the host."""
     engine = HuggingFaceEngine(tiny_models.FAMILIES[family]())
+    engine.attention = attention
     engine.model.to("meta")
     engine.device = torch.device("meta")
     engine.begin(chains=2, lanes=2, max_length=70, alpha=2.0, beta=2.0, seed=0)

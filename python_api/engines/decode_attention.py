@@ -42,6 +42,9 @@ _FLASH_DIM, _FLASH_DIM_MULTIPLE = 256, 8
 _INT32_POSITIONS = 2**31  # flash attention counts positions of the packed slab in int32
 # `rows` makes kv_heads tasks a call. Where these leave more of the threads idle than this, one padded call is better.
 _LEAST_BUSY = 0.8
+# Relative root mean square. Rounding of fp16 and bf16 outputs gives 1e-3 and 6e-3, one position too many or too few of
+# seven 0.3.
+_TRIAL_TOLERANCE = 3e-2
 
 
 class DecodeView:
@@ -69,7 +72,7 @@ class DecodeView:
         _, heads, positions, _ = slab.shape
         key = (heads, positions)
         if key not in self._index:
-            rows = torch.arange(self.rows, device=slab.device)
+            rows = torch.arange(self.rows, device=self.position.device)
             self._index[key] = write_index(rows, self.position.clamp(max=positions - 1), slab, by_row=True)
         return self._index[key]
 
@@ -100,7 +103,7 @@ class DecodeView:
         key = (heads, positions, window)
         if key not in self._sequences:
             stop = (self.position + 1).clamp(max=self.length)
-            queries = torch.arange(self.rows + 1, device=slab.device)
+            queries = torch.arange(self.rows + 1, device=self.position.device)
             start = queries * (heads * positions)
             if window is not None:
                 first = (stop - window).clamp(min=0)
@@ -223,8 +226,8 @@ def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device)
     """Why `flash` cannot be used for KV of these shapes, or None. Ragged rows, with and without a window."""
     stops = [1, 7, 300, 128]  # one position; less than, more than and just a tile of the kernel
     length = max(stops)
-    position = torch.tensor(stops, device=device) - 1
     try:
+        position = torch.tensor(stops, device=device) - 1
         for (kv_heads, dim), _ in shapes:
             generator = torch.Generator(device).manual_seed(0)
 
@@ -246,8 +249,3 @@ def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device)
     except Exception as error:  # builds and devices without the kernel raise as many types as there are reasons
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return None
-
-
-# Relative root mean square. Rounding of fp16 and bf16 outputs gives 1e-3 and 6e-3, one position too many or too few of
-# seven 0.3.
-_TRIAL_TOLERANCE = 3e-2

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels
 from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
+from power_kernels.api.engines import decode_attention
 from power_kernels.api.engines.cpu_linear import speed_up
 from power_kernels.api.engines.lm_head import LmHead
 from power_kernels.api.engines.patches import Patches
@@ -45,6 +46,8 @@ class HuggingFaceEngine:
         2/3, OLMo, Granite, Cohere, ...).
     prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never padded.
     remember: on a CPU, keep what a run has forwarded and forward no prefix twice (`engines/prefix_memory.py`).
+    attention: the kernel that decodes, of `decode_attention.KERNELS`; None takes the best that works here, and the
+        attribute `attention` says which that is.
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
@@ -57,7 +60,13 @@ class HuggingFaceEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, prefill_chunk: int = 1024, remember: bool = True, self_check: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        prefill_chunk: int = 1024,
+        remember: bool = True,
+        attention: str | None = None,
+        self_check: bool = True,
     ):
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
@@ -77,6 +86,8 @@ class HuggingFaceEngine:
         self._memory: PrefixMemory | None = None
         self._layout, self._windows, self.vocab_size = self._probe()
         _check_windows(self._config, self._windows)
+        heads = self._config.num_attention_heads
+        self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
         self._head = self._find_head()
         if self_check:
             check_rope(model, self.device, self.dtype)
@@ -227,7 +238,7 @@ class HuggingFaceEngine:
                 raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
         else:
             length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
-        view = DecodeView(position, length)
+        view = DecodeView(position, length, self.attention)
         self._steps += 1
         return self._output(view, state.input_id[:, None], position[:, None])
 
@@ -457,7 +468,7 @@ class HuggingFaceEngine:
 
     def _decode_rows(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
         position = torch.tensor(positions, device=self.device)
-        view = DecodeView(position, max(positions) + 1)
+        view = DecodeView(position, max(positions) + 1, self.attention)
         ids = torch.tensor(tokens, device=self.device)[:, None]
         return self._logits(self._output(view, ids, position[:, None]))
 

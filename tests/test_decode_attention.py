@@ -1,0 +1,427 @@
+"""Decode attention: every kernel against float64 and, in a model, against plain forward passes; each lane reads its own
+length and nothing else; bits that no batchmate changes.
+
+torch's flash attention needs a CUDA device. `flash_on_the_host` gives the same operator a CPU kernel that follows its
+contract by the letter, in float64: what is tested with it is the description of the slab, lengths and windows that it
+gets, through torch's dispatcher and schema.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from power_kernels.api.engines import decode_attention
+from power_kernels.api.engines.decode_attention import FLASH, KERNELS, PADDED, ROWS, DecodeView
+from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.engines.ragged_cache import KvLayout
+from power_kernels.errors import ArgumentError
+from tests import tiny_models
+from tests.devices import DEVICE, ON_CUDA, host_only
+from tests.test_huggingface_engine import Script, decoded, plain_logits, prompt_of, ranges, run
+
+CPU = torch.device("cpu")
+
+
+def flash_by_contract(
+    query,  # [sum of queries, heads, dim]
+    key,  # [T, kv_heads, dim], any strides but the last
+    value,
+    cum_seq_q,  # int32 [N + 1]
+    cum_seq_k,  # int32 [N + 1]: where sequence n starts
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    return_debug_mask,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+    seqused_k=None,  # int32 [N]: how many positions of sequence n there are
+    alibi_slopes=None,
+    block_table=None,
+    num_splits=None,
+):
+    sequences = cum_seq_q.shape[0] - 1
+    assert cum_seq_k.shape == (sequences + 1,)
+    assert seqused_k.shape == (sequences,)
+    for index in (cum_seq_q, cum_seq_k, seqused_k):
+        assert index.dtype == torch.int32
+        assert index.is_contiguous()
+    assert (query.stride(-1), key.stride(-1), value.stride(-1)) == (1, 1, 1)
+    assert key.shape == value.shape
+    assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
+    assert cum_seq_q.tolist() == list(range(sequences + 1))
+    assert max_q == 1
+    assert int(seqused_k.min()) >= 1
+    assert int(seqused_k.max()) <= max_k
+    group = query.shape[1] // key.shape[1]
+    out = torch.empty_like(query)
+    for n in range(sequences):
+        seen = slice(int(cum_seq_k[n]), int(cum_seq_k[n]) + int(seqused_k[n]))
+        k, v = (x[seen].double().repeat_interleave(group, 1) for x in (key, value))
+        weight = (torch.einsum("hd,khd->hk", query[n].double(), k) * scale).softmax(-1)
+        out[n] = torch.einsum("hk,khd->hd", weight, v).to(out.dtype)
+    nothing = query.new_empty(0)
+    return out, nothing, nothing, nothing, nothing
+
+
+@pytest.fixture
+def flash_on_the_host():
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash_by_contract, "CPU")
+        yield
+
+
+def by_definition(query, keys, values, position, length, scale, window, softcap) -> torch.Tensor:
+    """The module's formula, row by row and head by head, in float64. [rows, 1, heads, value dim]"""
+    rows, heads = query.shape[:2]
+    group = heads // keys.shape[1]
+    out = torch.empty(rows, 1, heads, values.shape[-1], dtype=torch.float64)
+    for r, p in enumerate(position.tolist()):
+        stop = min(max(p, 0) + 1, length)
+        start = 0 if window is None else max(0, stop - window)
+        for h in range(heads):
+            k, v = (x[r, h // group, start:stop].double().cpu() for x in (keys, values))
+            score = k @ query[r, h, 0].double().cpu() * scale
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            out[r, 0, h] = score.softmax(0) @ v
+    return out
+
+
+def slabs(rows, kv_heads, positions, dim, value_dim=None, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (
+        torch.randn(rows, kv_heads, positions, d, generator=generator).to(DEVICE, dtype)
+        for d in (dim, value_dim or dim)
+    )
+    return keys, values
+
+
+def queries(rows, heads, dim, dtype=torch.float32, seed=1):
+    return torch.randn(rows, heads, 1, dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+# One position; within, at and beyond a vector, a window of 5 and a block of 512.
+POSITIONS = [0, 3, 4, 5, 16, 63, 511, 512, 699]
+SLAB = 720
+
+
+@host_only
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 1, 24)], ids=["grouped", "multi-head", "multi-query"]
+)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (600, None), (None, 3.0), (5, 3.0)])
+def test_every_kernel_computes_the_formula(kernel, heads, kv_heads, dim, window, softcap, flash_on_the_host):
+    rows = len(POSITIONS)
+    keys, values = slabs(rows + 2, kv_heads, SLAB, dim)  # more rows than are fed
+    query, position = queries(rows, heads, dim), torch.tensor(POSITIONS)
+    for length in (700, SLAB):
+        got = DecodeView(position, length, kernel).attend(query, keys, values, 0.2, window, softcap)
+        want = by_definition(query, keys, values, position, length, 0.2, window, softcap)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", [ROWS, PADDED] if not ON_CUDA else [PADDED])
+def test_values_may_be_narrower_than_keys(kernel):
+    keys, values = slabs(3, 2, 40, 16, value_dim=8)
+    query, position = queries(3, 4, 16), torch.tensor([2, 39, 11], device=DEVICE)
+    got = DecodeView(position, 40, kernel).attend(query, keys, values, 0.3, None, None)
+    want = by_definition(query, keys, values, position, 40, 0.3, None, None)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-5)
+
+
+@host_only
+@pytest.mark.parametrize("kernel", [PADDED, FLASH])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_model_decodes_alike_with_every_kernel(family, kernel, flash_on_the_host):
+    """Rollbacks, commits and lanes at very different positions; test_huggingface_engine.py plays `rows`, longer."""
+    build = tiny_models.FAMILIES[family]
+    engine = HuggingFaceEngine(build(), attention=kernel, self_check=False)
+    assert engine.attention == kernel
+    script = Script(engine, build(), chains=3, lanes=2)
+    script.admit([prompt_of(1, 1), prompt_of(25, 2), prompt_of(6, 3)])
+    for _ in range(8):
+        script.play()
+    assert script.counts["compared"] >= 30
+
+
+@host_only
+def test_the_self_check_passes_with_flash(flash_on_the_host):
+    assert HuggingFaceEngine(tiny_models.mixed_qwen2(), attention=FLASH).attention == FLASH
+
+
+# ---- what is read
+
+
+@host_only
+@pytest.mark.parametrize("kernel", [ROWS, FLASH])
+@pytest.mark.parametrize("window", [None, 5])
+def test_nothing_beyond_a_lane_s_own_positions_is_read(kernel, window, flash_on_the_host):
+    rows = len(POSITIONS)
+    keys, values = slabs(rows, 2, SLAB, 16)
+    for r, p in enumerate(POSITIONS):
+        for slab in (keys, values):
+            slab[r, :, p + 1 :] = float("nan")
+            if window is not None:
+                slab[r, :, : max(0, p + 1 - window)] = float("nan")
+    out = DecodeView(torch.tensor(POSITIONS), SLAB, kernel).attend(
+        queries(rows, 4, 16), keys, values, 0.2, window, None
+    )
+    assert torch.isfinite(out).all()
+
+
+@host_only
+@pytest.mark.parametrize("kernel", [ROWS, FLASH])
+def test_no_mask_is_made_where_the_kernel_needs_none(kernel, flash_on_the_host, monkeypatch):
+    monkeypatch.setattr(DecodeView, "mask", lambda *a: pytest.fail("a mask was made"))
+    keys, values = slabs(2, 2, 40, 16)
+    for window in (None, 5):
+        DecodeView(torch.tensor([3, 30]), 40, kernel).attend(queries(2, 4, 16), keys, values, 0.2, window, None)
+
+
+class Calls(TorchDispatchMode):
+    """What is launched: names and shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, tuple | list) else (out,)
+        self.calls.append((func.name(), [tuple(x.shape) for x in outs if isinstance(x, torch.Tensor)]))
+        return out
+
+
+@pytest.mark.parametrize("kernel", [PADDED, pytest.param(FLASH, marks=host_only)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
+def test_what_is_launched_does_not_depend_on_the_positions(kernel, window, softcap, flash_on_the_host):
+    """As a CUDA graph needs it."""
+    launched = []
+    keys, values = slabs(4, 2, 40, 16)
+    for positions in ([0, 0, 0], [39, 2, 17], [-4, 1000, 40]):
+        query, position = queries(3, 4, 16), torch.tensor(positions, device=DEVICE)
+        with Calls() as mode:
+            view = DecodeView(position, 33, kernel)
+            view.write_index(keys)
+            view.attend(query, keys, values, 0.2, window, softcap)
+        launched.append(mode.calls)
+    assert len(launched[0]) > 4
+    assert launched[0] == launched[1] == launched[2]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
+def test_only_rows_looks_at_positions_on_the_host(kernel, window, softcap):
+    """On meta tensors whatever reads a value raises."""
+
+    def attend():
+        keys, values = torch.ones(2, 4, 2, 40, 16, device="meta").unbind()
+        view = DecodeView(torch.ones(3, dtype=torch.int64, device="meta"), 33, kernel)
+        assert view.write_index(keys).shape == (6,)
+        return view.attend(torch.ones(3, 4, 1, 16, device="meta"), keys, values, 0.2, window, softcap)
+
+    if kernel == ROWS:
+        with pytest.raises(NotImplementedError, match="meta"):
+            attend()
+    else:
+        assert attend().shape == (3, 1, 4, 16)
+    assert decode_attention.recordable(kernel) == (PADDED if kernel == ROWS else kernel)
+
+
+# ---- batchmates
+
+
+@host_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
+def test_a_row_s_bits_do_not_depend_on_the_others(window, softcap, dtype):
+    """Alone, among all, and among all with every other row elsewhere: as long as the longest, or the shortest."""
+    rows = len(POSITIONS)
+    keys, values = slabs(rows, 3, SLAB, 32, dtype=dtype)
+    query = queries(rows, 9, 32, dtype)
+
+    def attend(positions, chosen=slice(None)):
+        view = DecodeView(torch.tensor(positions)[chosen], max(positions) + 1, ROWS)
+        return view.attend(query[chosen], keys[chosen], values[chosen], 0.2, window, softcap)
+
+    together = attend(POSITIONS)
+    for r, p in enumerate(POSITIONS):
+        for others in (0, SLAB - 1):
+            mates = [p if i == r else others for i in range(rows)]
+            assert torch.equal(attend(mates)[r], together[r])
+        assert torch.equal(attend(POSITIONS, slice(r, r + 1))[0], together[r])
+
+
+@host_only
+@pytest.mark.parametrize("family", ["llama", "mixed_qwen2", "gemma2"])
+def test_the_logits_of_a_lane_have_the_same_bits_wherever_its_batchmates_are(family):
+    engine = HuggingFaceEngine(tiny_models.FAMILIES[family](), self_check=False)
+    assert engine.attention == ROWS
+    lane, found = prompt_of(9, 1), []
+    for mate in (prompt_of(1, 2), prompt_of(9, 3), prompt_of(90, 4)):
+        state = run(engine, chains=2, lanes=1, max_length=tiny_models.CONTEXT)
+        engine.prefill([0], [lane])  # each by itself: packed prompts share products of matrices
+        engine.prefill([1], [mate])
+        opened = [[row, row, 0, len(tokens) - 1] for row, tokens in enumerate((lane, mate))]
+        engine.transfer(ranges([[0] * 4] * 2), ranges(opened))
+        state.input_id.copy_(torch.tensor([lane[-1], mate[-1]]))
+        state.position.copy_(torch.tensor([len(lane) - 1, len(mate) - 1]))
+        found.append(decoded(engine, state))
+        engine.end()
+        want = plain_logits(tiny_models.FAMILIES[family](), [lane, mate], tiny_models.CONTEXT)
+        torch.testing.assert_close(found[-1], want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[2][0])
+    assert not torch.equal(found[0][1], found[2][1])
+
+
+# ---- positions that nothing is to be made of
+
+
+@pytest.mark.parametrize("kernel", [PADDED, ROWS, FLASH] if not ON_CUDA else [PADDED])
+def test_idle_lanes_stay_within_their_rows_whatever_their_position(kernel, request):
+    """Below 0, beyond `length`, beyond the slab. The lane that counts is not changed by it."""
+    if kernel == FLASH:
+        request.getfixturevalue("flash_on_the_host")
+    keys, values = slabs(5, 2, 40, 16)
+    query = queries(5, 4, 16)
+    wanted = None
+    for idle in (5, -1, -(2**40), 35, 39, 40, 2**40):
+        view = DecodeView(torch.tensor([idle, 20, idle, idle, idle], device=DEVICE), 30, kernel)
+        index = view.write_index(keys).view(5, 2)
+        row_of = index // (2 * 40)
+        assert row_of.tolist() == [[r, r] for r in range(5)]
+        assert (index[1] - torch.tensor([80, 120], device=DEVICE)).tolist() == [20, 20]
+        out = view.attend(query, keys, values, 0.2, None, None)
+        assert torch.isfinite(out).all()
+        wanted = out[1] if wanted is None else wanted
+        torch.testing.assert_close(out[1], wanted, rtol=0, atol=1e-6)
+
+
+def test_indices_beyond_int32_are_right():
+    """A slab of 3 * 2**30 states: the last row's index does not fit an int32."""
+    slab = torch.empty(3, 2, 2**29, 1, device="meta")
+    view = DecodeView(torch.tensor([0, 5, 2**29 - 1]), 2**29)
+    assert view.write_index(slab).dtype == torch.int64
+    assert view.write_index(slab).tolist() == [0, 2**29, 2**30 + 5, 2**30 + 2**29 + 5, 2**31 + 2**29 - 1, 3 * 2**30 - 1]
+
+
+def test_flash_refuses_slabs_whose_positions_do_not_fit_int32():
+    with pytest.raises(ArgumentError, match="fewer than 2\\*\\*31"):
+        decode_attention.packed(torch.empty(4, 2, 2**28, 64, device="meta"))
+    most = torch.empty(4, 2, 2**28 - 1, 64, device="meta")
+    assert decode_attention.packed(most).shape == (7 * (2**28 - 1), 2, 64)
+    start, used, _ = DecodeView(torch.tensor([0, 1, 2, 2**28 - 2]), 2**28 - 1, FLASH)._flash_sequences(most, None)
+    assert start.tolist() == [n * 2 * (2**28 - 1) for n in range(4)] + [2**31 - 8]
+    assert used.tolist() == [1, 2, 3, 2**28 - 1]
+    with pytest.raises(ArgumentError, match="contiguous"):
+        decode_attention.packed(torch.empty(4, 2, 8, 64)[:, :, :4])
+
+
+# ---- choosing
+
+
+def layout(*shapes, dtype=torch.bfloat16) -> KvLayout:
+    return KvLayout(tuple(shapes), dtype)
+
+
+def test_what_runs_is_said_and_may_be_asked_for():
+    plain = layout(((4, 64), (4, 64)))
+    assert decode_attention.choose(plain, 8, CPU) == ROWS
+    assert decode_attention.choose(plain, 8, CPU, PADDED) == PADDED
+    with pytest.raises(ArgumentError, match="'fastest'; it must be one of 'flash', 'rows', 'padded'"):
+        decode_attention.choose(plain, 8, CPU, "fastest")
+    with pytest.raises(ArgumentError, match="looks at positions on the host"):
+        decode_attention.choose(plain, 8, torch.device("meta"), ROWS)
+    # No kernel for the host: said, not replaced, since it was asked for.
+    with pytest.raises(ArgumentError, match="'flash', which does not work here: NotImplementedError"):
+        decode_attention.choose(plain, 8, CPU, FLASH)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "threads", "kernel"), [(3, 1, ROWS), (8, 4, ROWS), (3, 2, PADDED), (2, 8, PADDED), (7, 2, ROWS)]
+)
+def test_rows_are_taken_one_by_one_where_their_heads_keep_the_threads_busy(kv_heads, threads, kernel, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert decode_attention.choose(layout(((kv_heads, 64), (kv_heads, 64))), 64, CPU) == kernel
+
+
+def test_a_device_without_the_kernel_falls_back_and_says_why():
+    nowhere = torch.device("cuda", 99)
+    with pytest.warns(RuntimeWarning, match="up to the longest lane's length: .* does not work here: "):
+        assert decode_attention.choose(layout(((4, 64), (4, 64))), 8, nowhere) == PADDED
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "other",
+    [
+        layout(((4, 64), (4, 64)), dtype=torch.float32),
+        layout(((4, 64), (4, 32))),
+        layout(((4, 60), (4, 60))),
+        layout(((4, 64), (4, 64)), ((2, 512), (2, 512))),
+    ],
+    ids=["fp32", "narrow values", "odd width", "one wide layer"],
+)
+def test_what_flash_does_not_cover_is_padded_on_a_device(other):
+    assert decode_attention.choose(other, 8, torch.device("cuda", 99)) == PADDED
+
+
+@host_only
+@pytest.mark.parametrize("fault", ["lengths", "one more", "starts", "nan"])
+def test_the_trial_finds_a_kernel_that_does_not_do_as_it_is_told(fault):
+    """Lengths ignored as an old build would, a position too many, windows ignored, garbage."""
+
+    def faulty(query, key, value, cum_q, cum_k, max_q, max_k, *rest, scale=None, seqused_k=None, **others):
+        if fault == "lengths":
+            seqused_k = torch.full_like(seqused_k, max_k)
+        elif fault == "one more":
+            seqused_k = (seqused_k + 1).clamp(max=max_k)
+        elif fault == "starts":
+            cum_k = cum_k // (key.stride(1) // key.stride(0)) * (key.stride(1) // key.stride(0))
+        out, *nothing = flash_by_contract(
+            query, key, value, cum_q, cum_k, max_q, max_k, *rest, scale=scale, seqused_k=seqused_k
+        )
+        return (out * float("nan") if fault == "nan" else out, *nothing)
+
+    shapes = [((2, 16), (2, 16))]
+    for dtype in (torch.float16, torch.bfloat16):
+        for function, expected in ((flash_by_contract, False), (faulty, True)):
+            with torch.library._scoped_library("aten", "IMPL") as library:
+                library.impl("_flash_attention_forward", function, "CPU")
+                trouble = decode_attention._flash_trouble(shapes, 4, dtype, CPU)
+            assert (trouble is not None) == expected, trouble
+
+
+# ---- on a CUDA device
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="torch's flash attention needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(28, 4, 128), (9, 3, 64), (4, 4, 96), (8, 1, 256)])
+def test_flash_is_recorded_and_replayed_at_other_positions(heads, kv_heads, dim, dtype):
+    assert decode_attention.choose(layout(((kv_heads, dim), (kv_heads, dim)), dtype=dtype), heads, DEVICE) == FLASH
+    rows = len(POSITIONS)
+    keys, values = slabs(rows, kv_heads, SLAB, dim, dtype=dtype)
+    query, position = queries(rows, heads, dim, dtype), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def attend(window):
+        return DecodeView(position, SLAB, FLASH).attend(query, keys, values, dim**-0.5, window, None)
+
+    for window in (None, 5):
+        attend(window)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(window)
+        for positions in (POSITIONS, POSITIONS[::-1]):
+            position.copy_(torch.tensor(positions))
+            graph.replay()
+            want = by_definition(query, keys, values, position, SLAB, dim**-0.5, window, None)
+            torch.testing.assert_close(out.double().cpu(), want, rtol=0, atol=2e-2)

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import power_kernels
 from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines import decode_attention
+from power_kernels.api.engines.compiled import CompiledForward
 from power_kernels.api.engines.cpu_linear import speed_up
 from power_kernels.api.engines.lm_head import LmHead
 from power_kernels.api.engines.patches import Patches
@@ -49,6 +50,8 @@ class HuggingFaceEngine:
     attention: the kernel that decodes, of `decode_attention.KERNELS`; None takes the best that works here, and the
         attribute `attention` says which that is.
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
+    compile: run decode forward passes under torch.compile (`engines/compiled.py`), which takes a minute or so, here; a
+        string names a backend of torch.compile other than its default.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
     engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, attention
@@ -67,6 +70,7 @@ class HuggingFaceEngine:
         remember: bool = True,
         attention: str | None = None,
         self_check: bool = True,
+        compile: bool | str = False,
     ):
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
@@ -89,6 +93,9 @@ class HuggingFaceEngine:
         heads = self._config.num_attention_heads
         self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
         self._head = self._find_head()
+        self._compiled = None
+        if compile is not False:
+            self._compile(compile)
         if self_check:
             check_rope(model, self.device, self.dtype)
             self._check_with_or_without_head()
@@ -257,6 +264,8 @@ class HuggingFaceEngine:
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
         with self._patches, attached(view), torch.inference_mode():
+            if self._compiled is not None and not view.of_chains:
+                return self._compiled(module, self._cache, input_ids, position_ids)
             return module(input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True)
 
     def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
@@ -388,6 +397,17 @@ class HuggingFaceEngine:
                 raise
             self._head = None  # whatever else there is between the decoder and the logits, the whole model has it
             self._self_check()
+
+    def _compile(self, backend: bool | str) -> None:
+        """Compile here rather than in the first run: a model that cannot be compiled is refused before any work."""
+        self._compiled = CompiledForward(
+            self.model, _configs(self.model), layers=self._config.num_hidden_layers, backend=backend
+        )
+        try:
+            self.begin(chains=2, lanes=1, max_length=1, alpha=1.0, beta=1.0, seed=0)
+            self._decode_rows([0, 0], [0, 0])
+        finally:
+            self.end()
 
     def _find_head(self) -> LmHead | None:
         head = LmHead.of(self.model)

@@ -237,11 +237,19 @@ def test_only_rows_looks_at_positions_on_the_host(kernel, window, softcap):
 # ---- batchmates
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @host_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
-def test_a_row_s_bits_do_not_depend_on_the_others(window, softcap, dtype):
-    """Alone, among all, and among all with every other row elsewhere: as long as the longest, or the shortest."""
+def test_a_row_s_bits_do_not_depend_on_the_others(window, softcap, dtype, threads):
+    """Alone, among all, and with all others at the start, at the end, or where it is itself."""
     rows = len(POSITIONS)
     keys, values = slabs(rows, 3, SLAB, 32, dtype=dtype)
     query = queries(rows, 9, 32, dtype)
@@ -252,7 +260,7 @@ def test_a_row_s_bits_do_not_depend_on_the_others(window, softcap, dtype):
 
     together = attend(POSITIONS)
     for r, p in enumerate(POSITIONS):
-        for others in (0, SLAB - 1):
+        for others in (0, SLAB - 1, p):
             mates = [p if i == r else others for i in range(rows)]
             assert torch.equal(attend(mates)[r], together[r])
         assert torch.equal(attend(POSITIONS, slice(r, r + 1))[0], together[r])
@@ -345,7 +353,7 @@ def test_what_runs_is_said_and_may_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "threads", "kernel"), [(3, 1, ROWS), (8, 4, ROWS), (3, 2, PADDED), (2, 8, PADDED), (7, 2, ROWS)]
+    ("kv_heads", "threads", "kernel"), [(3, 1, ROWS), (8, 4, ROWS), (3, 2, ROWS), (2, 8, PADDED), (5, 4, PADDED)]
 )
 def test_rows_are_taken_one_by_one_where_their_heads_keep_the_threads_busy(kv_heads, threads, kernel, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

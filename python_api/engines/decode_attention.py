@@ -12,8 +12,8 @@ Three ways to compute it:
     flash    torch's flash attention for sequences of different lengths, told each row's own (a_r, b_r) in device
              tensors: nothing is masked, nothing read beyond them, nothing looked at by the host. The slab is described
              to it as it lies. CUDA, fp16 and bf16.
-    rows     one call of scaled-dot-product attention a row, with just that row's positions. On a CPU, where the host
-             may look at the positions. A row's bits depend on that row alone.
+    rows     one call of scaled-dot-product attention a row, with just that row's positions, or for neighbours that end
+             alike. On a CPU, where the host may look at the positions. A row's bits depend on that row alone.
     padded   one call for all rows up to the longest, the rest masked. Everything else.
 
 A soft cap on the scores is in no library kernel used here: `rows` and `padded` compute it from matrix products, and
@@ -40,8 +40,8 @@ KERNELS = {
 _HALF = (torch.float16, torch.bfloat16)
 _FLASH_DIM, _FLASH_DIM_MULTIPLE = 256, 8
 _INT32_POSITIONS = 2**31  # flash attention counts positions of the packed slab in int32
-# `rows` makes kv_heads tasks a call. Where these leave more of the threads idle than this, one padded call is better.
-_LEAST_BUSY = 0.8
+# `rows` makes kv_heads tasks a call. Where these keep fewer of the threads busy than this, one padded call is better.
+_LEAST_BUSY = 0.7
 # Relative root mean square. Rounding of fp16 and bf16 outputs gives 1e-3 and 6e-3, one position too many or too few of
 # seven 0.3.
 _TRIAL_TOLERANCE = 3e-2
@@ -62,7 +62,7 @@ class DecodeView:
     def __init__(self, position: torch.Tensor, length: int, kernel: str = PADDED):
         self.position, self.length, self.rows = position.clamp(min=0), length, position.shape[0]
         self.kernel = kernel
-        self._stops = [min(p + 1, length) for p in self.position.tolist()] if kernel == ROWS else None
+        self._runs = _runs([min(p + 1, length) for p in self.position.tolist()]) if kernel == ROWS else None
         self._index: dict[tuple, torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
         self._sequences: dict[tuple, tuple] = {}
@@ -114,10 +114,11 @@ class DecodeView:
 
     def _by_rows(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
         parts = []
-        for q, k, v, stop in zip(query.split(1), keys.split(1), values.split(1), self._stops, strict=True):
-            start = 0 if window is None else max(0, stop - window)
-            parts.append(attention(q, k[:, :, start:stop], v[:, :, start:stop], None, scale, softcap))
-        return torch.cat(parts)
+        for first, last, stop in self._runs:
+            seen = slice(0 if window is None else max(0, stop - window), stop)
+            k, v = keys[first:last, :, seen], values[first:last, :, seen]
+            parts.append(attention(query[first:last], k, v, None, scale, softcap))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _padded(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
         mask = self.mask(window, query.dtype)
@@ -135,6 +136,22 @@ class DecodeView:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=last.device)
             self._masks[key] = mask.masked_fill_(hidden, -math.inf)[:, None, None]
         return self._masks[key]
+
+
+def _runs(stops: list[int]) -> list[tuple[int, int, int]]:
+    """(first, last, stop) of the rows [first, last) that one call takes: neighbours that stop at the same position.
+
+    On one thread the library handles each row and head of a call alike, however many there are. On more it deals them
+    out, and which thread gets a row may change its last bits, so each row has a call to itself.
+    """
+    runs: list[tuple[int, int, int]] = []
+    alone = torch.get_num_threads() > 1
+    for row, stop in enumerate(stops):
+        if runs and runs[-1][2] == stop and not alone:
+            runs[-1] = (runs[-1][0], row + 1, stop)
+        else:
+            runs.append((row, row + 1, stop))
+    return runs
 
 
 def write_index(rows: torch.Tensor, positions: torch.Tensor, slab: torch.Tensor, by_row: bool) -> torch.Tensor:

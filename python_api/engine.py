@@ -15,6 +15,7 @@ reports the lane as PENDING until its first token is there.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -111,4 +112,44 @@ class Engine(Protocol):
 
     def end(self) -> None:
         """Free what the run held and leave the model as `begin` found it. Does nothing when no run is on."""
+        ...
+
+
+@runtime_checkable
+class CapturableEngine(Engine, Protocol):
+    """An engine whose step can be recorded, as a CUDA graph, and replayed.
+
+    `step(state)` does the same as `decode(state, plan(state))`.
+    """
+
+    def plan(self, state: ChainState) -> Hashable:
+        """Do the host's part of the next step, and return everything that it decides about that step's launches.
+
+        Never waits for a device. Called once before each step, recorded or not.
+        """
+        ...
+
+    def decode(self, state: ChainState, plan: Hashable) -> Sampled:
+        """Launch the step. The same state and plan give the same launches on the same tensors; nothing is looked at.
+
+        For the same plan, a recording of what this launches stays right as long as the run lasts.
+        """
+        ...
+
+
+@runtime_checkable
+class SizedEngine(Engine, Protocol):
+    """An engine that can say what a run would take.
+
+    most_rows: rows up to which it is worth asking `decode_seconds`.
+    """
+
+    most_rows: int
+
+    def run_bytes(self, *, chains: int, lanes: int, max_length: int) -> int:
+        """Bytes that a run of this size takes on `device`, on top of what is taken now."""
+        ...
+
+    def decode_seconds(self, rows: Sequence[int]) -> list[float]:
+        """Seconds of one decode step of so many rows each, measured when first asked. Raises EngineBusyError."""
         ...

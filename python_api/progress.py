@@ -11,7 +11,7 @@ from power_kernels.api.results import PowerResult
 
 
 class ProgressBar:
-    """A tqdm bar over answers. `advance` is cheap enough for every decode step."""
+    """A tqdm bar over answers. `advance_to` is cheap enough for every decode step."""
 
     INTERVAL = 0.5 if (sys.stderr is not None and sys.stderr.isatty()) else 10.0  # seconds between refreshes
 
@@ -20,9 +20,9 @@ class ProgressBar:
         self.started = self.refreshed = time.monotonic()
         self.tokens = self.steps = self.accepted = 0
 
-    def advance(self, tokens: int) -> None:
-        """tokens: lane-steps made since the last call."""
-        self.tokens += tokens
+    def advance_to(self, tokens: int) -> None:
+        """tokens: lane-steps made so far. Fewer than before when a run began anew."""
+        self.tokens = max(self.tokens, tokens)
         now = time.monotonic()
         if now - self.refreshed > self.INTERVAL:
             self.refreshed = now

@@ -1,32 +1,28 @@
-"""PowerSampler: many chains of many prompts in one ragged batch.
+"""PowerSampler: answers from p(x)^alpha of many prompts, many chains each.
 
-Every row of the batch is at its own position and its own Metropolis-Hastings step; a chain that stops leaves its slot
-to the next one at once. The law of the chain lives in `power_kernels.mh_advance`; this file only feeds it.
-
-    admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
+This file checks what it is given and plans runs; `run.py` drives one. Every row of a run's batch is at its own position
+and its own Metropolis-Hastings step. The law of the chain lives in `power_kernels.mh_advance`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-import power_kernels as pk
-from power_kernels import nvtx, reference
+from power_kernels.api import captured
 from power_kernels.api.config import PowerConfig
-from power_kernels.api.engine import Engine, EngineBusyError, Sampled
+from power_kernels.api.engine import CapturableEngine, Engine
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.memory import is_out_of_memory
+from power_kernels.api.planning import plan_run
 from power_kernels.api.progress import ProgressBar
-from power_kernels.api.results import PowerResult, read_result
+from power_kernels.api.results import PowerResult
+from power_kernels.api.run import Job, Run, RunReport
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.rng import MAX_PROMPT_ID, as_int64
-from power_kernels.state import ChainField, Mode, Status
-
-_STOPPED = (Mode.DONE, Mode.FAULT)
+from power_kernels.rng import MAX_PROMPT_ID
 
 
 class GenerationInterrupted(KeyboardInterrupt):
@@ -37,20 +33,27 @@ class GenerationInterrupted(KeyboardInterrupt):
         self.results = results
 
 
-@dataclass(frozen=True)
-class _Job:
-    prompt: list[int]
-    prompt_id: int
-    chain_id: int
+class GenerationError(RuntimeError):
+    """An error in the middle of `PowerSampler.generate`, its __cause__. `.results`: the answers that had finished."""
+
+    def __init__(self, results: list[PowerResult], error: Exception):
+        super().__init__(
+            f"{type(error).__name__} after {len(results)} finished answers, which are in .results: {error}"
+        )
+        self.results = results
 
 
 class PowerSampler:
     """Draws answers from p(x)^alpha of a model.
 
     model: a transformers causal LM, or any `Engine`. tokenizer: needed for prompts that are strings, and for `.text`.
+    capture: replay each decode step as one CUDA graph; None does so on every CUDA device, with an engine that can.
+        Raises ArgumentError where True cannot be had.
+
+    `last_run` is a `RunReport` of the call that began last: what it did so far, in how many slots and lanes.
     """
 
-    def __init__(self, model, tokenizer=None):
+    def __init__(self, model, tokenizer=None, *, capture: bool | None = None):
         if isinstance(model, torch.nn.Module):
             model = HuggingFaceEngine(model)
         elif not isinstance(model, Engine):
@@ -59,6 +62,8 @@ class PowerSampler:
             )
         self.engine: Engine = model
         self.tokenizer = tokenizer
+        self.capture = _check_capture(capture, model)
+        self.last_run: RunReport | None = None
 
     def generate(
         self,
@@ -70,6 +75,7 @@ class PowerSampler:
         eos_token_id: int | Sequence[int] | None = None,
         prompt_ids: Sequence[int] | None = None,
         max_chains: int = 16,
+        share: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> list[PowerResult]:
         """One result per prompt and chain, prompt-major.
@@ -78,13 +84,17 @@ class PowerSampler:
         num_chains: independent answers per prompt. seed: 64 bits; the same seed gives the same chains, whatever batch
         they run in. eos_token_id: an int or a sequence; None takes the engine's, [] runs every answer to
         max_new_tokens. prompt_ids: the prompts' identities in the random-number contract; their index in this call by
-        default. max_chains: chains that run at once; the others wait for a free slot. progress: show a bar.
+        default. max_chains: chains that run at once, fewer where memory does not hold them (RuntimeWarning); the others
+        wait for a free slot, first come, first served. share: (r, n) draws only each n-th answer from the r-th on, in
+        prompt-major order. progress: show a bar.
 
-        A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected.
-        Raises ArgumentError or ArgumentTypeError for bad input before any work, and GenerationInterrupted, which
-        carries the finished answers, on Ctrl-C.
+        A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected. A run
+        that runs out of memory goes on with fewer chains at once (RuntimeWarning), which draws the same answers.
+        Raises ArgumentError or ArgumentTypeError for bad input before any work, ArgumentError where not one chain fits
+        into memory, GenerationInterrupted on Ctrl-C and GenerationError when anything fails after the first answer;
+        the last two carry the finished answers.
         """
-        jobs = self._jobs(prompts, num_chains, prompt_ids)
+        jobs = _shared(self._jobs(prompts, num_chains, prompt_ids), share)
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
         results: list[PowerResult | None] = [None] * len(jobs)
         try:
@@ -92,6 +102,11 @@ class PowerSampler:
                 results[order[result.prompt_id, result.chain_id]] = result
         except KeyboardInterrupt:
             raise GenerationInterrupted([r for r in results if r is not None]) from None
+        except Exception as error:
+            finished = [r for r in results if r is not None]
+            if not finished:
+                raise
+            raise GenerationError(finished, error) from error
         return results
 
     def stream(
@@ -105,19 +120,22 @@ class PowerSampler:
         prompt_ids: Sequence[int] | None = None,
         max_chains: int = 16,
         skip: Collection[tuple[int, int]] = (),
+        share: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> Iterator[PowerResult]:
         """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns.
 
-        skip: (prompt id, chain id) of answers that an earlier call has drawn already.
+        skip: (prompt id, chain id) of answers that an earlier call has drawn already; the others are what is shared.
         """
         jobs = self._jobs(prompts, num_chains, prompt_ids)
-        wanted = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
-        return self._stream(wanted, config, seed, eos_token_id, max_chains, progress, len(jobs))
+        left = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
+        wanted = _shared(left, share)
+        total = len(jobs) - len(left) + len(wanted)  # of the bar: what was there, and this share
+        return self._stream(wanted, config, seed, eos_token_id, max_chains, progress, total)
 
     # -- input
 
-    def _jobs(self, prompts, num_chains, prompt_ids) -> list[_Job]:
+    def _jobs(self, prompts, num_chains, prompt_ids) -> list[Job]:
         rows = self._token_rows(prompts)
         _integer("num_chains is", num_chains, 1)
         ids = list(range(len(rows))) if prompt_ids is None else _items("prompt_ids", prompt_ids)
@@ -125,7 +143,7 @@ class PowerSampler:
             _integer("prompt_ids holds", i, 0, MAX_PROMPT_ID)
         if len(ids) != len(rows) or len(set(ids)) != len(ids):
             raise ArgumentError(f"prompt_ids is {ids}; it must hold one distinct id for each of {len(rows)} prompts")
-        return [_Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)]
+        return [Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)]
 
     def _token_rows(self, prompts) -> list[list[int]]:
         if isinstance(prompts, torch.Tensor) and (
@@ -179,8 +197,69 @@ class PowerSampler:
                 f"prompt {longest.prompt_id} has {len(longest.prompt)} tokens and max_new_tokens is "
                 f"{config.max_new_tokens}; together they must not exceed the model's context of {limit}"
             )
-        run = _Run(self.engine, jobs, config, seed, eos, min(max_chains, len(jobs)), self.tokenizer)
-        return run.results(ProgressBar(total, total - len(jobs)) if progress else None)
+        return self._results(
+            jobs, config, seed, eos, max_chains, ProgressBar(total, total - len(jobs)) if progress else None
+        )
+
+    def _results(self, jobs: list[Job], config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
+        """Runs until every answer is drawn: one, and another in less memory each time that memory runs out."""
+        left = {(job.prompt_id, job.chain_id): job for job in jobs}
+        max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
+        try:
+            plan = plan_run(self.engine, config, chains=min(max_chains, len(jobs)), max_length=max_length)
+            report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
+            while left:
+                run = Run(
+                    self.engine, list(left.values()), config, plan,
+                    seed=seed, eos=eos, capture=self.capture, tokenizer=self.tokenizer, report=report,
+                )  # fmt: skip
+                try:
+                    for result in run.results(bar):
+                        del left[result.prompt_id, result.chain_id]
+                        yield result
+                except Exception as error:
+                    smaller = plan.smaller()
+                    if smaller is None or not is_out_of_memory(error):
+                        raise
+                    message = str(error)
+                else:
+                    break
+                # Out of the handler, which holds the frames of the run and with them its tensors.
+                del run
+                if self.engine.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                warnings.warn(
+                    f"out of memory with {plan.slots} chains at once in {plan.lanes} lanes each; the {len(left)} "
+                    f"answers that are not finished begin again with {smaller.slots} and {smaller.lanes}: {message}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                plan = smaller
+                report.slots, report.lanes, report.restarts = plan.slots, plan.lanes, report.restarts + 1
+        finally:
+            if bar is not None:
+                bar.close()
+
+
+def _check_capture(capture: bool | None, engine: Engine) -> bool:
+    if not isinstance(capture, bool | None):
+        raise ArgumentTypeError(f"capture is {capture!r}; it must be True, False or None")
+    able = captured.recorder(engine.device) is not None and isinstance(engine, CapturableEngine)
+    if capture and not able:
+        raise ArgumentError(
+            f"capture is True with {type(engine).__name__} on {engine.device}; it needs a CUDA device and an engine "
+            "that can be captured"
+        )
+    return able if capture is None else capture
+
+
+def _shared(jobs: list[Job], share: tuple[int, int]) -> list[Job]:
+    share = _items("share", share)
+    if len(share) != 2:
+        raise ArgumentError(f"share is {share}; it must be (r, n)")
+    _integer("share holds n =", share[1], 1)
+    _integer("share holds r =", share[0], 0, share[1] - 1)
+    return jobs[share[0] :: share[1]]
 
 
 def _integer(what: str, value, least: int, most: int | None = None) -> None:
@@ -199,131 +278,3 @@ def _items(name: str, value) -> list:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a list")
     return list(value)
-
-
-class _Run:
-    """One call: fixed slots, chains streaming through them, the active ones always in front."""
-
-    # Reading the modes waits for the device, and a stopped chain's lanes are harmless: look every few steps.
-    POLL_STEPS = 8
-
-    def __init__(self, engine: Engine, jobs: list[_Job], config: PowerConfig, seed: int, eos, slots, tokenizer):
-        self.engine = nvtx.traced(engine, ("prefill", "transfer", "step", "move"))
-        self.config, self.law, self.tokenizer = config, config.law, tokenizer
-        if nvtx.enabled():
-            for phase in ("admit", "advance", "retire"):
-                setattr(self, phase, nvtx.in_range(phase, getattr(self, phase)))
-        self.waiting = deque(jobs)
-        self.slots = slots
-        self.lanes = config.lanes or 1
-        self.entropy = config.cut == "divergence-entropy"
-        self.seed = seed
-        self.max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
-        self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
-        self.can_end_early = bool(eos)
-        device = engine.device
-        self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
-        self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
-        self.poll_steps = 1 if device.type == "cpu" else self.POLL_STEPS
-        # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
-        self.prefill_cost: list[int] = []
-        self.recalled: list[int] = []
-
-    def results(self, bar) -> Iterator[PowerResult]:
-        engine = self.engine
-        try:
-            engine.begin(
-                chains=self.slots,
-                lanes=self.lanes,
-                max_length=self.max_length,
-                alpha=self.alpha,
-                beta=self.config.beta,
-                seed=self.seed,
-                entropy=self.entropy,
-            )
-        except EngineBusyError:
-            raise
-        except BaseException:
-            engine.end()
-            raise
-        try:
-            self.state = pk.ChainState.allocate(self.slots, self.lanes, self.law, engine.device)
-            self.active = self.state.first(0)
-            while self.admit():
-                stopped: list[int] = []
-                while not stopped:
-                    sampled = 0
-                    for _ in range(self.poll_steps):
-                        sampled += self.advance(engine.step(self.active))
-                    modes = self.active.field[:, ChainField.MODE].tolist()
-                    stopped = [slot for slot, mode in enumerate(modes) if mode in _STOPPED]
-                    if bar is not None:
-                        bar.advance(sampled)
-                # Last slot first, so that the chain that moves into a free slot is one that still runs.
-                for slot in reversed(stopped):
-                    result = self.retire(slot)
-                    if bar is not None:
-                        bar.finished(result)
-                    yield result
-        finally:
-            engine.end()
-            if bar is not None:
-                bar.close()
-
-    def admit(self) -> int:
-        """Fill the free slots behind the active ones. Returns how many chains are active now."""
-        first = len(self.prefill_cost)
-        jobs = [self.waiting.popleft() for _ in range(min(self.slots - first, len(self.waiting)))]
-        if jobs:
-            slots = list(range(first, first + len(jobs)))
-            self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
-            self.recalled += [0] * len(jobs)
-            for slot, job in zip(slots, jobs, strict=True):
-                self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
-            self.active = self.state.first(len(self.prefill_cost))
-            self.advance(self.nothing_sampled())  # opens the new chains, leaves the others as they are
-        return len(self.prefill_cost)
-
-    def nothing_sampled(self) -> Sampled:
-        rows = len(self.prefill_cost) * self.lanes
-        device = self.engine.device
-        values = torch.zeros(rows, dtype=torch.float32, device=device)
-        token = torch.zeros(rows, dtype=torch.int64, device=device)
-        return Sampled(token, values, values, torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device))
-
-    def advance(self, sampled: Sampled) -> int:
-        """Hand the draws to the chains. Returns how many lanes were fed."""
-        state, fed = self.active, len(sampled.token)
-        if sampled.recalled is not None:
-            recalled = sampled.recalled.view(state.chains, -1).sum(1).tolist()
-            fed = sum(recalled)
-            for slot, tokens in enumerate(recalled):
-                self.recalled[slot] += tokens
-        pk.mh_advance(
-            state, self.law, self.log_n, self.seed_tensor, self.eos,
-            sampled.token, sampled.logq, sampled.weight, sampled.status,
-        )  # fmt: skip
-        self.engine.transfer(state.commit_range, state.open_range)
-        return fed
-
-    def retire(self, slot: int) -> PowerResult:
-        last = len(self.prefill_cost) - 1
-        result = read_result(
-            self.state,
-            slot,
-            alpha=self.alpha,
-            can_end_early=self.can_end_early,
-            prefill=self.prefill_cost[slot],
-            recalled=self.recalled[slot],
-            tokenizer=self.tokenizer,
-        )
-        if slot != last:
-            self.state.move(last, slot)
-            self.engine.move(last, slot)
-            for of_slot in (self.prefill_cost, self.recalled):
-                of_slot[slot] = of_slot[last]
-        self.prefill_cost.pop()
-        self.recalled.pop()
-        self.active = self.state.first(last)
-        return result

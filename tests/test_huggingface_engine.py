@@ -53,7 +53,7 @@ def plain_logits(model, sequences: list[list[int]], max_length: int) -> torch.Te
 
 def decoded(engine, state) -> torch.Tensor:
     """The logits [rows, V] that the engine would sample from."""
-    return engine._logits(engine._decode(state))
+    return engine._logits(engine._fed(state, engine.plan(state)))
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -620,6 +620,7 @@ def test_nothing_in_a_step_waits_for_a_device(family, attention):
     """On meta tensors whatever reads a value raises: `.item()`, boolean indexing, copies to the host."""
     engine = HuggingFaceEngine(tiny_models.FAMILIES[family]())
     engine.attention = attention
+    engine.length_multiple = 64
     engine.model.to("meta")
     engine.device = torch.device("meta")
     engine.begin(chains=2, lanes=2, max_length=70, alpha=2.0, beta=2.0, seed=0)

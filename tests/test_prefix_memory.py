@@ -25,9 +25,9 @@ class Counting(HuggingFaceEngine):
 
     forwarded = 0
 
-    def _decode(self, state):
+    def _fed(self, state, length):
         self.forwarded += int((state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING).sum())
-        return super()._decode(state)
+        return super()._fed(state, length)
 
 
 def sample(model, config=CONFIG, *, remember: bool, prompts=PROMPTS, **options):

@@ -72,10 +72,19 @@ class SmallBatchLinear:
 
 def speed_up(model: nn.Module, patches: Patches) -> None:
     """Patch the linear layers of a model that runs in fp32 on a CPU. Packed weights live as long as `patches`."""
-    layers = [module for module in model.modules() if _is_plain(module)]
-    pack = sum(module.weight.nbytes for module in layers) <= PACKED_BYTES and _can_reorder()
-    for module in layers:
+    pack = packed_bytes(model) > 0
+    for module in _plain_layers(model):
         patches.add(module, "forward", SmallBatchLinear(module, pack))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What the reordered weights take during a run; 0 where none are made."""
+    total = sum(module.weight.nbytes for module in _plain_layers(model))
+    return total if total <= PACKED_BYTES and _can_reorder() else 0
+
+
+def _plain_layers(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if _is_plain(module)]
 
 
 def _is_plain(module: nn.Module) -> bool:

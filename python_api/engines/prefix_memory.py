@@ -18,12 +18,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from power_kernels.api.engines.ragged_cache import KvSlabs
+from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus
 
 _POSITIONS = 4  # kept for each position of a chain's slab
 _MOST_BYTES = 2 << 30
 _UNKNOWN = 0  # the node of a position that was written before its parent was known
+
+
+def _capacity(node_bytes: int, chains: int, positions: int) -> int:
+    return max(1, min(_POSITIONS * chains * positions, _MOST_BYTES // node_bytes))
 
 
 class PrefixMemory:
@@ -32,7 +36,7 @@ class PrefixMemory:
     def __init__(self, slabs: KvSlabs, *, chains: int, hidden_size: int, dtype: torch.dtype):
         kept = list(slabs.pairs)
         node_bytes = hidden_size * dtype.itemsize + sum(lane[:, 0, :, 0].nbytes for lane, _ in kept)
-        self.capacity = max(1, min(_POSITIONS * chains * slabs.positions, _MOST_BYTES // node_bytes))
+        self.capacity = _capacity(node_bytes, chains, slabs.positions)
         device = kept[0][0].device
         self._hidden = torch.empty(self.capacity, hidden_size, dtype=dtype, device=device)
         # Untouched memory costs nothing, so a short run pays for what it keeps.
@@ -47,6 +51,12 @@ class PrefixMemory:
         self._next = 1
         self._prompt: list[tuple[int, ...] | None] = [None] * chain_nodes.shape[1]  # of each chain slot
         self._root = [_UNKNOWN] * chain_nodes.shape[1]  # of each chain slot: the node of its prompt's KV
+
+    @staticmethod
+    def bytes_of(layout: KvLayout, weight: torch.Tensor, *, chains: int, positions: int) -> int:
+        """What the memory of such a run may come to take. weight: of the LM head [V, hidden_size]."""
+        node_bytes = weight.shape[1] * weight.dtype.itemsize + layout.token_bytes
+        return _capacity(node_bytes, chains, positions) * node_bytes
 
     def admit(self, slot: int, prompt: tuple[int, ...]) -> None:
         """A slot holds all but the last token of a prompt. Chains of one prompt share what they forward."""

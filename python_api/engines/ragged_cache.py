@@ -33,6 +33,11 @@ class KvLayout:
         """(heads, dim) of each cached tensor, K and V of layer 0, K and V of layer 1, ..."""
         return [shape for layer in self.layers for shape in layer]
 
+    @property
+    def token_bytes(self) -> int:
+        """Of one position of one row, all layers."""
+        return sum(heads * dim for heads, dim in self.shapes()) * self.dtype.itemsize
+
 
 class KvSlabs:
     """The memory of one run: a pair of slabs for each distinct (heads, dim), and each layer's views of

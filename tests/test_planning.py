@@ -1,0 +1,251 @@
+"""How many chains and lanes a run gets: from memory, from what steps cost, and from running out of memory."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, memory, planning
+from power_kernels.api.planning import Plan, lane_gain, plan_run
+from power_kernels.api.sampler import GenerationError
+from power_kernels.errors import ArgumentError
+from tests import tiny_models
+from tests.devices import ON_CUDA
+from tests.toys import Toy, ToyEngine, power_toy
+
+CONFIG = PowerConfig(alpha=2.0, max_new_tokens=32, block_size=8, mcmc_steps=6)
+
+
+class Sized(ToyEngine):
+    """100 bytes a row of 10 positions; a step's seconds are given."""
+
+    most_rows = 16
+
+    def __init__(self, seconds=lambda rows: 1.0, toy: Toy | None = None):
+        super().__init__(power_toy() if toy is None else toy)
+        self.seconds = seconds
+        self.asked: list[int] = []
+
+    def run_bytes(self, *, chains, lanes, max_length):
+        return chains * (1 + lanes) * max_length * 10
+
+    def decode_seconds(self, rows):
+        self.asked += rows
+        return [self.seconds(r) for r in rows]
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the bytes that are free."""
+
+    def have(count):
+        monkeypatch.setattr(planning, "free_bytes", lambda device: count)
+
+    have(None)
+    return have
+
+
+def plan(engine, config=CONFIG, *, chains=1, max_length=10) -> Plan:
+    return plan_run(engine, config, chains=chains, max_length=max_length)
+
+
+def silent(*args, **kwargs) -> Plan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return plan(*args, **kwargs)
+
+
+def test_lanes_are_taken_while_rows_cost_nothing(free):
+    assert silent(Sized()) == Plan(1, 16)
+
+
+def test_one_lane_where_every_row_costs_as_much_as_the_first(free):
+    assert silent(Sized(lambda rows: rows)) == Plan(1, 1)
+
+
+def test_lanes_stop_where_rows_begin_to_cost(free):
+    """Free up to 8 rows, three times the time beyond: one chain takes 8 lanes, two take 4 each."""
+    engine = Sized(lambda rows: 1.0 if rows <= 8 else 3.0)
+    assert silent(engine) == Plan(1, 8)
+    assert silent(engine, chains=2) == Plan(2, 4)
+    assert silent(engine, chains=8) == Plan(8, 1)
+
+
+def test_rows_beyond_what_the_engine_finds_worth_asking_are_not_measured(free):
+    engine = Sized()
+    silent(engine, chains=4)
+    assert engine.asked == [4, 8, 16]
+    assert silent(engine, chains=16) == Plan(16, 1)
+    assert engine.asked == [4, 8, 16]
+
+
+def test_nothing_is_measured_where_lanes_are_given_or_idle(free):
+    engine = Sized()
+    assert silent(engine, PowerConfig(max_new_tokens=8, lanes=3)) == Plan(1, 3)
+    assert silent(engine, PowerConfig(max_new_tokens=8, mcmc_steps=0)) == Plan(1, 1)
+    assert engine.asked == []
+
+
+def test_an_engine_that_cannot_say_what_it_takes_gets_one_lane(free):
+    assert silent(ToyEngine(power_toy()), chains=5) == Plan(5, 1)
+
+
+def test_more_lanes_are_worth_less_each(free):
+    gains = [lane_gain(p) for p in range(1, 40)]
+    assert gains[0] == pytest.approx(1.0)
+    steps = [b - a for a, b in itertools.pairwise(gains)]
+    assert all(0 < later < earlier for earlier, later in itertools.pairwise(steps))
+
+
+def test_lanes_that_nobody_asked_for_shrink_to_the_memory_in_silence(free):
+    free(650)  # 0.9 of it: 585 bytes, five rows and a chain's own
+    assert silent(Sized()) == Plan(1, 4)
+
+
+def test_lanes_that_were_asked_for_shrink_with_a_warning(free):
+    free(650)
+    with pytest.warns(RuntimeWarning, match=r"lanes is 8; the free memory of cpu .* holds 4 for each of 1 chains"):
+        assert plan(Sized(), PowerConfig(max_new_tokens=8, lanes=8)) == Plan(1, 4)
+
+
+def test_chains_that_do_not_fit_wait_with_a_warning(free):
+    free(1200)  # 1080 bytes: five chains of two rows
+    with pytest.warns(RuntimeWarning, match=r"9 chains could run at once; .* holds 5, so the others wait"):
+        assert plan(Sized(), chains=9) == Plan(5, 1)
+
+
+def test_a_run_that_cannot_hold_one_chain_is_refused_before_it_begins(free):
+    free(200)
+    engine = Sized()
+    engine.max_context = None
+    with pytest.raises(ArgumentError, match=r"are 37 positions together, .* max_new_tokens must be smaller"):
+        PowerSampler(engine).generate([[5] * 5], CONFIG)
+    assert not engine.running
+
+
+def test_what_is_free_is_some_of_what_there_is():
+    count = memory.free_bytes(torch.device("cpu"))
+    assert 2**20 < count < 2**50
+    assert memory.free_bytes(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_is_asked_for_its_own_limit(tmp_path: Path, version):
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    cache = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / names[0]).write_text("1000\n")
+    (folder / names[1]).write_text("700\n")
+    (folder / "memory.stat").write_text(f"anon 500\n{cache} 200\n")
+    assert memory._left_to_this_group(str(tmp_path)) == 500
+    (folder / names[0]).write_text("max\n")
+    assert memory._left_to_this_group(str(tmp_path)) is None
+
+
+@pytest.mark.skipif(ON_CUDA, reason="counts host memory")
+def test_the_hugging_face_engine_takes_no_more_than_it_said():
+    """KV, the ring of past positions and reordered weights; what the tiny model's steps take beside is in the slack."""
+    engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
+    said = engine.run_bytes(chains=3, lanes=2, max_length=40)
+    engine.begin(chains=3, lanes=2, max_length=40, alpha=2.0, beta=2.0, seed=0)
+    slabs = sum(lane.nbytes + chain.nbytes for lane, chain in engine._slabs.pairs)
+    ring = sum(kept.nbytes for _, kept in engine._memory._kv) + engine._memory._hidden.nbytes
+    engine.end()
+    assert slabs + ring <= said <= 2 * (slabs + ring) + 2**20
+
+
+@pytest.mark.measured
+def test_steps_are_measured_once():
+    engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
+    first = engine.decode_seconds([1, 4])
+    assert all(seconds > 0 for seconds in first)
+    assert engine.decode_seconds([4, 1]) == first[::-1]
+    assert engine._slabs is None
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Running out of memory
+
+
+class Failing(Sized):
+    """Has no memory for a step of more than `most` rows, from its step number `after` on."""
+
+    def __init__(self, most: int, after: int = 0, error: Exception | None = None):
+        super().__init__()
+        self.most, self.after, self.steps = most, after, 0
+        self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate") if error is None else error
+
+    def step(self, state):
+        self.steps += 1
+        if state.lane_field.shape[0] > self.most and self.steps > self.after:
+            raise self.error
+        return super().step(state)
+
+
+def chain(result):
+    return result.prompt_id, result.chain_id, result.tokens, result.log_weights, result.outcomes, result.finish
+
+
+TOY_CONFIG = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=2, mcmc_steps=3, lanes=2)
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [None, CPU_ERROR, MemoryError("no")])
+def test_a_run_that_runs_out_of_memory_goes_on_in_less_and_draws_the_same(error, free):
+    """Room for 3 rows: 8 chains in 2 lanes become 4, 2, 1. Answers that were finished by then are not drawn again."""
+    whole = PowerSampler(Sized()).generate([[5]], TOY_CONFIG, num_chains=20, max_chains=8)
+    engine = Failing(most=3, after=30, error=error)
+    sampler = PowerSampler(engine)
+    with pytest.warns(RuntimeWarning, match="out of memory with") as warned:
+        seen = list(sampler.stream([[5]], TOY_CONFIG, num_chains=20, max_chains=8))
+    assert sorted(map(chain, seen)) == list(map(chain, whole))
+    assert len(warned) == 3 == sampler.last_run.restarts
+    assert (sampler.last_run.slots, sampler.last_run.lanes) == (1, 2)
+    assert f"the {20} answers" not in str(warned[0].message)  # some had finished in the first 30 steps
+    assert not engine.running
+
+
+def test_finished_answers_come_with_the_error_when_nothing_is_left_to_give_up(free):
+    engine = Failing(most=0, after=60)
+    with pytest.warns(RuntimeWarning), pytest.raises(GenerationError, match="OutOfMemoryError after") as caught:
+        PowerSampler(engine).generate([[5]], TOY_CONFIG, num_chains=20, max_chains=2)
+    assert 0 < len(caught.value.results) < 20
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert not engine.running
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(free):
+    engine = Failing(most=0, error=RuntimeError("device-side assert triggered"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        PowerSampler(engine).generate([[5]], TOY_CONFIG, num_chains=20, max_chains=8)
+    assert engine.steps == 1
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_the_report_says_what_the_run_did(free):
+    engine = ToyEngine(power_toy())
+    sampler = PowerSampler(engine)
+    assert sampler.last_run is None
+    results = sampler.generate([[5], [6]], TOY_CONFIG, num_chains=10, max_chains=4)
+    run = sampler.last_run
+    assert (run.slots, run.lanes, run.captured, run.replays, run.restarts) == (4, 2, False, 0, 0)
+    assert run.useful_lane_steps == sum(r.cost.extension + r.cost.proposal for r in results) == engine.forwarded
+    assert run.useful_lane_steps <= run.lane_steps <= 8 * run.steps
+    assert all(seconds >= 0 for seconds in run.seconds.values())
+    assert run.seconds["forward"] > 0 < run.seconds["advance"]
+
+
+def test_a_batch_of_many_chains_wastes_few_rows(free):
+    """64 chains through 16 slots of one lane: rows of chains that stopped are refilled at once, or fed no more."""
+    sampler = PowerSampler(ToyEngine(power_toy()))
+    config = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=2, mcmc_steps=3, lanes=1)
+    sampler.generate([[5]], config, num_chains=64, max_chains=16)
+    assert sampler.last_run.useful_lane_steps == sampler.last_run.lane_steps

@@ -7,7 +7,9 @@ and rotary frequencies that do not depend on the batch (`engines/patches.py`, `e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ import power_kernels
 from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines import decode_attention
 from power_kernels.api.engines.compiled import CompiledForward
-from power_kernels.api.engines.cpu_linear import speed_up
+from power_kernels.api.engines.cpu_linear import packed_bytes, speed_up
 from power_kernels.api.engines.lm_head import LmHead
 from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.prefix_memory import PrefixMemory
@@ -38,6 +40,10 @@ _CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-
 _LOOK_EVERY = 16
 _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distinct shapes small
 
+# Rows of a step beyond which lanes cannot be nearly free, on a CPU and on a device: the processor is busy by then.
+_MOST_ROWS = (16, 256)
+_TIMED_LENGTH = 64  # positions that the timed steps read
+
 
 class HuggingFaceEngine:
     """Runs a transformers causal LM for the driver. `power_kernels.api.engine.Engine` says what the calls promise.
@@ -47,6 +53,8 @@ class HuggingFaceEngine:
         2/3, OLMo, Granite, Cohere, ...).
     prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never padded.
     remember: on a CPU, keep what a run has forwarded and forward no prefix twice (`engines/prefix_memory.py`).
+    length_multiple: attention reads this many positions or a multiple of them, so that steps repeat their shapes; None
+        takes 64 on a device, and on a CPU just what the longest row needs.
     attention: the kernel that decodes, of `decode_attention.KERNELS`; None takes the best that works here, and the
         attribute `attention` says which that is.
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
@@ -68,14 +76,16 @@ class HuggingFaceEngine:
         *,
         prefill_chunk: int = 1024,
         remember: bool = True,
+        length_multiple: int | None = None,
         attention: str | None = None,
         self_check: bool = True,
         compile: bool | str = False,
     ):
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
-        if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
-            raise ArgumentError(f"prefill_chunk is {prefill_chunk!r}; it must be an integer of at least 1")
+        for name, value in (("prefill_chunk", prefill_chunk), ("length_multiple", length_multiple)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
         _refuse(model)
         self.model, self.prefill_chunk, self.remember = model, prefill_chunk, remember
         self._config = model.config.get_text_config()
@@ -84,6 +94,11 @@ class HuggingFaceEngine:
         self.dtype = model.dtype
         self.max_context = getattr(self._config, "max_position_embeddings", None)
         self.eos_token_ids = _eos_token_ids(model)
+        on_device = self.device.type != "cpu"
+        self.length_multiple = length_multiple or (_DEVICE_MULTIPLE if on_device else 1)
+        self.most_rows = _MOST_ROWS[on_device]
+        self.forward_seconds = 0.0  # of the host, in the model and its head, prefill included
+        self._decode_seconds: dict[int, float] = {}
         self._input_vocab = model.get_input_embeddings().weight.shape[0]
         self._slabs: KvSlabs | None = None
         self._patches: Patches | None = None
@@ -122,9 +137,9 @@ class HuggingFaceEngine:
         if self._head is not None and self.model.get_output_embeddings() is not self._head.module:
             self._head = self._find_head()  # the owner gave the model another
         self._patches = self._patched(max_length)
-        on_device = self.device.type != "cpu"
-        positions = _round_up(max_length, _DEVICE_MULTIPLE) if on_device else max_length
-        slabs = KvSlabs(self._layout, chains=chains, lanes=lanes, positions=positions, device=self.device)
+        slabs = KvSlabs(
+            self._layout, chains=chains, lanes=lanes, positions=self._positions(max_length), device=self.device
+        )
         self._cache = RaggedCache(slabs, len(self._layout.layers))
         self._max_length, self._chains, self._entropy = max_length, chains, entropy
         rows = chains * lanes
@@ -139,7 +154,7 @@ class HuggingFaceEngine:
         self._length = _LengthBound(self.device)
         # On a device it would have to be waited for what is known and what is not.
         self._memory = None
-        if self.remember and self._head is not None and not on_device:
+        if self.remember and self._head is not None and self.device.type == "cpu":
             weight = self._head.module.weight
             self._memory = PrefixMemory(slabs, chains=chains, hidden_size=weight.shape[1], dtype=weight.dtype)
         self._slabs = slabs
@@ -169,20 +184,47 @@ class HuggingFaceEngine:
     def step(self, state: ChainState) -> Sampled:
         """Feed and sample every lane of the first `state.chains` slots. Never waits for a device.
 
-        On a CPU a lane whose prefix was forwarded before in this run is answered without a forward pass; while there
-        are such lanes the others are PENDING.
+        `decode(state, plan(state))`, but that on a CPU a lane whose prefix was forwarded before in this run is answered
+        without a forward pass; while there are such lanes the others are PENDING.
         """
         self._check_running()
         if self._memory is not None:
             lanes, hidden = self._memory.recall(state)
             if lanes:
                 return self._recalled(state, lanes, hidden)
-        output = self._decode(state)
+        output = self._fed(state, self.plan(state))
         drawn = self._draw(state, slice(0, output.shape[0]), output)
         if self._memory is not None:
             self._memory.learn(state, output, drawn.status == Status.OK)
+        if self.device.type != "cpu" or bool((drawn.status != Status.OK).any()):
+            self._scrub(state.position, drawn.status)
+        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
+
+    def plan(self, state: ChainState) -> int:
+        """The host's part of the next step. Returns how many positions its attention may have to read.
+
+        Raises ArgumentError on a CPU for positions that the run does not have.
+        """
+        self._check_running()
+        length = self._length.of(state)
+        if length is None:
+            first, length = int(state.position.min()), int(state.position.max()) + 1
+            if first < 0 or length > self._max_length:
+                raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
+        self._steps += 1
+        return min(_round_up(length, self.length_multiple), self._slabs.positions)
+
+    def decode(self, state: ChainState, plan: int) -> Sampled:
+        """Launch the step that was planned: forward, draw, wipe what rows with bad logits wrote. May be recorded."""
+        output = self._fed(state, plan, decode_attention.recordable(self.attention))
+        drawn = self._draw(state, slice(0, output.shape[0]), output)
         self._scrub(state.position, drawn.status)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
+
+    def _fed(self, state: ChainState, length: int, kernel: str | None = None) -> torch.Tensor:
+        """Feed every row of the state. Returns what `_output` does."""
+        view = DecodeView(state.position, length, kernel or self.attention)
+        return self._output(view, state.input_id[:, None], state.position[:, None])
 
     def _draw(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
         """Sample rows of the state from what `_decode` gave for them."""
@@ -194,7 +236,8 @@ class HuggingFaceEngine:
             state.exclude[rows].contiguous(),
         )
         if self._head is not None and self._head.is_faster_fused(output):
-            return self._head.sample(output, *draw, return_entropy=self._entropy)
+            with self._forward_clock():
+                return self._head.sample(output, *draw, return_entropy=self._entropy)
         return power_kernels.sample_tokens(self._logits(output), *draw, return_entropy=self._entropy)
 
     def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
@@ -232,24 +275,49 @@ class HuggingFaceEngine:
         if self._memory is not None:
             self._memory.move(source, target)
 
+    # -- what a run takes
+
+    def run_bytes(self, *, chains: int, lanes: int, max_length: int) -> int:
+        """Bytes of the KV of a run, of its logits, and on a CPU of what speeds it up."""
+        positions, rows = self._positions(max_length), chains * lanes
+        logits = 3 * rows * self.vocab_size * 4  # as the model gives them, in float32, and a workspace
+        total = (rows + chains) * positions * self._layout.token_bytes + logits
+        if self.device.type == "cpu":
+            total += packed_bytes(self.model)
+            if self.remember and self._head is not None:
+                weight = self._head.module.weight
+                total += PrefixMemory.bytes_of(self._layout, weight, chains=chains, positions=positions)
+        return total
+
+    def decode_seconds(self, rows: Sequence[int]) -> list[float]:
+        """Seconds of a decode step of each number of rows, the least of three. Measured once for each number."""
+        new = sorted(set(rows) - set(self._decode_seconds))
+        if new:
+            length = min(_TIMED_LENGTH, self.max_context or _TIMED_LENGTH)
+            self.begin(chains=new[-1], lanes=1, max_length=length, alpha=1.0, beta=1.0, seed=0)
+            try:
+                for count in new:
+                    self._decode_seconds[count] = min(self._timed_step(count, length) for _ in range(4))
+            finally:
+                self.end()
+        return [self._decode_seconds[count] for count in rows]
+
+    def _timed_step(self, rows: int, length: int) -> float:
+        tokens, positions = [0] * rows, [length - 1] * rows
+        _wait_for(self.device)
+        start = time.perf_counter()
+        self._decode_rows(tokens, positions)
+        _wait_for(self.device)
+        return time.perf_counter() - start
+
+    def _positions(self, max_length: int) -> int:
+        return _round_up(max_length, self.length_multiple)
+
     # -- decoding
 
-    def _decode(self, state: ChainState) -> torch.Tensor:
-        """Feed every row of the state. Returns the last hidden states [rows, D], or the logits [rows, V] of the next
-        position where the model's head is not known."""
-        position = state.position
-        length = self._length.of(state)
-        if length is None:
-            first, length = int(position.min()), int(position.max()) + 1
-            if first < 0 or length > self._max_length:
-                raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
-        else:
-            length = min(_round_up(length, _DEVICE_MULTIPLE), self._slabs.positions)
-        view = DecodeView(position, length, self.attention)
-        self._steps += 1
-        return self._output(view, state.input_id[:, None], position[:, None])
-
     def _output(self, view, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [rows, D], or the logits [rows, V] of the next position where the model's head is not
+        known."""
         if self._head is None:
             return self._forward(self.model, view, input_ids, position_ids).logits[:, -1]
         return self._forward(self._decoder, view, input_ids, position_ids).last_hidden_state[:, -1]
@@ -258,15 +326,23 @@ class HuggingFaceEngine:
         """What is sampled from, of what `_output` gave."""
         if self._head is None:
             return output
-        with self._patches, torch.inference_mode():
+        with self._forward_clock(), self._patches, torch.inference_mode():
             return self._head.logits(output)
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
-        with self._patches, attached(view), torch.inference_mode():
+        with self._forward_clock(), self._patches, attached(view), torch.inference_mode():
             if self._compiled is not None and not view.of_chains:
                 return self._compiled(module, self._cache, input_ids, position_ids)
             return module(input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True)
+
+    @contextmanager
+    def _forward_clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.forward_seconds += time.perf_counter() - start
 
     def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
         """Wipe what rows with bad logits just wrote: 0 * NaN would carry it into the lane's next proposal.
@@ -274,8 +350,6 @@ class HuggingFaceEngine:
         Earlier positions are finite, or an earlier step's logits would have been bad: a position always sees itself.
         """
         bad = status != Status.OK
-        if self.device.type == "cpu" and not bool(bad.any()):
-            return
         row, start = self._row[: bad.shape[0]], position.to(torch.int32)
         self._slabs.scrub_lanes(torch.stack([row, row, start, start + bad], dim=1).to(torch.int32))
 
@@ -582,6 +656,11 @@ def _packed(
                 tokens, positions, segments = [], [], []
     if tokens:
         yield tokens, positions, segments
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _round_up(value: int, multiple: int) -> int:

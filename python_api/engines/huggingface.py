@@ -26,6 +26,7 @@ from power_kernels.api.engines.prefix_memory import PrefixMemory
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
 from power_kernels.api.engines.rope import check_rope, pin_rope
+from power_kernels.api.engines.tensor_parallel import Ranks
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import as_int64
 from power_kernels.state import ChainField, ChainState, Status
@@ -87,6 +88,7 @@ class HuggingFaceEngine:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
         _refuse(model)
+        self.ranks = Ranks.of(model)  # the processes that hold the model with this one, or None
         self.model, self.prefill_chunk, self.remember = model, prefill_chunk, remember
         self._config = model.config.get_text_config()
         self._decoder = model.get_decoder()
@@ -105,6 +107,8 @@ class HuggingFaceEngine:
         self._memory: PrefixMemory | None = None
         self._layout, self._windows, self.vocab_size = self._probe()
         _check_windows(self._config, self._windows)
+        if self.ranks is not None:
+            self.ranks.check_logits(model, self.vocab_size)
         heads = self._config.num_attention_heads
         self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
         self._head = self._find_head()
@@ -124,6 +128,10 @@ class HuggingFaceEngine:
 
         Raises ArgumentError for sizes or exponents that are not allowed and for max_length above `max_context`.
         """
+        if self.ranks is not None:
+            self.ranks.check_same(
+                chains=chains, lanes=lanes, max_length=max_length, alpha=alpha, beta=beta, seed=seed, entropy=entropy
+            )
         for name, value in (("chains", chains), ("lanes", lanes), ("max_length", max_length)):
             if not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
@@ -172,6 +180,8 @@ class HuggingFaceEngine:
         Raises ArgumentError, before any work, for slots, lengths or token ids out of range.
         """
         self._check_running()
+        if self.ranks is not None:
+            self.ranks.check_same(slots=slots, prompts=prompts)
         self._check_prompts(slots, prompts)
         return self._prefill(slots, [tuple(prompt) for prompt in prompts])
 
@@ -228,6 +238,10 @@ class HuggingFaceEngine:
 
     def _draw(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
         """Sample rows of the state from what `_decode` gave for them."""
+        drawn = self._draw_here(state, rows, output)
+        return drawn if self.ranks is None else self.ranks.drawn(drawn)
+
+    def _draw_here(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
         draw = (
             self._alpha[rows],
             self._beta[rows],
@@ -297,7 +311,7 @@ class HuggingFaceEngine:
             self.begin(chains=new[-1], lanes=1, max_length=length, alpha=1.0, beta=1.0, seed=0)
             try:
                 for count in new:
-                    self._decode_seconds[count] = min(self._timed_step(count, length) for _ in range(4))
+                    self._decode_seconds[count] = self._agreed(min(self._timed_step(count, length) for _ in range(4)))
             finally:
                 self.end()
         return [self._decode_seconds[count] for count in rows]
@@ -483,6 +497,10 @@ class HuggingFaceEngine:
         finally:
             self.end()
 
+    def _agreed(self, value: float) -> float:
+        """A number that every process takes the same decision by."""
+        return value if self.ranks is None else self.ranks.first(value)
+
     def _find_head(self) -> LmHead | None:
         head = LmHead.of(self.model)
         if head is None:
@@ -497,7 +515,7 @@ class HuggingFaceEngine:
         explained = head.explains(
             lambda: call(self.model).logits, lambda: getattr(call(self._decoder), "last_hidden_state", None)
         )
-        return head if explained else None
+        return head if self._agreed(explained) else None
 
     def _self_check(self) -> None:
         """Compare ragged decoding, a commit and a rollback with plain forward passes; a few tokens each."""
@@ -553,7 +571,7 @@ class HuggingFaceEngine:
         errors.sort()
         worst = errors[-1] if self.dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
         tolerance = _CHECK_TOLERANCE.get(self.dtype, _CHECK_TOLERANCE[torch.bfloat16])
-        if not worst <= tolerance:
+        if not self._agreed(worst) <= tolerance:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} decodes differently through the ragged cache than by itself: "
                 f"relative error {worst:.2g}, allowed {tolerance:.2g} for {self.dtype}. It uses "

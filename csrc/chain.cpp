@@ -144,6 +144,8 @@ namespace {
 struct Law {
   int64_t max_new_tokens, block_size, mcmc_steps, final_steps;
   bool early_rejection, free_prefix, karan_du;
+  Cut cut;
+  bool diverges() const { return cut != Cut::UNIFORM_; }
 };
 
 // Pointers to the tensors of ChainState, to the constants and to what was sampled.
@@ -152,12 +154,16 @@ struct State {
   int32_t* token;
   float* logq;
   double* cumw;
+  double* cumz;
   int8_t* outcome;
+  int32_t* left;
+  int32_t* forwarded;
   int64_t* cost;
   int32_t* lane_field;
   int32_t* lane_token;
   float* lane_logq;
   double* lane_cumw;
+  double* lane_cumz;
   double* lane_theta;
   int64_t* input_id;
   int64_t* position;
@@ -173,9 +179,11 @@ struct State {
   const float* sampled_logq;
   const float* sampled_weight;
   const int32_t* sampled_status;
+  const float* sampled_entropy;
   int64_t lanes;     // per chain
   int64_t width;     // of the token rows: max_new_tokens + 1
-  int64_t outcomes;  // width of the outcome rows
+  int64_t z_width;   // of the rows of cumz: as many, or none
+  int64_t serials;   // of the rows by serial
 };
 
 // One chain of one launch: what one Triton program does.
@@ -191,7 +199,10 @@ class Advance {
         token_(s.token + chain * s.width),
         logq_(s.logq + chain * s.width),
         cumw_(s.cumw + chain * s.width),
-        outcome_(s.outcome + chain * s.outcomes) {}
+        cumz_(s.cumz + chain * s.z_width),
+        outcome_(s.outcome + chain * s.serials),
+        left_(s.left + chain * s.serials),
+        forwarded_(s.forwarded + chain * s.serials) {}
 
   void run() {
     set_range(s_.commit_range + c_ * 4, c_, 0, 0, 0);
@@ -246,6 +257,7 @@ class Advance {
     const int32_t div = lane_field(lane, LaneField::DIVERGENCE_);
     int32_t pos = lane_field(lane, LaneField::POSITION_);
     add_cost(extending ? Cost::EXTENSION_ : Cost::PROPOSAL_, 1);
+    if (!extending) ++forwarded_[serial];
     // The token it fed is the chain's own.
     if (pos <= div) lane_field(lane, LaneField::VALID_) = field(ChainField::BASE_) + pos;
     if (pos < div) {  // a forwarded prefix: what was sampled there is not used
@@ -254,11 +266,12 @@ class Advance {
       return;
     }
     const float logq = s_.sampled_logq[lane], weight = s_.sampled_weight[lane];
+    const float h = law_.cut == Cut::DIVERGENCE_ENTROPY_ ? s_.sampled_entropy[lane] : 1.0f;
     Status sampled = static_cast<Status>(s_.sampled_status[lane]);
     if (sampled == Status::OK_) {  // numbers that would poison the chain, whoever made them
-      if (std::isnan(weight) || std::isnan(logq)) {
+      if (std::isnan(weight) || std::isnan(logq) || std::isnan(h)) {
         sampled = Status::NAN_;
-      } else if (weight == INFINITY) {
+      } else if (weight == INFINITY || h == INFINITY) {
         sampled = Status::POS_INF_;
       }
     }
@@ -269,7 +282,13 @@ class Advance {
     }
     const int64_t token = s_.sampled_token[lane];
     if (pos == div && !extending && token == lane_field(lane, LaneField::EXCLUDE_)) {
-      start(lane, serial, pos + 1);  // nothing else has mass: the token is kept and the walk goes on
+      // Nothing else has mass: the token is kept and the walk goes on. A divergence cut has no walk, and only rounding
+      // takes it to such a place.
+      if (law_.diverges()) {
+        unchanged(lane, serial);
+      } else {
+        start(lane, serial, pos + 1);
+      }
       return;
     }
     double* lane_cumw = s_.lane_cumw + lane * s_.width;
@@ -277,6 +296,13 @@ class Advance {
     s_.lane_token[lane * s_.width + pos] = static_cast<int32_t>(token);
     s_.lane_logq[lane * s_.width + pos] = logq;
     lane_cumw[pos + 1] = total;
+    double z = 0.0;
+    if (law_.diverges()) {
+      double* lane_cumz = s_.lane_cumz + lane * s_.z_width;
+      // max: entropies round, and Z must not fall
+      z = (pos == div ? cumz_[pos] : lane_cumz[pos]) + leave_probability(logq) * std::max(static_cast<double>(h), 0.0);
+      lane_cumz[pos + 1] = z;
+    }
     lane_field(lane, LaneField::POSITION_) = ++pos;
     const bool closed = is_eos(token) || pos == cap();
     bool rejected = false;
@@ -284,6 +310,9 @@ class Advance {
       const double theta = s_.lane_theta[lane];
       if (law_.karan_du) {
         rejected = closed && total - cumw_[pos] < theta;
+      } else if (law_.diverges()) {
+        // Z only grows. Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+        rejected = (closed && z == 0.0) || ((closed || law_.early_rejection) && total - std::log(z) < theta);
       } else if (closed || law_.early_rejection) {
         // An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
         const int32_t at_least = s_.eos_count > 0 ? pos + 1 : cap();
@@ -337,6 +366,7 @@ class Advance {
     std::copy(s_.lane_token + row + div, s_.lane_token + row + pos, token_ + div);
     std::copy(s_.lane_logq + row + div, s_.lane_logq + row + pos, logq_ + div);
     std::copy(s_.lane_cumw + row + div + 1, s_.lane_cumw + row + pos + 1, cumw_ + div + 1);
+    if (law_.diverges()) std::copy(s_.lane_cumz + row + div + 1, s_.lane_cumz + row + pos + 1, cumz_ + div + 1);
     field(ChainField::LENGTH_) = pos;
     field(ChainField::CLOSED_) = is_eos(token_[pos - 1]);
     // The chain's KV lacks its last token; an extension starts there and so must copy it too.
@@ -364,6 +394,7 @@ class Advance {
     if (mode() == Mode::START_) {
       field(ChainField::OPENED_) = 1;
       cumw_[0] = 0.0;
+      if (law_.diverges()) cumz_[0] = 0.0;
       extend();
     }
     while (mode() == Mode::PROPOSE_) {
@@ -402,6 +433,19 @@ class Advance {
     const int32_t length = field(ChainField::LENGTH_);
     const Uniforms u = draw_uniforms(0, serial, STREAM_STEP);
     const double log_u = std::log(1.0 - u.u1);
+    forwarded_[serial] = 0;
+    if (law_.diverges()) {
+      s_.lane_theta[lane] = (cumw_[length] - std::log(cumz_[length])) + log_u;
+      // The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
+      const double* sums = cumz_ + 1;
+      const int32_t div = static_cast<int32_t>(std::upper_bound(sums, sums + length, u.u0 * cumz_[length]) - sums);
+      if (div == length) {
+        unchanged(lane, serial);
+      } else {
+        run_lane(lane, serial, div, div, token_[div]);
+      }
+      return;
+    }
     s_.lane_theta[lane] = law_.karan_du ? log_u : (cumw_[length] - s_.log_n[length]) + log_u;
     start(lane, serial, std::min(static_cast<int32_t>(u.u0 * length), length - 1));
   }
@@ -423,11 +467,13 @@ class Advance {
   // The proposal is the current answer: a step that changed nothing, whatever lanes run beside it.
   void unchanged(int64_t lane, int32_t serial) {
     outcome_[serial] = static_cast<int8_t>(Outcome::UNCHANGED_);
+    left_[serial] = -1;
     set_status(lane, LaneStatus::IDLE_);
   }
 
   // Start a lane that shares [0, div) with its chain and samples position `pos` next.
   void run_lane(int64_t lane, int32_t serial, int32_t div, int32_t pos, int32_t exclude) {
+    if (mode() == Mode::PROPOSE_) left_[serial] = div;
     const int32_t valid = lane_field(lane, LaneField::VALID_), stop = field(ChainField::BASE_) + pos - 1;
     set_range(s_.open_range + lane * 4, lane, c_, valid, std::max(valid, stop));
     set_status(lane, LaneStatus::RUNNING_);
@@ -467,7 +513,10 @@ class Advance {
   int32_t* const token_;
   float* const logq_;
   double* const cumw_;
+  double* const cumz_;
   int8_t* const outcome_;
+  int32_t* const left_;
+  int32_t* const forwarded_;
 };
 
 template <typename T>
@@ -477,12 +526,13 @@ T* data(const Tensor& tensor) {
 
 }  // namespace
 
-void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor outcome, Tensor cost, Tensor lane_field,
-                Tensor lane_token, Tensor lane_logq, Tensor lane_cumw, Tensor lane_theta, Tensor input_id,
-                Tensor position, Tensor counter, Tensor exclude, Tensor commit_range, Tensor open_range, Tensor log_n,
-                Tensor seed, Tensor eos, Tensor sampled_token, Tensor sampled_logq, Tensor sampled_weight,
-                Tensor sampled_status, int64_t max_new_tokens, int64_t block_size, int64_t mcmc_steps,
-                int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du) {
+void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cumz, Tensor outcome, Tensor left,
+                Tensor forwarded, Tensor cost, Tensor lane_field, Tensor lane_token, Tensor lane_logq,
+                Tensor lane_cumw, Tensor lane_cumz, Tensor lane_theta, Tensor input_id, Tensor position,
+                Tensor counter, Tensor exclude, Tensor commit_range, Tensor open_range, Tensor log_n, Tensor seed,
+                Tensor eos, Tensor sampled_token, Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status,
+                Tensor sampled_entropy, int64_t max_new_tokens, int64_t block_size, int64_t mcmc_steps,
+                int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du, int64_t cut) {
   const int64_t chains = field.size(0);
   STD_TORCH_CHECK(chains > 0 && lane_field.size(0) % chains == 0, "every chain must have as many lanes");
   const State state{
@@ -490,12 +540,16 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor out
       data<int32_t>(token),
       data<float>(logq),
       data<double>(cumw),
+      data<double>(cumz),
       data<int8_t>(outcome),
+      data<int32_t>(left),
+      data<int32_t>(forwarded),
       data<int64_t>(cost),
       data<int32_t>(lane_field),
       data<int32_t>(lane_token),
       data<float>(lane_logq),
       data<double>(lane_cumw),
+      data<double>(lane_cumz),
       data<double>(lane_theta),
       data<int64_t>(input_id),
       data<int64_t>(position),
@@ -511,11 +565,14 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor out
       data<const float>(sampled_logq),
       data<const float>(sampled_weight),
       data<const int32_t>(sampled_status),
+      data<const float>(sampled_entropy),
       lane_field.size(0) / chains,
       token.size(1),
+      cumz.size(1),
       outcome.size(1),
   };
-  const Law law{max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du};
+  const Law law{max_new_tokens, block_size,  mcmc_steps, final_steps,
+                early_rejection, free_prefix, karan_du,  static_cast<Cut>(cut)};
   torch::stable::parallel_for(0, chains, 64, [&](int64_t begin, int64_t end) {
     for (int64_t chain = begin; chain < end; ++chain) Advance(state, law, chain).run();
   });
@@ -536,7 +593,7 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_stat
   // Each list begins with a comma, which the Python side writes too.
   return "ChainField:" PK_CHAIN_FIELDS(PK_NAME) ";LaneField:" PK_LANE_FIELDS(PK_NAME) ";Mode:" PK_MODES(PK_NAME)
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
-      ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
+      ";Cut:" PK_CUTS(PK_NAME) ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
       ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
 #undef PK_NAME
 #undef PK_STRING

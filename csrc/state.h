@@ -15,6 +15,7 @@ namespace power_kernels {
 #define PK_LANE_STATUSES(X) X(IDLE, 0) X(RUNNING, 1) X(CLOSED, 2) X(FAULTED, 3)
 #define PK_OUTCOMES(X) X(REJECTED, 0) X(UNCHANGED, 1) X(ACCEPTED, 2)
 #define PK_COSTS(X) X(EXTENSION, 0) X(PROPOSAL, 1) X(SAVED_PREFIX, 2) X(SAVED_EARLY, 3)
+#define PK_CUTS(X) X(UNIFORM, 0) X(DIVERGENCE, 1) X(DIVERGENCE_ENTROPY, 2)
 #define PK_STATUSES(X) \
   X(PENDING, -1) X(OK, 0) X(NAN, 1) X(POS_INF, 2) X(NO_MASS, 3) X(BAD_TOKEN, 4) X(BAD_LENGTH, 5)
 #define PK_BLOCK_STATUSES(X) \
@@ -28,6 +29,7 @@ enum class Mode : int32_t { PK_MODES(PK_ENUMERATOR) };
 enum class LaneStatus : int32_t { PK_LANE_STATUSES(PK_ENUMERATOR) };
 enum class Outcome : int8_t { PK_OUTCOMES(PK_ENUMERATOR) };
 enum class Cost : int32_t { PK_COSTS(PK_ENUMERATOR) };
+enum class Cut : int32_t { PK_CUTS(PK_ENUMERATOR) };
 enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
 enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR

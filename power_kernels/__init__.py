@@ -32,13 +32,14 @@ from power_kernels.ops import (
     use_backend,
     workspace_size,
 )
-from power_kernels.state import ChainState, Law, Status
+from power_kernels.state import CUTS, ChainState, Law, Status
 
 __version__ = "0.1.0"
 
 nvtx.enable_from_environment()
 
 __all__ = [
+    "CUTS",
     "AcceptOutput",
     "ArgumentError",
     "ArgumentTypeError",

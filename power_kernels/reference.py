@@ -7,6 +7,7 @@ Nothing here is fast. Every backend and every test is measured against it. What 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -112,20 +113,29 @@ def log_table(max_length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answer:
-    """A state of the chain: n tokens, their logq, and the running float64 sum of their weights (n + 1 entries)."""
+    """A state of the chain: n tokens, their logq, and running float64 sums over them (n + 1 entries).
+
+    cumw: of the weights. cumz: of (1 - q) h, the masses of the places to leave the answer under a divergence cut.
+    """
 
     tokens: tuple[int, ...] = ()
     logq: tuple[float, ...] = ()
     cumw: tuple[float, ...] = (0.0,)
+    cumz: tuple[float, ...] = (0.0,)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def prefix(self, n: int) -> Answer:
-        return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1])
+        return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1], self.cumz[: n + 1])
 
-    def append(self, token: int, logq: float, weight: float) -> Answer:
-        return Answer((*self.tokens, token), (*self.logq, logq), (*self.cumw, self.cumw[-1] + weight))
+    def append(self, token: int, logq: float, weight: float, h: float = 1.0) -> Answer:
+        return Answer(
+            (*self.tokens, token),
+            (*self.logq, logq),
+            (*self.cumw, self.cumw[-1] + weight),
+            (*self.cumz, self.cumz[-1] + leave_probability(logq) * max(h, 0.0)),  # rounding; Z must not fall
+        )
 
 
 class ReferenceChain:
@@ -159,6 +169,7 @@ class ReferenceChain:
         self.log_n = log_table(law.max_new_tokens)
         self.serial = 0  # of the last step made
         self.outcomes: list[Outcome] = []
+        self.left: dict[int, int] = {}  # by serial: where its proposal left the answer of its time, -1 if it did not
 
     # -- the schedule (3.1)
 
@@ -212,27 +223,40 @@ class ReferenceChain:
         cut_uniform, accept_uniform = self.step_uniforms(serial)
         cap = len(answer) if self.law.karan_du else horizon
         theta = self.threshold(answer, float(accept_uniform))
-        divergence = self.walk(answer, self.cut(answer, float(cut_uniform)), serial)
-        if divergence == len(answer):
-            return answer
-        proposal, exclude = answer.prefix(divergence), answer.tokens[divergence]
+        divergence = self.leave(answer, self.cut(answer, float(cut_uniform)), serial)
+        while divergence < len(answer):
+            exclude = answer.tokens[divergence]
+            proposal = self.draw(answer.prefix(divergence), serial, exclude)
+            if proposal.tokens[-1] != exclude:
+                return self.complete(answer, proposal, serial, cap, theta)
+            # Nothing else has mass: the token is kept and the walk goes on. A divergence cut has no walk, and only
+            # rounding takes it to such a place: the step changes nothing.
+            divergence = self.leave(answer, len(answer) if self.law.diverges else divergence + 1, serial)
+        return answer
+
+    def complete(self, answer: Answer, proposal: Answer, serial: int, cap: int, theta: float) -> Answer | None:
+        """Draw on from a proposal's first own token until it is closed, or known to be rejected (None)."""
         while True:
-            drawn = self.draw(proposal, serial, exclude)
-            if drawn.tokens[-1] == exclude:  # nothing else has mass: the token is kept and the walk goes on
-                divergence = self.walk(answer, divergence + 1, serial)
-                if divergence == len(answer):
-                    return answer
-                proposal, exclude = answer.prefix(divergence), answer.tokens[divergence]
-                continue
-            proposal, exclude = drawn, -1
             closed = len(proposal) == cap or self.ends_with_eos(proposal)
             if self.rejects(answer, proposal, closed, theta):
                 return None
             if closed:
                 return proposal
+            proposal = self.draw(proposal, serial)
 
     def cut(self, answer: Answer, u: float) -> int:
-        return min(int(u * len(answer)), len(answer) - 1)
+        """Where to leave the answer, or under the uniform cut where to begin the walk. Its length: nowhere."""
+        n = len(answer)
+        if not self.law.diverges:
+            return min(int(u * n), n - 1)
+        # The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
+        return bisect_right(answer.cumz, u * answer.cumz[n], lo=1) - 1
+
+    def leave(self, answer: Answer, start: int, serial: int) -> int:
+        """First position >= start at which the proposal leaves the answer; its length when it never does."""
+        divergence = start if self.law.diverges else self.walk(answer, start, serial)
+        self.left[serial] = divergence if divergence < len(answer) else -1
+        return divergence
 
     def walk(self, answer: Answer, start: int, serial: int) -> int:
         """First position >= start at which the proposal leaves the answer; its length when it never does (3.4)."""
@@ -247,8 +271,16 @@ class ReferenceChain:
         z = self.next_logits(answer.tokens)
         u = float(self.position_uniforms(len(answer), serial)[0])
         token = draw_token(z, self.beta, u, exclude)
-        row = token_quantities(z, token, self.alpha, self.beta)  # of the full row, whatever is excluded
-        return answer.append(token, self.stored(row.logq), self.stored(row.weight))
+        return self.with_token(answer, z, token)  # of the full row, whatever is excluded
+
+    def with_token(self, answer: Answer, z: np.ndarray, token: int) -> Answer:
+        """`answer` and a token drawn under logits z [V]."""
+        row = token_quantities(z, token, self.alpha, self.beta)
+        return answer.append(token, self.stored(row.logq), self.stored(row.weight), self.cut_weight(z))
+
+    def cut_weight(self, z: np.ndarray) -> float:
+        """h of a divergence cut at a row of logits (3.6)."""
+        return self.stored(entropy(z)) if self.law.needs_entropy else 1.0
 
     # -- where its numbers come from (tests read them from tables, or enumerate them)
 
@@ -260,14 +292,20 @@ class ReferenceChain:
 
     @staticmethod
     def stored(value: float) -> float:
-        """logq and weights as the operators return them."""
+        """logq, weights and entropies as the operators return them."""
         return float(np.float32(value))
 
-    # -- acceptance (3.2, 3.3)
+    # -- acceptance (3.2, 3.3, 3.6)
+
+    def log_cuts(self, answer: Answer) -> float:
+        """log n, or log Z under a divergence cut: what the cut law takes off W."""
+        if not self.law.diverges:
+            return self.log_n[len(answer)]
+        return math.log(answer.cumz[-1]) if answer.cumz[-1] > 0 else -math.inf
 
     def log_f(self, answer: Answer) -> float:
-        """F(x) = W(x) - log n."""
-        return answer.cumw[-1] - self.log_n[len(answer)]
+        """F(x) = W(x) - log n, or W(x) - log Z(x)."""
+        return answer.cumw[-1] - self.log_cuts(answer)
 
     def threshold(self, answer: Answer, u: float) -> float:
         log_u = math.log(1.0 - u)
@@ -279,6 +317,11 @@ class ReferenceChain:
             return closed and proposal.cumw[-1] - answer.cumw[len(proposal)] < theta
         if not (closed or self.law.early_rejection):
             return False
+        if self.law.diverges:
+            # Z only grows along a proposal. Z = 0 takes rounding (the answer it came from is then less probable than
+            # float32 can say); no step leaves such an answer, so none may go there.
+            stuck = closed and proposal.cumz[-1] == 0.0
+            return stuck or self.log_f(proposal) < theta
         # An open proposal ends at its next token at the earliest, and where `answer` ends if no token is EOS.
         at_least = len(proposal) + 1 if self.eos else len(answer)
         length = len(proposal) if closed else at_least

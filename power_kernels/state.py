@@ -92,9 +92,20 @@ class Cost(IntEnum):
     """Columns of `ChainState.cost` int64 [C, 4], in tokens."""
 
     EXTENSION = 0  # forwarded while extending
-    PROPOSAL = 1  # forwarded for proposals, lanes that were voided included
+    PROPOSAL = 1  # forwarded for proposals, those that a change voided included
     SAVED_PREFIX = 2  # positions a proposal kept without a forward pass
     SAVED_EARLY = 3  # positions left to the cap when a proposal was rejected early
+
+
+class Cut(IntEnum):
+    """The law of the place where a proposal leaves the answer (DESIGN 3.6), as the kernels take it."""
+
+    UNIFORM = 0
+    DIVERGENCE = 1
+    DIVERGENCE_ENTROPY = 2
+
+
+CUTS = ("uniform", "divergence", "divergence-entropy")  # names of `Cut`, in its order
 
 
 class Status(IntEnum):
@@ -111,10 +122,11 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Law:
-    """The constants of one run (DESIGN section 3). All are host numbers, fixed while a run lasts.
+    """The constants of one run (DESIGN section 3). All are host values, fixed while a run lasts.
 
-    max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. Raises ArgumentError for another value,
-    ArgumentTypeError for another type.
+    max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. cut: one of `CUTS` (3.6). free_prefix says nothing
+    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform".
+    Raises ArgumentError for another value, ArgumentTypeError for another type.
     """
 
     max_new_tokens: int
@@ -124,6 +136,7 @@ class Law:
     early_rejection: bool = True
     free_prefix: bool = True
     karan_du: bool = False
+    cut: str = "uniform"
 
     def __post_init__(self) -> None:
         # The kernels index by these numbers and do not look at them.
@@ -133,6 +146,21 @@ class Law:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
+        if not isinstance(self.cut, str):
+            raise ArgumentTypeError(f"cut is {self.cut!r}, a {type(self.cut).__name__}; it must be a str")
+        if self.cut not in CUTS:
+            raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
+        if self.karan_du and self.diverges:
+            raise ArgumentError(f"cut is {self.cut!r} with karan_du; the published code cuts uniformly")
+
+    @property
+    def diverges(self) -> bool:
+        """Whether a step draws the divergence position itself."""
+        return self.cut != "uniform"
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.cut == "divergence-entropy"
 
     @property
     def stages(self) -> int:
@@ -142,24 +170,43 @@ class Law:
     def max_steps(self) -> int:
         return self.stages * self.mcmc_steps + self.final_steps
 
+    def constants(self) -> tuple[int, ...]:
+        """The law as the last arguments of the operator `mh_advance`."""
+        return (
+            self.max_new_tokens, self.block_size, self.mcmc_steps, self.final_steps,
+            self.early_rejection, self.free_prefix, self.karan_du, CUTS.index(self.cut),
+        )  # fmt: skip
 
-_PER_CHAIN = {"field", "token", "logq", "cumw", "outcome", "cost", "commit_range"}
+    @staticmethod
+    def of_constants(*constants: int) -> Law:
+        return Law(*constants[:-1], cut=CUTS[constants[-1]])
+
+
+_PER_CHAIN = {"field", "token", "logq", "cumw", "cumz", "outcome", "left", "forwarded", "cost", "commit_range"}
 
 
 @dataclass
 class ChainState:
-    """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then the plan."""
+    """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then the plan.
+
+    Z = H + 1 under a divergence cut and 0 otherwise. By serial: column s of [C, S+1] belongs to step s, and is settled
+    once s < OPENED and no lane holds it.
+    """
 
     field: torch.Tensor  # i32 [C, 16]
     token: torch.Tensor  # i32 [C, H+1]
     logq: torch.Tensor  # f32 [C, H+1]
     cumw: torch.Tensor  # f64 [C, H+1], cumw[t] = sum of the first t weights
-    outcome: torch.Tensor  # i8 [C, S+1]
+    cumz: torch.Tensor  # f64 [C, Z], cumz[t] = sum of (1 - q) h over the first t tokens, h as the cut law says
+    outcome: torch.Tensor  # i8 [C, S+1], by serial: an Outcome
+    left: torch.Tensor  # i32 [C, S+1], by serial: where the proposal left the answer of its time, -1 if unchanged
+    forwarded: torch.Tensor  # i32 [C, S+1], by serial: tokens forwarded for the proposal
     cost: torch.Tensor  # i64 [C, 4]
     lane_field: torch.Tensor  # i32 [C*P, 8]
     lane_token: torch.Tensor  # i32 [C*P, H+1], valid on [DIVERGENCE, POSITION)
     lane_logq: torch.Tensor  # f32 [C*P, H+1], the same
     lane_cumw: torch.Tensor  # f64 [C*P, H+1], valid on (DIVERGENCE, POSITION]
+    lane_cumz: torch.Tensor  # f64 [C*P, Z], the same
     lane_theta: torch.Tensor  # f64 [C*P], F(x) + log(1-u), fixed when the proposal opens
     input_id: torch.Tensor  # i64 [C*P]: the token each lane feeds next
     position: torch.Tensor  # i64 [C*P]: its position, prompt included
@@ -167,6 +214,8 @@ class ChainState:
     exclude: torch.Tensor  # i64 [C*P]
     commit_range: torch.Tensor  # i32 [C, 4]: (chain, lane, start, stop), lane KV -> chain KV
     open_range: torch.Tensor  # i32 [C*P, 4]: (lane, chain, start, stop), chain KV -> lane KV
+
+    checked = None  # not a field: what `mh_advance` last found sound in this object, so that it need not look again
 
     @staticmethod
     def allocate(chains: int, lanes: int, law: Law, device: torch.device | str = "cpu") -> ChainState:
@@ -179,18 +228,23 @@ class ChainState:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        rows, width = chains * lanes, law.max_new_tokens + 1
+        rows, width, serials = chains * lanes, law.max_new_tokens + 1, law.max_steps + 1
+        z_width = width if law.diverges else 0
         return ChainState(
             field=zeros(chains, CHAIN_FIELDS, dtype=torch.int32),
             token=zeros(chains, width, dtype=torch.int32),
             logq=zeros(chains, width, dtype=torch.float32),
             cumw=zeros(chains, width, dtype=torch.float64),
-            outcome=zeros(chains, law.max_steps + 1, dtype=torch.int8),
+            cumz=zeros(chains, z_width, dtype=torch.float64),
+            outcome=zeros(chains, serials, dtype=torch.int8),
+            left=zeros(chains, serials, dtype=torch.int32),
+            forwarded=zeros(chains, serials, dtype=torch.int32),
             cost=zeros(chains, len(Cost), dtype=torch.int64),
             lane_field=zeros(rows, LANE_FIELDS, dtype=torch.int32),
             lane_token=zeros(rows, width, dtype=torch.int32),
             lane_logq=zeros(rows, width, dtype=torch.float32),
             lane_cumw=zeros(rows, width, dtype=torch.float64),
+            lane_cumz=zeros(rows, z_width, dtype=torch.float64),
             lane_theta=zeros(rows, dtype=torch.float64),
             input_id=zeros(rows, dtype=torch.int64),
             position=zeros(rows, dtype=torch.int64),
@@ -201,7 +255,7 @@ class ChainState:
         )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple([getattr(self, name) for name in self.__dataclass_fields__])
 
     @property
     def chains(self) -> int:
@@ -240,6 +294,20 @@ class ChainState:
         self.outcome[chain] = 0
         self.cost[chain] = 0
         self.lane_field[chain * self.lanes : (chain + 1) * self.lanes] = 0
+
+    def retire(self, chain: int) -> None:
+        """Leave slot `chain` idle: stepping on it changes nothing, and its lanes trust nothing of their KV rows.
+
+        Its answer, outcomes and costs stay until `admit`.
+        """
+        _check_integer("chain", chain, 0, self.chains - 1)
+        lanes = slice(chain * self.lanes, (chain + 1) * self.lanes)
+        self.field[chain, ChainField.MODE] = Mode.IDLE
+        for tensor in (self.lane_field, self.input_id, self.position):
+            tensor[lanes] = 0
+        self.exclude[lanes] = -1
+        self.commit_range[chain, 2:] = 0
+        self.open_range[lanes, 2:] = 0
 
     def move(self, source: int, target: int) -> None:
         """Move the chain of slot `source`, with its lanes, into slot `target`."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.state import Law
+from power_kernels.state import CUTS, Law
 
-CUTS = ("uniform",)
 COMPAT = (None, "karan-du")
 _LARGEST = 1e37  # the exponents are used in float32, and so are their inverses
 
@@ -23,7 +22,10 @@ class PowerConfig:
     block_size: tokens a stage grows the answer by; None is one stage of max_new_tokens.
     mcmc_steps: Metropolis-Hastings steps after each stage. final_steps: more of them at the last horizon.
     temperature: of the proposals, 1/beta; None is 1/alpha.
-    cut: the law of the place where a proposal leaves the answer.
+    cut: the law of the place where a proposal leaves the answer (exact, section 3.6). "uniform": cut anywhere, and
+        leave where the suffix first differs. "divergence": leave at a token with probability proportional to 1 - q of
+        it, so that no step repeats the answer. "divergence-entropy": that times the entropy of the token's row, a cut
+        that prefers the places where the model was undecided. free_prefix says nothing under the last two.
     early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
     lanes: proposals of one chain that run side by side (exact, section 3.5). None: the driver chooses; the chains are
@@ -69,6 +71,10 @@ class PowerConfig:
             raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
         if self.compat not in COMPAT:
             raise ArgumentError(f"compat is {self.compat!r}; allowed: {', '.join(map(repr, COMPAT))}")
+        if self.compat is not None and self.cut != "uniform":
+            raise ArgumentError(
+                f"cut is {self.cut!r} with compat={self.compat!r}, which cuts uniformly; allowed: 'uniform'"
+            )
         if self.early_rejection and self.compat is not None:
             raise ArgumentError(
                 f"early_rejection is True with compat={self.compat!r}, whose test is not monotone; "
@@ -95,6 +101,7 @@ class PowerConfig:
             early_rejection=self.early_rejection,
             free_prefix=self.free_prefix,
             karan_du=self.compat == "karan-du",
+            cut=self.cut,
         )
 
 

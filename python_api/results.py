@@ -14,16 +14,19 @@ from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
 class TokenAccount:
     """Tokens forwarded for one answer, by cause, and tokens that the exact shortcuts saved.
 
-    prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, prefetched ones that
-    were voided included. recalled: those of the last two that the engine knew from an earlier forward pass of the same
-    prefix, and did not forward again. saved_prefix: positions a proposal kept without a forward pass. saved_early:
-    positions left when a proposal was rejected early; None when answers can end early, since nobody knows how long it
-    would have become.
+    prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, of which accepted
+    went into proposals that changed the answer, voided into prefetched ones that such a change made void (or that a
+    fault stopped), and rejected into the others. recalled: those of extension and proposal that the engine knew from an
+    earlier forward pass of the same prefix, and did not forward again. saved_prefix: positions a proposal kept without
+    a forward pass. saved_early: positions left when a proposal was rejected early; None when answers can end early,
+    since nobody knows how long it would have become.
     """
 
     prefill: int
     extension: int
     proposal: int
+    accepted: int
+    voided: int
     recalled: int
     saved_prefix: int
     saved_early: int | None
@@ -32,6 +35,10 @@ class TokenAccount:
     @property
     def forwarded(self) -> int:
         return self.prefill + self.extension + self.proposal - self.recalled
+
+    @property
+    def rejected(self) -> int:
+        return self.proposal - self.accepted - self.voided
 
     @property
     def ratio(self) -> float:
@@ -45,7 +52,8 @@ class PowerResult:
 
     tokens: generated ids, EOS included. text: decoded, None without a tokenizer. log_weights: the weight of each token
     in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
-    Metropolis-Hastings steps. outcomes: each step's. finish: "eos", "length", or "fault" with `status` saying what the
+    Metropolis-Hastings steps. outcomes: each step's. left: where each step's proposal left the answer of its time, -1
+    where it kept every token. finish: "eos", "length", or "fault" with `status` saying what the
     logits were like (the answer is then the chain's last good state).
     """
 
@@ -56,6 +64,7 @@ class PowerResult:
     token_logp: list[float]
     log_weights: list[float]
     outcomes: list[Outcome]
+    left: list[int]
     finish: str
     status: Status
     cost: TokenAccount
@@ -92,7 +101,9 @@ def read_result(
     tokens = state.token[chain, :n].tolist()
     weights = np.diff(state.cumw[chain, : n + 1].cpu().numpy())
     logq = state.logq[chain, :n].cpu().numpy().astype(np.float64)
-    outcomes = [Outcome(o) for o in state.outcome[chain, 1 : field[ChainField.OPENED]].tolist()]
+    made = slice(1, field[ChainField.OPENED])
+    outcomes = [Outcome(o) for o in state.outcome[chain, made].tolist()]
+    forwarded = state.forwarded[chain, made].tolist()
     cost = state.cost[chain].tolist()
     status = Status(field[ChainField.FAULT])
     finish = "fault" if status is not Status.OK else "eos" if field[ChainField.CLOSED] else "length"
@@ -104,12 +115,15 @@ def read_result(
         token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
         log_weights=weights.tolist(),
         outcomes=outcomes,
+        left=state.left[chain, made].tolist(),
         finish=finish,
         status=status,
         cost=TokenAccount(
             prefill=prefill,
             extension=cost[Cost.EXTENSION],
             proposal=cost[Cost.PROPOSAL],
+            accepted=sum(n for n, o in zip(forwarded, outcomes, strict=True) if o is Outcome.ACCEPTED),
+            voided=cost[Cost.PROPOSAL] - sum(forwarded),
             recalled=recalled,
             saved_prefix=cost[Cost.SAVED_PREFIX],
             saved_early=None if can_end_early else cost[Cost.SAVED_EARLY],

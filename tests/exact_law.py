@@ -2,7 +2,7 @@
 
 Two independent derivations of one step's matrix K meet here (DESIGN section 9):
 
-* `direct_matrix` writes the formula of DESIGN 3.2 down (uniform cut, a suffix from q, one acceptance at the
+* `direct_matrix` writes the formula of DESIGN 3.2 and 3.6 down (a cut, a suffix from q, one acceptance at the
   end) from the toy's table alone. It shares no code with the package.
 * `enumerated_matrix` runs the reference's own `propose` once for every branch that its uniforms can take, each
   branch weighted by the measure of the uniforms that lead there. Free prefix, exclusion and early rejection are
@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from power_kernels import rng
-from power_kernels.reference import Answer, ReferenceChain, leave_probability, token_quantities
+from power_kernels.reference import Answer, ReferenceChain, leave_probability
 from power_kernels.state import Law, Outcome
 from tests.toys import Toy
 
@@ -39,6 +39,11 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
     return z - np.logaddexp.reduce(z)
 
 
+def entropy(logp: np.ndarray) -> float:
+    possible = logp[logp > -math.inf]
+    return float(-(np.exp(possible) * possible).sum())
+
+
 @dataclass(frozen=True)
 class Space:
     """The closed answers of a toy that can occur at one horizon, and what the law says of them."""
@@ -49,6 +54,7 @@ class Space:
     logq: list[np.ndarray]  # of each answer, log q of its first t tokens, t = 0..n
     target: np.ndarray  # [N] p^alpha, normalised
     proposal: np.ndarray  # [N] q of the whole answer
+    entropy: list[np.ndarray]  # of each answer, the entropy of softmax(z) before each of its n tokens, in nats
 
 
 def space(toy: Toy, horizon: int, alpha: float, beta: float) -> Space:
@@ -56,6 +62,7 @@ def space(toy: Toy, horizon: int, alpha: float, beta: float) -> Space:
     steps = [[log_softmax(beta * toy.logits(x[:t]))[x[t]] for t in range(len(x))] for x in answers]
     logp = np.array([toy.logp(x) for x in answers])
     power = np.exp(alpha * (logp - logp.max()))
+    rows = [[log_softmax(toy.logits(x[:t])) for t in range(len(x))] for x in answers]
     return Space(
         answers=answers,
         index={x: i for i, x in enumerate(answers)},
@@ -63,21 +70,41 @@ def space(toy: Toy, horizon: int, alpha: float, beta: float) -> Space:
         logq=[np.concatenate([[0.0], np.cumsum(row)]) for row in steps],
         target=power / power.sum(),
         proposal=np.exp([sum(row) for row in steps]),
+        entropy=[np.array([entropy(row) for row in of_answer]) for of_answer in rows],
     )
 
 
-def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float) -> np.ndarray:
-    """K [N, N] of DESIGN 3.2: cut uniformly, regenerate from q, accept with min(1, r)."""
+def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float, cut: str = "uniform") -> np.ndarray:
+    """K [N, N] of one step, accepted with min(1, r).
+
+    cut="uniform" (3.2): cut anywhere, regenerate from q. The divergence cuts (3.6): leave the answer at d with
+    probability (1 - q(x_d)) h / Z(x), by a token from q without x_d, and regenerate what follows from q.
+    """
     s = space(toy, horizon, alpha, beta)
     matrix = np.zeros((len(s.answers),) * 2)
-    log_f = alpha * s.logp - [row[-1] for row in s.logq] - np.log([len(x) for x in s.answers])
+    leaving = [leaving_masses(s, i, cut) for i in range(len(s.answers))]
+    cuts = [len(x) for x in s.answers] if cut == "uniform" else [masses.sum() for masses in leaving]
+    log_f = alpha * s.logp - [row[-1] for row in s.logq] - np.log(np.where(np.array(cuts) > 0, cuts, 1.0))
     for i, x in enumerate(s.answers):
         for j, y in enumerate(s.answers):
-            cuts = [c for c in range(len(x)) if x[:c] == y[:c]]
-            regenerated = sum(math.exp(s.logq[j][-1] - s.logq[j][c]) for c in cuts) / len(x)
+            same = next((t for t, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), None)  # as far as that
+            if cut == "uniform":
+                places = range(len(x) if same is None else same + 1)
+                regenerated = sum(math.exp(s.logq[j][-1] - s.logq[j][c]) for c in places) / len(x)
+            elif same is None:
+                continue  # the same answer: a closed one is never the prefix of another
+            else:
+                own = 1.0 - math.exp(s.logq[i][same + 1] - s.logq[i][same])
+                regenerated = leaving[i][same] / cuts[i] * math.exp(s.logq[j][-1] - s.logq[j][same]) / own
             matrix[i, j] += regenerated * min(1.0, math.exp(min(log_f[j] - log_f[i], 0.0)))
         matrix[i, i] += 1.0 - matrix[i].sum()
     return matrix
+
+
+def leaving_masses(s: Space, i: int, cut: str) -> np.ndarray:
+    """(1 - q(x_t)) h of each token of answer i: where a divergence cut leaves it, not normalised."""
+    leave = 1.0 - np.exp(np.diff(s.logq[i]))
+    return leave * s.entropy[i] if cut == "divergence-entropy" else leave
 
 
 def output_law(
@@ -94,7 +121,7 @@ def output_law(
             for t in range(len(x)):
                 if x[:t] in unfinished:  # an unfinished answer is open, so at most one prefix of x is
                     start[i] += unfinished[x[:t]] * math.exp(s.logq[i][-1] - s.logq[i][t])
-        end = start @ np.linalg.matrix_power(matrix(toy, horizon, alpha, beta), law.mcmc_steps)
+        end = start @ np.linalg.matrix_power(matrix(toy, horizon, alpha, beta, law.cut), law.mcmc_steps)
         unfinished = {}
         for x, mass in zip(s.answers, end, strict=True):
             if x[-1] in toy.eos or stage == law.stages:
@@ -104,7 +131,7 @@ def output_law(
     s = space(toy, law.max_new_tokens, alpha, beta)
     end = np.array([finished[x] for x in s.answers])
     if law.final_steps:
-        last = matrix(toy, law.max_new_tokens, alpha, beta)
+        last = matrix(toy, law.max_new_tokens, alpha, beta, law.cut)
         end = end @ np.linalg.matrix_power(last, law.final_steps)
     return dict(zip(s.answers, end, strict=True))
 
@@ -178,7 +205,7 @@ class _Tables(ReferenceChain):
 
     def draw_table(self, answer: Answer, exclude: int) -> tuple[list[float], list[Answer]]:
         """(where each piece ends, what `draw` returns on it). The unused keep uniform is NaN."""
-        key = (answer.tokens, answer.logq, answer.cumw, exclude)
+        key = (answer.tokens, answer.logq, answer.cumw, answer.cumz, exclude)
         table = self.tables.get(key)
         if table is None:
             plain = super().draw
@@ -257,8 +284,9 @@ class _Enumerated(_Tables):
         return -math.inf if math.isnan(self.accept) else super().threshold(answer, u)
 
     def cuts(self) -> list[tuple[float, float]]:
-        n = len(self.current)
-        found = pieces(lambda u: self.cut(self.current, u), [k / n for k in range(1, n)])
+        x = self.current
+        sums = x.cumz if self.law.diverges and x.cumz[-1] > 0 else range(len(x) + 1)
+        found = pieces(lambda u: self.cut(x, u), [step / sums[-1] for step in sums[1:-1]])
         return [(low, high) for _, low, high in found]
 
     def walk(self, answer, start, serial):
@@ -296,8 +324,7 @@ def answer_of(chain: ReferenceChain, tokens: Tokens) -> Answer:
     """The state that `chain` would hold had it drawn these tokens."""
     answer = Answer()
     for t, token in enumerate(tokens):
-        row = token_quantities(chain.next_logits(tokens[:t]), token, chain.alpha, chain.beta)
-        answer = answer.append(token, chain.stored(row.logq), chain.stored(row.weight))
+        answer = chain.with_token(answer, chain.next_logits(tokens[:t]), token)
     return answer
 
 

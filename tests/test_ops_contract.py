@@ -24,7 +24,7 @@ from tests.op_helpers import (
 )
 
 NAMESPACE = torch.ops.power_kernels
-LAW = pk.Law(max_new_tokens=6, block_size=3, mcmc_steps=2, final_steps=1)
+LAW = pk.Law(max_new_tokens=6, block_size=3, mcmc_steps=2, final_steps=1, cut="divergence-entropy")  # reads all
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -128,13 +128,12 @@ def advance_constants() -> tuple:
 def sampled(state: pk.ChainState, status: Status = Status.OK) -> tuple:
     rows = state.lane_field.shape[0]
     token, logq = torch.arange(rows) + 1, per_row(-0.7, rows)
-    return token, logq, per_row(-0.3, rows), per_row(int(status), rows, torch.int32)
+    return token, logq, per_row(-0.3, rows), per_row(int(status), rows, torch.int32), per_row(0.9, rows)
 
 
 def advance_arguments() -> tuple:
     state = running_state()
-    constants = [getattr(LAW, name) for name in LAW.__dataclass_fields__]
-    return (*state.tensors(), *advance_constants(), *sampled(state), *constants)
+    return (*state.tensors(), *advance_constants(), *sampled(state), *LAW.constants())
 
 
 def block_tables() -> pk.BlockTables:
@@ -178,7 +177,7 @@ ARGUMENTS = {
 def call(name: str, arguments: tuple):
     """The public function of operator `name`, with the arguments of its schema."""
     if name == "mh_advance":
-        state, constants = arguments[: len(pk.ChainState.__dataclass_fields__)], len(pk.Law.__dataclass_fields__)
+        state, constants = arguments[: len(pk.ChainState.__dataclass_fields__)], len(LAW.constants())
         return pk.mh_advance(pk.ChainState(*state), LAW, *arguments[len(state) : -constants])
     if name.startswith("block_table_"):
         tables, vectors = pk.BlockTables(*arguments[:7], arguments[-1]), arguments[7:-1]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,10 @@ COPY = {
     "ranges": (INT, (None, 4)),
 }
 LANES, WIDTH = 4, LAW.max_new_tokens + 1  # 2 chains of 2 lanes
-STATE = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in vars(running_state()).items()}
+STATE = {
+    name: (tensor.dtype, tuple(tensor.shape))
+    for name, tensor in zip(pk.ChainState.__dataclass_fields__, running_state().tensors(), strict=True)
+}
 ADVANCE = {
     "log_n": (DOUBLE, (LAW.max_new_tokens + 2,)),
     "seed": (LONG, (1,)),
@@ -84,6 +88,7 @@ ADVANCE = {
     "sampled_logq": (FLOAT, (LANES,)),
     "sampled_weight": (FLOAT, (LANES,)),
     "sampled_status": (INT, (LANES,)),
+    "sampled_entropy": (FLOAT, (LANES,)),
 }
 TABLES = {
     "block_table": (INT, (None, None)),
@@ -188,7 +193,7 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
             return {argument: getattr(block_tables(), argument) for argument in TABLES} | vectors
         case "mh_advance":
             state = running_state()
-            return vars(state) | named(ADVANCE, (*advance_constants(), *sampled(state)))
+            return named(STATE | ADVANCE, (*state.tensors(), *advance_constants(), *sampled(state)))
 
 
 def call(name: str, arguments: dict) -> object:
@@ -465,13 +470,72 @@ def test_a_law_out_of_range_is_refused_with_the_field(name, value, allowed):
 @pytest.mark.parametrize("name", pk.Law.__dataclass_fields__)
 @pytest.mark.parametrize("value", [None, 1.0, "1", True, 1])
 def test_a_law_of_other_types_is_refused_with_the_field(name, value):
-    flag = isinstance(getattr(LAW, name), bool)
-    if type(value) is (bool if flag else int):
-        pk.Law(**{**vars(LAW), name: value})
+    law, given = pk.Law(6, 3, 2), pk.Law.__dataclass_fields__[name].type
+    if type(value).__name__ == given and given != "str":
+        replace(law, **{name: value})
+    elif type(value).__name__ == given:
+        with pytest.raises(ArgumentError, match=f"^{name} is {value!r}; allowed: 'uniform', 'divergence', "):
+            replace(law, **{name: value})
     else:
-        kind = "a bool" if flag else "an int"
+        kind = {"bool": "a bool", "int": "an int", "str": "a str"}[given]
         with pytest.raises(ArgumentTypeError, match=re.escape(f"{name} is {value!r}, a ") + f".*it must be {kind}"):
-            pk.Law(**{**vars(LAW), name: value})
+            replace(law, **{name: value})
+
+
+@pytest.mark.parametrize("cut", ["divergence", "divergence-entropy"])
+def test_the_published_code_with_another_cut_is_refused(cut):
+    with pytest.raises(ArgumentError, match=f"^cut is '{cut}' with karan_du"):
+        pk.Law(6, 3, 2, early_rejection=False, karan_du=True, cut=cut)
+
+
+def test_a_state_of_another_cut_law_is_refused():
+    uniform = replace(LAW, cut="uniform")
+    with pytest.raises(ArgumentError, match=r"^cumz has shape \[2, 7\]; it must be \[2, 0\]"):
+        pk.mh_advance(running_state(), uniform, *advance_constants(), *sampled(running_state()))
+    state = pk.ChainState.allocate(2, 2, uniform)
+    with pytest.raises(ArgumentError, match=r"^cumz has shape \[2, 0\]; it must be \[2, 7\]"):
+        pk.mh_advance(state, LAW, *advance_constants(), *sampled(state))
+
+
+@pytest.mark.parametrize("cut", pk.CUTS)
+def test_entropies_may_be_left_out_where_the_cut_law_does_not_read_them(cut):
+    law = replace(LAW, cut=cut)
+    state = pk.ChainState.allocate(2, 2, law)
+    *without, _ = sampled(state, pk.Status.PENDING)
+    if cut == "divergence-entropy":
+        with pytest.raises(ArgumentTypeError, match=r"^sampled_entropy is a NoneType.*the cut law"):
+            pk.mh_advance(state, law, *advance_constants(), *without)
+    else:
+        pk.mh_advance(state, law, *advance_constants(), *without)
+
+
+@pytest.mark.parametrize("name", [*STATE, "log_n", "seed", "eos"])
+def test_what_is_put_in_place_of_a_checked_tensor_is_checked_again(name):
+    """A state that was advanced is not looked at again, until one of its tensors is another."""
+    arguments = arguments_of("mh_advance")
+    state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
+    rest = {k: v for k, v in arguments.items() if k not in STATE}
+    pk.mh_advance(state, LAW, **rest)
+    good = arguments[name]
+    for bad, error in ((good.to(torch.float16), ArgumentTypeError), (good[None], ArgumentError)):
+        with pytest.raises(error, match=rf"^{name} has "):
+            advance_with(state, name, bad, rest)
+    advance_with(state, name, good.clone(), rest)
+
+
+def advance_with(state: pk.ChainState, name: str, value: torch.Tensor, rest: dict) -> None:
+    if name in STATE:
+        setattr(state, name, value)
+        pk.mh_advance(state, LAW, **rest)
+    else:
+        pk.mh_advance(state, LAW, **{**rest, name: value})
+
+
+def test_a_state_that_was_checked_for_one_law_is_checked_again_for_another():
+    state = running_state()
+    pk.mh_advance(state, LAW, *advance_constants(), *sampled(state))
+    with pytest.raises(ArgumentError, match=r"^outcome has shape"):
+        pk.mh_advance(state, replace(LAW, mcmc_steps=LAW.mcmc_steps + 1), *advance_constants(), *sampled(state))
 
 
 @pytest.mark.parametrize(

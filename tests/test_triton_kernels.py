@@ -477,12 +477,15 @@ def random_samples(state: ChainState, g: torch.Generator, eos: int, hostile: flo
     logq[chance(0.1)] = -3.0
     logq[chance(0.02)] = -INF
     weight = -0.3 * torch.rand(rows, generator=g)
-    for values, poison in ((weight, NAN), (weight, INF), (logq, NAN)):
+    entropy = torch.rand(rows, generator=g)
+    entropy[chance(0.1)] = 0.0
+    entropy[chance(0.02)] = -1e-8  # rounding
+    for values, poison in ((weight, NAN), (weight, INF), (logq, NAN), (entropy, NAN), (entropy, INF)):
         values[chance(hostile / 4)] = poison
     status = torch.zeros(rows, dtype=torch.int32)
     status[chance(hostile)] = int(Status.NAN)
     status[chance(0.1)] = int(Status.PENDING)
-    return tuple(t.to(DEVICE) for t in (token, logq, weight, status))
+    return tuple(t.to(DEVICE) for t in (token, logq, weight, status, entropy))
 
 
 CASES = [  # law, lanes, positions a block
@@ -493,6 +496,9 @@ CASES = [  # law, lanes, positions a block
     (Law(8, 8, 5, final_steps=2, free_prefix=False), 3, 4),
     (Law(12, 4, 3, karan_du=True, early_rejection=False), 2, 128),
     (Law(5, 1, 0, final_steps=6), 2, 128),  # stages without a step
+    (Law(12, 4, 6, cut="divergence"), 3, 4),  # several blocks to search for the cut
+    (Law(12, 4, 4, final_steps=3, cut="divergence-entropy"), 2, 128),
+    (Law(12, 6, 4, early_rejection=False, cut="divergence-entropy"), 5, 4),
 ]
 
 
@@ -503,7 +509,7 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
     g = torch.Generator().manual_seed(lanes)
     ours, theirs = (ChainState.allocate(chains, lanes, law, DEVICE) for _ in range(2))
     common = (on(ref.log_table(law.max_new_tokens)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
-    constants = tuple(getattr(law, f.name) for f in fields(law))
+    constants = law.constants()
     for state in (ours, theirs):
         for c in range(chains):
             state.admit(c, [3] * (base + c), chain_id=5 + c, prompt_id=MAX_PROMPT_ID - c)
@@ -515,7 +521,7 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
         reference_ops.mh_advance(*theirs.tensors(), *common, *sampled, *constants)
         for f in fields(ChainState):
             got, want = getattr(ours, f.name), getattr(theirs, f.name)
-            if f.name == "lane_theta":  # log(1 - u) is the library's
+            if f.name in ("lane_theta", "cumz", "lane_cumz"):  # exp and log are the library's
                 torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
             else:
                 assert torch.equal(got, want), (f.name, step, got, want)
@@ -543,8 +549,9 @@ def test_more_lanes_than_are_compiled_offline_are_refused():
             state.lane_theta.float(),
             state.lane_theta.float(),
             state.lane_field[:, 0].contiguous(),
+            torch.empty(0, device=DEVICE),
         )
-        call = (*state.tensors(), *common, *sampled, *(getattr(law, f.name) for f in fields(law)))
+        call = (*state.tensors(), *common, *sampled, *law.constants())
         if lanes > chain.MAX_LANES:
             with pytest.raises(ArgumentError, match="state has 17 lanes a chain; backend 'triton' runs at most 16"):
                 chain.mh_advance(*call)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
 
 import torch
 import triton
@@ -50,15 +49,15 @@ def record(self, *args, grid, warmup, **kwargs):
             [names[path[0]] for path, found in attributes.items() if found],
             options.num_warps,
             options.num_stages,
+            options.maxnreg,
         )
     )
 
 
-def line(kind, kernel, signature, constexprs, aligned, num_warps, num_stages) -> str:
+def line(kind, kernel, signature, constexprs, aligned, num_warps, num_stages, maxnreg) -> str:
     asked = {"signature": signature, "constexprs": constexprs, "aligned": sorted(aligned)}
-    return json.dumps(
-        {"kind": kind, "kernel": kernel, **asked, "num_warps": num_warps, "num_stages": num_stages}, sort_keys=True
-    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    return json.dumps({"kind": kind, "kernel": kernel, **asked, **options}, sort_keys=True)
 
 
 def logits_launches() -> None:
@@ -124,12 +123,15 @@ def chain_launches() -> None:
             Law(
                 max_new_tokens=47, block_size=1, mcmc_steps=16, free_prefix=False, early_rejection=False, karan_du=True
             ),
+            Law(max_new_tokens=33, block_size=16, mcmc_steps=2, cut="divergence"),
+            Law(max_new_tokens=16, block_size=16, mcmc_steps=1, cut="divergence-entropy"),
         ):
             state = ChainState.allocate(2, lanes, law)
             wide = torch.zeros(2 * lanes, dtype=torch.int64)
             sampled = (wide, torch.zeros(2 * lanes), torch.zeros(2 * lanes), torch.zeros(2 * lanes, dtype=torch.int32))
             log_n = torch.zeros(law.max_new_tokens + 2, dtype=torch.float64)
-            chain.mh_advance(*values(state), log_n, wide[:1], wide[:0], *sampled, *values(law))
+            entropy = torch.zeros(2 * lanes if law.needs_entropy else 0)
+            chain.mh_advance(*state.tensors(), log_n, wide[:1], wide[:0], *sampled, entropy, *law.constants())
 
 
 def kv_launches() -> None:
@@ -153,10 +155,6 @@ def block_table_launches() -> None:
         paged_kv.block_table_rollback(*held, length.clone(), 7)
 
 
-def values(record) -> list:
-    return [getattr(record, field.name) for field in fields(record)]
-
-
 def main() -> int:
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = record
@@ -175,6 +173,7 @@ def main() -> int:
             c.aligned,
             c.num_warps,
             c.num_stages or default,
+            c.maxnreg,
         )
         for c in configurations()
         if c.targets is None or "sm_90" in c.targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,7 @@ def mh_advance(
     sampled_logq: torch.Tensor,
     sampled_weight: torch.Tensor,
     sampled_status: torch.Tensor,
+    sampled_entropy: torch.Tensor | None = None,
 ) -> None:
     """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
 
@@ -121,32 +123,81 @@ def mh_advance(
     first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
     log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1]. eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
-    returned them for the last plan; Status.PENDING leaves a lane as it is. A bad status stops its chain (Mode.FAULT)
-    when, and only when, the serial chain would have reached it; so does a status OK with a weight or logq that is NaN
-    (as Status.NAN) or a weight of +inf (as Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises
-    ArgumentError for more than 16 lanes a chain.
+    returned them for the last plan; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P], nats, of the
+    same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
+    A bad status stops its chain (Mode.FAULT) when, and only when, the serial chain would have reached it; so does a
+    status OK with a weight, logq or entropy that is NaN (as Status.NAN) or a weight or entropy of +inf (as
+    Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises ArgumentError for more than 16 lanes a chain.
+
+    The tensors of the state, log_n, seed and eos are checked when one of them, or the law, is another than in the last
+    call with this `ChainState`: put new tensors into its fields, and do not resize or retype those that are there.
     """
     for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
         if not isinstance(value, kind):
             raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+    run_tensors = (*state.tensors(), log_n, seed, eos)
+    compiling = torch.compiler.is_compiling()
+    checked = None if compiling else state.checked
+    if checked is None or checked.law != law or not all(map(is_, checked.tensors, run_tensors)):
+        checked = _check_run(state, law, run_tensors)
+        if not compiling:
+            state.checked = checked
+    like = state.field
+    rows = (state.lane_field.shape[0],)
+    if sampled_entropy is None:
+        if law.needs_entropy:
+            raise ArgumentTypeError(
+                f"sampled_entropy is a NoneType; it must be a torch.Tensor, which the cut law {law.cut!r} reads"
+            )
+        sampled_entropy = checked.no_entropy
+    else:
+        check_vectors(like, sampled_entropy=(sampled_entropy, torch.float32, rows))
+    check_vectors(
+        like,
+        sampled_token=(sampled_token, torch.int64, rows),
+        sampled_logq=(sampled_logq, torch.float32, rows),
+        sampled_weight=(sampled_weight, torch.float32, rows),
+        sampled_status=(sampled_status, torch.int32, rows),
+    )
+    run(
+        "mh_advance", like.device, *run_tensors,
+        sampled_token, sampled_logq, sampled_weight, sampled_status, sampled_entropy, *checked.constants,
+    )  # fmt: skip
+
+
+class _CheckedRun(NamedTuple):
+    """What stays the same from step to step, found sound; `ChainState.checked` remembers it."""
+
+    law: Law
+    tensors: tuple[torch.Tensor, ...]  # of the state, then log_n, seed, eos
+    constants: tuple[int, ...]  # of the law
+    no_entropy: torch.Tensor  # float32 [0], for a law that does not read it
+
+
+def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor, ...]) -> _CheckedRun:
     check_tensor("field", state.field, shape=(None, CHAIN_FIELDS))
     check_tensor("lane_field", state.lane_field, shape=(None, LANE_FIELDS))
     chains, rows = state.chains, state.lane_field.shape[0]
     if chains < 1 or rows % chains:
         raise ArgumentError(f"state has {rows} lanes for {chains} chains; every chain must have as many")
     width = law.max_new_tokens + 1
-    per_chain, per_lane = (chains, width), (rows, width)
+    per_chain, per_lane, by_serial = (chains, width), (rows, width), (chains, law.max_steps + 1)
+    z_width = width if law.diverges else 0
     shapes = {
         "field": (torch.int32, (chains, CHAIN_FIELDS)),
         "token": (torch.int32, per_chain),
         "logq": (torch.float32, per_chain),
         "cumw": (torch.float64, per_chain),
-        "outcome": (torch.int8, (chains, law.max_steps + 1)),
+        "cumz": (torch.float64, (chains, z_width)),
+        "outcome": (torch.int8, by_serial),
+        "left": (torch.int32, by_serial),
+        "forwarded": (torch.int32, by_serial),
         "cost": (torch.int64, (chains, len(Cost))),
         "lane_field": (torch.int32, (rows, LANE_FIELDS)),
         "lane_token": (torch.int32, per_lane),
         "lane_logq": (torch.float32, per_lane),
         "lane_cumw": (torch.float64, per_lane),
+        "lane_cumz": (torch.float64, (rows, z_width)),
         "lane_theta": (torch.float64, (rows,)),
         "input_id": (torch.int64, (rows,)),
         "position": (torch.int64, (rows,)),
@@ -154,31 +205,21 @@ def mh_advance(
         "exclude": (torch.int64, (rows,)),
         "commit_range": (torch.int32, (chains, 4)),
         "open_range": (torch.int32, (rows, 4)),
+        "log_n": (torch.float64, (law.max_new_tokens + 2,)),
+        "seed": (torch.int64, (1,)),
+        "eos": (torch.int64, (None,)),
     }
-    like = state.field
-    check_vectors(like, **{name: (getattr(state, name), *want) for name, want in shapes.items()})
-    check_vectors(
-        like,
-        log_n=(log_n, torch.float64, (law.max_new_tokens + 2,)),
-        seed=(seed, torch.int64, (1,)),
-        eos=(eos, torch.int64, (None,)),
-        sampled_token=(sampled_token, torch.int64, (rows,)),
-        sampled_logq=(sampled_logq, torch.float32, (rows,)),
-        sampled_weight=(sampled_weight, torch.float32, (rows,)),
-        sampled_status=(sampled_status, torch.int32, (rows,)),
-    )
-    run(
-        "mh_advance", like.device,
-        *state.tensors(), log_n, seed, eos, sampled_token, sampled_logq, sampled_weight, sampled_status,
-        law.max_new_tokens, law.block_size, law.mcmc_steps, law.final_steps,
-        law.early_rejection, law.free_prefix, law.karan_du,
-    )  # fmt: skip
+    vectors = {name: (tensor, *want) for (name, want), tensor in zip(shapes.items(), tensors, strict=True)}
+    check_vectors(state.field, **vectors)
+    no_entropy = torch.empty(0, dtype=torch.float32, device=state.field.device)
+    return _CheckedRun(law, tensors, law.constants(), no_entropy)
 
 
 define_kernel(
     "mh_advance",
     "chain",
     f"({_STATE_ARGUMENTS}, Tensor log_n, Tensor seed, Tensor eos, Tensor sampled_token, "
-    "Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status, int max_new_tokens, int block_size, "
-    "int mcmc_steps, int final_steps, bool early_rejection, bool free_prefix, bool karan_du) -> ()",
+    "Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status, Tensor sampled_entropy, "
+    "int max_new_tokens, int block_size, int mcmc_steps, int final_steps, bool early_rejection, bool free_prefix, "
+    "bool karan_du, int cut) -> ()",
 )

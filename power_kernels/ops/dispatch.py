@@ -26,6 +26,7 @@ from power_kernels.state import (
     LANE_FIELDS,
     ChainField,
     Cost,
+    Cut,
     LaneField,
     LaneStatus,
     Mode,
@@ -80,7 +81,7 @@ def _load_extension() -> str | None:
 
 def state_layout() -> str:
     """The columns and codes that Python and C++ must agree on, as the string that csrc/chain.cpp compiles in."""
-    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Status, BlockStatus)
+    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Cut, Status, BlockStatus)
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
 

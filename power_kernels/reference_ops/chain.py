@@ -51,13 +51,14 @@ def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, l
 def mh_advance(*args) -> None:
     """One decode step of the law of section 3 for every lane. See `power_kernels.mh_advance`.
 
-    Takes the tensors of `ChainState` in order, log_n, seed, eos, the sampled (token, logq, weight, status), and the
-    constants of `Law` in order.
+    Takes the tensors of `ChainState` in order, log_n, seed, eos, the sampled (token, logq, weight, status, entropy),
+    and `Law.constants()`.
     """
     n_state = len(ChainState.__dataclass_fields__)
     state = ChainState(*args[:n_state])
-    log_n, seed, eos, token, logq, weight, status = args[n_state : n_state + 7]
-    law = Law(*args[n_state + 7 :])
+    log_n, seed, eos, token, logq, weight, status, entropy = args[n_state : n_state + 8]
+    law = Law.of_constants(*args[n_state + 8 :])
+    h = entropy.cpu().numpy() if law.needs_entropy else np.ones(len(status), np.float32)
     host = ChainState(*(t.cpu() for t in state.tensors()))
     advance = _Advance(
         host,
@@ -65,13 +66,17 @@ def mh_advance(*args) -> None:
         log_n.cpu().numpy(),
         int(seed.item()),
         frozenset(eos.tolist()),
-        (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist()),
+        (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist(), h),
     )
     for chain in range(host.chains):
         advance.chain(chain)
     for target, source in zip(state.tensors(), host.tensors(), strict=True):
         if target.data_ptr() != source.data_ptr():
             target.copy_(source)
+
+
+def log_z(z: float) -> float:
+    return math.log(z) if z > 0 else -math.inf
 
 
 class _Advance:
@@ -121,10 +126,12 @@ class _Advance:
 
     def receive(self, lane: int) -> None:
         law, c = self.law, self.c
-        token, logq, weight, status = (column[lane] for column in self.sampled)
+        token, logq, weight, status, h = (column[lane] for column in self.sampled)
         extending = self.field[CF.MODE] == Mode.EXTEND
         serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
         self.add_cost(Cost.EXTENSION if extending else Cost.PROPOSAL, 1)
+        if not extending:
+            self.s["forwarded"][c, serial] += 1
         if pos <= div:
             self.set_lane(lane, VALID=int(self.field[CF.BASE]) + pos)  # the token it fed is the chain's own
         if pos < div:  # a forwarded prefix: what was sampled there is not used
@@ -133,21 +140,29 @@ class _Advance:
                 self.unchanged(lane, serial)
             return
         if status == Status.OK:  # numbers that would poison the chain, whoever made them
-            if np.isnan(weight) or np.isnan(logq):
+            if np.isnan(weight) or np.isnan(logq) or np.isnan(h):
                 status = Status.NAN
-            elif weight == np.inf:
+            elif weight == np.inf or h == np.inf:
                 status = Status.POS_INF
         if status != Status.OK:
             self.set_lane(lane, STATUS=LaneStatus.FAULTED, FAULT=status)
             return
         if pos == div and not extending and token == self.lane(lane, LF.EXCLUDE):
-            # Nothing else has mass: the token is kept and the walk goes on (3.4).
-            self.start(lane, serial, from_position=pos + 1)
+            # Nothing else has mass: the token is kept and the walk goes on (3.4). A divergence cut has no walk, and
+            # only rounding takes it to such a place.
+            if law.diverges:
+                self.unchanged(lane, serial)
+            else:
+                self.start(lane, serial, from_position=pos + 1)
             return
-        total = float(self.s["cumw"][c, pos] if pos == div else self.s["lane_cumw"][lane, pos]) + float(weight)
+        total = self.sum_before("cumw", lane, pos) + float(weight)
         self.s["lane_token"][lane, pos] = token
         self.s["lane_logq"][lane, pos] = logq
         self.s["lane_cumw"][lane, pos + 1] = total
+        if law.diverges:
+            # max: entropies round, and Z must not fall
+            z = self.sum_before("cumz", lane, pos) + ref.leave_probability(logq) * max(float(h), 0.0)
+            self.s["lane_cumz"][lane, pos + 1] = z
         pos += 1
         self.set_lane(lane, POSITION=pos)
         closed = token in self.eos or pos == self.cap()
@@ -156,6 +171,10 @@ class _Advance:
             theta = self.s["lane_theta"][lane]
             if law.karan_du:
                 rejected = closed and total - self.s["cumw"][c, pos] < theta
+            elif law.diverges:
+                # Z only grows. Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+                stuck = closed and z == 0.0
+                rejected = stuck or ((closed or law.early_rejection) and total - log_z(z) < theta)
             elif closed or law.early_rejection:
                 # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
                 at_least = pos + 1 if self.eos else self.cap()
@@ -167,6 +186,11 @@ class _Advance:
                 self.add_cost(Cost.SAVED_EARLY, self.cap() - pos)
         elif closed:
             self.set_lane(lane, STATUS=LaneStatus.CLOSED)
+
+    def sum_before(self, name: str, lane: int, pos: int) -> float:
+        """A running sum of the proposal before its token at `pos`."""
+        own = pos > self.lane(lane, LF.DIVERGENCE)
+        return float(self.s["lane_" + name][lane, pos] if own else self.s[name][self.c, pos])
 
     # -- 2. the lowest unresolved serial, if its lane is closed
 
@@ -195,7 +219,8 @@ class _Advance:
         serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
         for name in ("token", "logq"):
             s[name][c, div:pos] = s["lane_" + name][lane, div:pos]
-        s["cumw"][c, div + 1 : pos + 1] = s["lane_cumw"][lane, div + 1 : pos + 1]
+        for name in ("cumw", "cumz") if self.law.diverges else ("cumw",):
+            s[name][c, div + 1 : pos + 1] = s["lane_" + name][lane, div + 1 : pos + 1]
         field[CF.LENGTH] = pos
         field[CF.CLOSED] = int(s["token"][c, pos - 1]) in self.eos
         # The chain's KV lacks its last token; an extension starts there and so must copy it too.
@@ -220,6 +245,7 @@ class _Advance:
         if field[CF.MODE] == Mode.START:
             field[CF.OPENED] = 1
             self.s["cumw"][self.c, 0] = 0.0
+            self.s["cumz"][self.c, :1] = 0.0
             self.extend()
         while field[CF.MODE] == Mode.PROPOSE:
             for lane in self.mine:
@@ -256,8 +282,18 @@ class _Advance:
         field[CF.OPENED] = serial + 1
         cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, field[CF.CHAIN_ID], field[CF.PROMPT_ID])
         log_u = math.log(1.0 - accept_uniform)
-        current = float(self.s["cumw"][self.c, length]) - self.log_n[length]
-        self.s["lane_theta"][lane] = log_u if self.law.karan_du else current + log_u
+        self.s["forwarded"][self.c, serial] = 0
+        total, cumz = float(self.s["cumw"][self.c, length]), self.s["cumz"][self.c, : length + 1]
+        if self.law.diverges:
+            self.s["lane_theta"][lane] = total - log_z(float(cumz[length])) + log_u
+            # The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
+            div = int(np.searchsorted(cumz[1:], cut_uniform * cumz[length], side="right"))
+            if div == length:
+                self.unchanged(lane, serial)
+            else:
+                self.run(lane, serial, div, div, int(self.s["token"][self.c, div]))
+            return
+        self.s["lane_theta"][lane] = log_u if self.law.karan_du else total - self.log_n[length] + log_u
         self.start(lane, serial, from_position=min(int(cut_uniform * length), length - 1))
 
     def start(self, lane: int, serial: int, from_position: int) -> None:
@@ -286,10 +322,13 @@ class _Advance:
     def unchanged(self, lane: int, serial: int) -> None:
         """The proposal is the current answer: a step that changed nothing, whatever lanes run beside it."""
         self.s["outcome"][self.c, serial] = Outcome.UNCHANGED
+        self.s["left"][self.c, serial] = -1
         self.set_lane(lane, STATUS=LaneStatus.IDLE)
 
     def run(self, lane: int, serial: int, div: int, pos: int, exclude: int) -> None:
         """Start a lane that shares [0, div) with its chain and samples position `pos` next."""
+        if self.field[CF.MODE] == Mode.PROPOSE:
+            self.s["left"][self.c, serial] = div
         start, stop = self.lane(lane, LF.VALID), int(self.field[CF.BASE]) + pos - 1
         self.s["open_range"][lane] = (lane, self.c, start, max(start, stop))
         self.set_lane(

@@ -42,6 +42,7 @@ class Configuration:
     aligned: tuple[str, ...] = ()  # pointers at 16 bytes, integers that are multiples of 16, where Triton looks
     num_warps: int = 4
     num_stages: int | None = None  # None: the target's default
+    maxnreg: int | None = None  # NVIDIA only: registers a thread may take, where ptxas left to itself spills
     wide: str | None = None  # "v4": what it streams must come in 16-byte loads
     elements: int | None = None  # that a program takes in one pass of its hot loop
     targets: tuple[str, ...] | None = None  # that it is launched on; None: all

@@ -60,6 +60,8 @@ def compile_for(configuration: Configuration, target: GPUTarget):
     options = {"num_warps": configuration.num_warps}
     if configuration.num_stages is not None:
         options["num_stages"] = configuration.num_stages
+    if configuration.maxnreg is not None and target.backend == "cuda":
+        options["maxnreg"] = configuration.maxnreg
     return triton.compile(source, target=target, options=options)
 
 

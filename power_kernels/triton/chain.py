@@ -7,7 +7,8 @@ Shapes: weights f32 [B, T], [B, T'], everything else [B]. Bytes: 4 B (n + n').
 mh_advance:  one decode step of the whole law for every lane, one program a chain. The lanes of a chain are vectors of
 P_PAD entries, so that every column of the state is a register; a scalar is taken from a lane by a masked sum. Positions
 are walked and copied in blocks. What each step does, field by field, is `reference_ops.mh_advance`.
-Shapes: `state.ChainState`. Bytes: about 200 a lane, plus 16 a token walked and 32 a token committed.
+Shapes: `state.ChainState`. Bytes: about 200 a lane, plus 16 a token walked and 32 a token committed; under a divergence
+cut 8 a token searched and 48 a token committed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from power_kernels.state import (
     ChainField,
     ChainState,
     Cost,
+    Cut,
     LaneField,
     LaneStatus,
     Mode,
@@ -172,6 +174,8 @@ def mh_accept_out(
 
 # 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads.
 ADVANCE = {"BLOCK": 128, "num_warps": 4}
+# ptxas would rather spill than give up a step of occupancy, of which one program a chain has no use. NVIDIA only.
+REGISTERS = 128
 MAX_LANES = 16  # a chain: what is compiled and checked offline
 
 _MODE = tl.constexpr(int(ChainField.MODE))
@@ -213,6 +217,9 @@ _REJECTED = tl.constexpr(int(Outcome.REJECTED))
 _UNCHANGED = tl.constexpr(int(Outcome.UNCHANGED))
 _ACCEPTED = tl.constexpr(int(Outcome.ACCEPTED))
 
+_UNIFORM = tl.constexpr(int(Cut.UNIFORM))
+_DIVERGENCE_ENTROPY = tl.constexpr(int(Cut.DIVERGENCE_ENTROPY))
+
 _COST_EXTENSION = tl.constexpr(int(Cost.EXTENSION))
 _COST_PROPOSAL = tl.constexpr(int(Cost.PROPOSAL))
 _COST_PREFIX = tl.constexpr(int(Cost.SAVED_PREFIX))
@@ -249,6 +256,26 @@ def _walk(logq_ptr, seed, chain_id, prompt_word, serial, start, length, BLOCK: t
 
 
 @triton.jit
+def _cut_at(cumz_ptr, limit, length, BLOCK: tl.constexpr):
+    """The first d of [0, length) with cumz[d + 1] > limit (3.6), or length."""
+    found = length
+    block = tl.zeros_like(length)
+    while (block < length) & (found == length):
+        t = block + tl.arange(0, BLOCK)
+        inside = t < length
+        sums = tl.load(cumz_ptr + t + 1, mask=inside, other=0.0)
+        found = tl.min(tl.where(inside & (sums > limit), t, length), 0)
+        block += BLOCK
+    return found
+
+
+@triton.jit
+def _log_z(z):
+    """log z of float64 z >= 0."""
+    return tl.where(z > 0.0, tl.log(tl.where(z > 0.0, z, 1.0)), -_INF)
+
+
+@triton.jit
 def _is_eos(token, eos_ptr, eos_count):
     """Which of a vector of tokens end an answer."""
     hit = token != token
@@ -262,12 +289,16 @@ _ADVANCE_POINTERS = {
     "token_ptr": "*i32",
     "logq_ptr": "*fp32",
     "cumw_ptr": "*fp64",
+    "cumz_ptr": "*fp64",
     "outcome_ptr": "*i8",
+    "left_ptr": "*i32",
+    "forwarded_ptr": "*i32",
     "cost_ptr": "*i64",
     "lane_field_ptr": "*i32",
     "lane_token_ptr": "*i32",
     "lane_logq_ptr": "*fp32",
     "lane_cumw_ptr": "*fp64",
+    "lane_cumz_ptr": "*fp64",
     "lane_theta_ptr": "*fp64",
     "input_id_ptr": "*i64",
     "position_ptr": "*i64",
@@ -282,10 +313,11 @@ _ADVANCE_POINTERS = {
     "new_logq_ptr": "*fp32",
     "new_weight_ptr": "*fp32",
     "new_status_ptr": "*i32",
+    "new_entropy_ptr": "*fp32",
 }
 _ADVANCE_INTEGERS = (
-    "eos_count", "width", "outcome_width", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
-    "early_rejection", "free_prefix", "karan_du", "lanes",
+    "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+    "early_rejection", "free_prefix", "karan_du", "cut", "lanes",
 )  # fmt: skip
 
 
@@ -295,12 +327,16 @@ def _mh_advance_kernel(
     token_ptr,  # [C, width] i32
     logq_ptr,  # [C, width] fp32
     cumw_ptr,  # [C, width] fp64
-    outcome_ptr,  # [C, outcome_width] i8
+    cumz_ptr,  # [C, width] fp64, not read under the uniform cut
+    outcome_ptr,  # [C, serials] i8
+    left_ptr,  # [C, serials] i32
+    forwarded_ptr,  # [C, serials] i32
     cost_ptr,  # [C, 4] i64
     lane_field_ptr,  # [C*P, LANE_PITCH] i32
     lane_token_ptr,  # [C*P, width] i32
     lane_logq_ptr,  # [C*P, width] fp32
     lane_cumw_ptr,  # [C*P, width] fp64
+    lane_cumz_ptr,  # [C*P, width] fp64, not read under the uniform cut
     lane_theta_ptr,  # [C*P] fp64
     input_id_ptr,  # [C*P] i64
     position_ptr,  # [C*P] i64
@@ -315,9 +351,10 @@ def _mh_advance_kernel(
     new_logq_ptr,  # [C*P] fp32
     new_weight_ptr,  # [C*P] fp32
     new_status_ptr,  # [C*P] i32
+    new_entropy_ptr,  # [C*P] fp32, read by the cut law that weighs by entropy
     eos_count,
     width,  # max_new_tokens + 1
-    outcome_width,
+    serials,  # one more than the steps of a chain
     max_new_tokens,
     block_size,
     mcmc_steps,
@@ -325,6 +362,7 @@ def _mh_advance_kernel(
     early_rejection,
     free_prefix,
     karan_du,
+    cut,  # a Cut
     lanes,  # P, a chain
     P_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -335,7 +373,8 @@ def _mh_advance_kernel(
     token_ptr += chain_row
     logq_ptr += chain_row
     cumw_ptr += chain_row
-    outcome_ptr += c.to(tl.int64) * outcome_width
+    cumz_ptr += chain_row
+    steps = c.to(tl.int64) * serials  # where the chain's rows by serial begin
     seed = tl.load(seed_ptr)
 
     field = field_ptr + c * CHAIN_PITCH
@@ -351,7 +390,6 @@ def _mh_advance_kernel(
     prompt_word = tl.load(field + _PROMPT_ID) << _STREAM_BITS
     chain_fault = tl.load(field + _FAULT)
     chain_closed = tl.load(field + _CLOSED)
-    prompt_token = tl.load(field + _PROMPT_TOKEN)
 
     index = tl.arange(0, P_PAD)
     live = index < lanes
@@ -366,10 +404,7 @@ def _mh_advance_kernel(
     exclude = tl.load(lane_field + _LANE_EXCLUDE, mask=live, other=-1)
     lane_fault = tl.load(lane_field + _LANE_FAULT, mask=live, other=0)
 
-    forwarded_extension = 0
-    forwarded_proposal = 0
     saved_prefix = 0
-    saved_early = 0
     commit_lane = 0
     commit_start = 0
     commit_stop = 0
@@ -380,24 +415,23 @@ def _mh_advance_kernel(
     extending = mode == _EXTEND
     status = tl.load(new_status_ptr + lane, mask=live, other=_PENDING)
     got = live & (lane_status == _RUNNING) & (status != _PENDING) & (extending | (mode == _PROPOSE))
-    forwarded = tl.sum(got.to(tl.int32), 0)
-    forwarded_extension += tl.where(extending, forwarded, 0)
-    forwarded_proposal += tl.where(extending, 0, forwarded)
+    cost = cost_ptr + c * 4
+    cause = cost + tl.where(extending, _COST_EXTENSION, _COST_PROPOSAL)
+    tl.store(cause, tl.load(cause) + tl.sum(got.to(tl.int32), 0))
+    of_step = got & (extending == 0)
+    spent = tl.load(forwarded_ptr + steps + serial, mask=of_step, other=0)
+    tl.store(forwarded_ptr + steps + serial, spent + 1, mask=of_step)
     # up to the divergence the token that was fed is the chain's own
     valid = tl.where(got & (pos <= div), base + pos, valid)
 
     prefix = got & (pos < div)  # a forwarded prefix: what was sampled there is not used
-    # A forwarded prefix that reaches the end of the answer was an unchanged step.
-    kept = prefix & (pos + 1 == length)
-    tl.store(outcome_ptr + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
-    lane_status = tl.where(kept, _IDLE, lane_status)
-
     new_logq = tl.load(new_logq_ptr + lane, mask=got, other=0.0)
     new_weight = tl.load(new_weight_ptr + lane, mask=got, other=0.0)
+    h = tl.load(new_entropy_ptr + lane, mask=got & (cut == _DIVERGENCE_ENTROPY), other=1.0)
     # numbers that would poison the chain, whoever made them
-    undefined = (new_weight != new_weight) | (new_logq != new_logq)
+    undefined = (new_weight != new_weight) | (new_logq != new_logq) | (h != h)
     status = tl.where((status == _OK) & undefined, _NAN, status)
-    status = tl.where((status == _OK) & (new_weight == _INF), _POS_INF, status)
+    status = tl.where((status == _OK) & ((new_weight == _INF) | (h == _INF)), _POS_INF, status)
     bad = got & (pos >= div) & (status != _OK)
     lane_status = tl.where(bad, _FAULTED_LANE, lane_status)
     lane_fault = tl.where(bad, status, lane_fault)
@@ -406,6 +440,13 @@ def _mh_advance_kernel(
     good = got & (pos >= div) & (status == _OK)
     again = good & (pos == div) & (extending == 0) & (token == exclude)  # nothing else has mass
     append = good & (again == 0)
+    # A forwarded prefix that reaches the end of the answer was an unchanged step. So is one whose token was kept under
+    # a divergence cut, which has no walk that could go on.
+    kept = (prefix & (pos + 1 == length)) | (again & (cut != _UNIFORM))
+    again = again & (cut == _UNIFORM)
+    tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
+    tl.store(left_ptr + steps + serial, tl.full([P_PAD], -1, tl.int32), mask=kept)
+    lane_status = tl.where(kept, _IDLE, lane_status)
 
     first = append & (pos == div)
     before = tl.load(cumw_ptr + pos, mask=first, other=0.0)
@@ -414,6 +455,13 @@ def _mh_advance_kernel(
     tl.store(lane_token_ptr + lane_row + pos, token.to(tl.int32), mask=append)
     tl.store(lane_logq_ptr + lane_row + pos, new_logq, mask=append)
     tl.store(lane_cumw_ptr + lane_row + pos + 1, total, mask=append)
+    z = tl.zeros_like(total)
+    if cut != _UNIFORM:
+        z = tl.load(cumz_ptr + pos, mask=first, other=0.0)
+        z += tl.load(lane_cumz_ptr + lane_row + pos, mask=append & (pos > div), other=0.0)
+        # max: entropies round, and Z must not fall
+        z += leave_probability(new_logq.to(tl.float64)) * tl.maximum(h, 0.0).to(tl.float64)
+        tl.store(lane_cumz_ptr + lane_row + pos + 1, z, mask=append)
     pos = tl.where(prefix | append, pos + 1, pos)
 
     cap = tl.where((karan_du == 0) | extending, horizon, length)
@@ -423,13 +471,18 @@ def _mh_advance_kernel(
     tested = tested & (closed | ((early_rejection > 0) & (karan_du == 0)))
     if karan_du:
         against = tl.load(cumw_ptr + pos, mask=tested, other=0.0)
+    elif cut != _UNIFORM:
+        against = _log_z(z)
     else:
         # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
         at_least = tl.where(eos_count > 0, pos + 1, cap)
         against = tl.load(log_n_ptr + tl.where(closed, pos, at_least), mask=tested, other=0.0)
     rejected = tested & (total - against < theta)
-    tl.store(outcome_ptr + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
-    saved_early += tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)
+    # Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+    rejected = rejected | (tested & closed & (cut != _UNIFORM) & (z == 0.0))
+    tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
+    saved_early = tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)
+    tl.store(cost + _COST_EARLY, tl.load(cost + _COST_EARLY) + saved_early)
     lane_status = tl.where(rejected, _IDLE, tl.where(closed, _CLOSED_LANE, lane_status))
 
     # lanes whose token was kept after all walk on
@@ -444,9 +497,11 @@ def _mh_advance_kernel(
             saved_prefix += found - start
             fed = found
         if fed == length:
-            tl.store(outcome_ptr + number, _UNCHANGED)
+            tl.store(outcome_ptr + steps + number, _UNCHANGED)
+            tl.store(left_ptr + steps + number, -1)
             lane_status = tl.where(here, _IDLE, lane_status)
         else:
+            tl.store(left_ptr + steps + number, found)
             open_start = tl.where(here, valid, open_start)
             open_stop = tl.where(here, tl.maximum(valid, base + fed - 1), open_stop)
             valid = tl.where(here, base + fed - 1, valid)
@@ -481,6 +536,8 @@ def _mh_advance_kernel(
                 tl.store(token_ptr + t, tl.load(lane_token_ptr + row + t, mask=inside), mask=inside)
                 tl.store(logq_ptr + t, tl.load(lane_logq_ptr + row + t, mask=inside), mask=inside)
                 tl.store(cumw_ptr + t + 1, tl.load(lane_cumw_ptr + row + t + 1, mask=inside), mask=inside)
+                if cut != _UNIFORM:
+                    tl.store(cumz_ptr + t + 1, tl.load(lane_cumz_ptr + row + t + 1, mask=inside), mask=inside)
             tl.debug_barrier()
             # The chain's KV lacks its last token; an extension starts there and so must copy it too.
             commit_lane = c * lanes + winner
@@ -497,14 +554,23 @@ def _mh_advance_kernel(
                 mode = tl.zeros_like(mode) + _PROPOSE
                 last = opened - 1 + mcmc_steps
             else:
-                tl.store(outcome_ptr + lowest, _ACCEPTED)
+                tl.store(outcome_ptr + steps + lowest, _ACCEPTED)
                 opened = lowest + 1
+
+    tl.store(field + _FAULT, chain_fault)
+    commit = commit_range_ptr + c * 4
+    tl.store(commit, c)
+    tl.store(commit + 1, commit_lane)
+    tl.store(commit + 2, commit_start)
+    tl.store(commit + 3, commit_stop)
 
     # ---- 3. schedule: open lanes, end stages
     extend = mode == _START
     if mode == _START:
         opened = tl.zeros_like(opened) + 1
         tl.store(cumw_ptr, 0.0)
+        if cut != _UNIFORM:
+            tl.store(cumz_ptr, 0.0)
     going = extend | (mode == _PROPOSE)
     while going:
         # The lane to start, if any, and what it runs.
@@ -533,19 +599,27 @@ def _mh_advance_kernel(
                 seed, tl.zeros_like(number), number, chain_id, prompt_word | _STREAM_STEP
             )
             theta_new = tl.log(1.0 - accept_uniform)
-            if karan_du == 0:
-                theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
-            tl.store(lane_theta_ptr + c * lanes + free, theta_new)
-            cut = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
-            found = _walk(logq_ptr, seed, chain_id, prompt_word, number, cut, length, BLOCK)
-            fed = cut
-            if free_prefix:
-                saved_prefix += found - cut
+            begin = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
+            if cut != _UNIFORM:
+                mass = tl.load(cumz_ptr + length)
+                theta_new = (tl.load(cumw_ptr + length) - _log_z(mass)) + theta_new
+                found = _cut_at(cumz_ptr, cut_uniform * mass, length, BLOCK)
                 fed = found
+            else:
+                if karan_du == 0:
+                    theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
+                found = _walk(logq_ptr, seed, chain_id, prompt_word, number, begin, length, BLOCK)
+                fed = begin
+                if free_prefix:
+                    saved_prefix += found - begin
+                    fed = found
+            tl.store(lane_theta_ptr + c * lanes + free, theta_new)
+            tl.store(forwarded_ptr + steps + number, 0)
             starts = fed < length
             drawn = tl.load(token_ptr + found, mask=found < length, other=-1)
+            tl.store(left_ptr + steps + number, tl.where(starts, found, -1))
             if fed == length:
-                tl.store(outcome_ptr + number, _UNCHANGED)
+                tl.store(outcome_ptr + steps + number, _UNCHANGED)
         elif tl.max((live & (lane_status != _IDLE)).to(tl.int32), 0) > 0:
             going = mode != mode
         elif (chain_closed == 0) & (stage * block_size < max_new_tokens) & (final == 0):
@@ -576,7 +650,7 @@ def _mh_advance_kernel(
     at = tl.maximum(pos - 1, 0)
     own = tl.load(lane_token_ptr + lane_row + at, mask=live & busy & (pos > div), other=0)
     shared = tl.load(token_ptr + at, mask=live & busy & (pos <= div) & (pos > 0), other=0)
-    shared = tl.where(pos > 0, shared, prompt_token)
+    shared = tl.where(pos > 0, shared, tl.load(field + _PROMPT_TOKEN))
     # Idle lanes are harmless: nothing at or beyond VALID is trusted.
     feed = tl.where(busy, tl.where(pos > div, own, shared), 0)
     tl.store(input_id_ptr + lane, feed.to(tl.int64), mask=live)
@@ -609,18 +683,9 @@ def _mh_advance_kernel(
     tl.store(field + _HORIZON, horizon)
     tl.store(field + _STAGE, stage)
     tl.store(field + _FINAL, final)
-    tl.store(field + _FAULT, chain_fault)
     tl.store(field + _CLOSED, chain_closed)
     cost = cost_ptr + c * 4
-    tl.store(cost + _COST_EXTENSION, tl.load(cost + _COST_EXTENSION) + forwarded_extension)
-    tl.store(cost + _COST_PROPOSAL, tl.load(cost + _COST_PROPOSAL) + forwarded_proposal)
     tl.store(cost + _COST_PREFIX, tl.load(cost + _COST_PREFIX) + saved_prefix)
-    tl.store(cost + _COST_EARLY, tl.load(cost + _COST_EARLY) + saved_early)
-    commit = commit_range_ptr + c * 4
-    tl.store(commit, c)
-    tl.store(commit + 1, commit_lane)
-    tl.store(commit + 2, commit_start)
-    tl.store(commit + 3, commit_stop)
 
 
 # Vectors over lanes: one lane needs no reductions, and most users have one or a few.
@@ -630,12 +695,12 @@ _WIDTHS = (1, 4, MAX_LANES)
 def mh_advance(*args) -> None:
     """One decode step of the whole law for every lane, in one launch. See `power_kernels.mh_advance`.
 
-    Takes the 17 tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1], eos i64 [E], the sampled token i64,
-    logq f32, weight f32, status i32 [C*P], and the constants of `Law` in order. Raises ArgumentError for more than
-    MAX_LANES lanes a chain.
+    Takes the tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1], eos i64 [E], the sampled token i64,
+    logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and `Law.constants()`. Raises ArgumentError for
+    more than MAX_LANES lanes a chain.
     """
     n_state = len(ChainState.__dataclass_fields__)
-    *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du = args
+    *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du, cut = args
     state = ChainState(*tensors[:n_state])
     _log_n, _seed, eos, *_sampled = tensors[n_state:]
     if state.chains == 0:
@@ -657,9 +722,11 @@ def mh_advance(*args) -> None:
         int(early_rejection),
         int(free_prefix),
         int(karan_du),
+        cut,
         state.lanes,
         P_PAD=min(width for width in _WIDTHS if width >= state.lanes),
         **ADVANCE,
+        **({} if torch.version.hip else {"maxnreg": REGISTERS}),
     )
 
 
@@ -684,6 +751,7 @@ def configurations() -> list[Configuration]:
                 signature={**_ADVANCE_POINTERS, **dict.fromkeys(_ADVANCE_INTEGERS, "i32")},
                 constexprs={"P_PAD": width, **constexprs},
                 num_warps=warps,
+                maxnreg=REGISTERS,
             )
         )
     return found

@@ -163,15 +163,12 @@ def running_chains(chains: int, lanes: int, device: torch.device) -> tuple[pk.Ch
         for sampled in steps:
             pk.mh_advance(state, law, log_n, seed, eos, *sampled)
 
-    constants = (
-        law.max_new_tokens, law.block_size, law.mcmc_steps, law.final_steps,
-        law.early_rejection, law.free_prefix, law.karan_du,
-    )  # fmt: skip
+    constants, no_entropy = law.constants(), torch.zeros(0, device=device)
 
     def unchecked() -> None:
         for token, logq, weight, status in steps:
             torch.ops.power_kernels.mh_advance(
-                *state.tensors(), log_n, seed, eos, token, logq, weight, status, *constants
+                *state.tensors(), log_n, seed, eos, token, logq, weight, status, no_entropy, *constants
             )
 
     for _ in range(2 * LENGTH // STEPS):

@@ -105,6 +105,9 @@ def _default_lanes(engine: SizedEngine, config: PowerConfig, slots: int) -> int:
 
 def _budget(engine: Engine) -> int | None:
     free = free_bytes(engine.device)
+    ranks = getattr(engine, "ranks", None)
+    if ranks is not None and free is not None:
+        free = ranks.least(free)  # of several processes that hold one model: they must plan alike
     return None if free is None else int(free * MOST_OF_MEMORY)
 
 

@@ -61,6 +61,7 @@ class PowerSampler:
                 f"model is a {type(model).__name__}; it must be a transformers causal LM or a power_kernels.api.Engine"
             )
         self.engine: Engine = model
+        self._ranks = getattr(model, "ranks", None)  # `engines/tensor_parallel.py`
         self.tokenizer = tokenizer
         self.capture = _check_capture(capture, model)
         self.last_run: RunReport | None = None
@@ -188,6 +189,8 @@ class PowerSampler:
         _integer("seed is", seed, -(2**63), 2**64 - 1)
         _integer("max_chains is", max_chains, 1)
         eos = self._eos(eos_token_id)
+        if self._ranks is not None:
+            self._ranks.check_same(answers=jobs, config=config, seed=seed, eos_token_id=eos, max_chains=max_chains)
         if not jobs:
             return iter(())
         limit = self.engine.max_context
@@ -219,7 +222,8 @@ class PowerSampler:
                         yield result
                 except Exception as error:
                     smaller = plan.smaller()
-                    if smaller is None or not is_out_of_memory(error):
+                    # Where several processes hold the model, the others go on and cannot know.
+                    if smaller is None or not is_out_of_memory(error) or self._ranks is not None:
                         raise
                     message = str(error)
                 else:

@@ -30,9 +30,9 @@ kernels-report: $(READY)  ## every Triton kernel compiled for every target, with
 doctor: $(READY)
 	$(VENV)/bin/power-kernels doctor
 
-gpu-check:  ## everything that a GPU can show, in nine minutes, with the Python that is there: make gpu-check OUT=dir
+gpu-check:  ## what a GPU can show, in nine minutes a plan, with the Python that is there: make gpu-check OUT=dir [PLAN=...]
 	@test -n "$(OUT)" || { echo "make gpu-check needs OUT=dir, a folder for the results"; exit 2; }
-	$(PYTHON) bench/gpu_check.py --out "$(OUT)"
+	$(PYTHON) bench/gpu_check.py --out "$(OUT)" $(if $(PLAN),--plan $(PLAN))
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)

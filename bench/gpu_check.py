@@ -1,4 +1,6 @@
-"""Everything that a GPU can show about this checkout, in under nine minutes: `make gpu-check OUT=dir`.
+"""Everything that a GPU can show about this checkout, nine minutes a plan: `make gpu-check OUT=dir [PLAN=...]`.
+
+The plan `kernels`, the default:
 
     kernels      every kernel once at small odd sizes against the reference, so that what does not run shows first
     tests        the test suite on the device (`pytest --device cuda`), a process a file, several at once
@@ -6,6 +8,12 @@
     durations    the time of each kernel at real sizes (torch.profiler)
     sanitizer    compute-sanitizer's memcheck and racecheck over the launches of the first stage
     ncu          Nsight Compute: traffic, throughput, registers and occupancy of each kernel at real sizes
+
+Whole answers (bench/end_to_end.py) of the shapes of real models with random weights, a folder OUT for each plan:
+
+    decode       a decode step of Qwen2.5-7B, Qwen2.5-Math-7B and Phi-3.5-mini against the memory's bandwidth; its waits
+    latency      Qwen2.5-7B, one prompt: 768 tokens by 1, 2, 4, 8 lanes and the default; the paper's 3072 by the default
+    throughput   Qwen2.5-7B, 64 prompts in 64 slots against plain generation and the published algorithm
 
 Uses the Python that runs it and what is installed there; needs no network, no compiled extension and no installed
 package, and says what is missing. A stage that is over its time is killed and reported; time that a stage leaves over
@@ -547,6 +555,34 @@ def ncu_table(rows: list[str]) -> tuple[list[str], int]:
     return lines, len(kernels)
 
 
+def end_to_end(name: str, suite: str, *options: str) -> Callable[[Check, float], Result]:
+    """A stage's function: a suite of bench/end_to_end.py, on a CPU in miniature. It writes NAME.json as it goes."""
+
+    def run(check: Check, seconds: float) -> Result:
+        path = check.out / f"{name}.json"
+        given = ("--model", "tiny", "--quick") if check.device == "cpu" else options
+        arguments = ["bench/end_to_end.py", suite, "--device", check.device, *given, "--json", path]
+        done = check.python(name, arguments, seconds)
+        targets = (read_json(path) or {}).get("targets", [])
+        missed = [item["target"] for item in targets if item["met"] is False]
+        printed = [line[:200] for line in done.text.splitlines() if line.strip() and not line.startswith("[")]
+        lines = [f"Missed: {'; '.join(missed)}.", ""] if missed else []
+        figures = {"targets": targets}
+        if done.code is None:
+            return Result(
+                LATE, [*lines, f"What was measured before is in {path.name}.", *last_lines(done.text)], figures
+            )
+        if done.code or not path.exists():
+            return Result(FAILED, [*lines, *last_lines(done.text)], figures)
+        return Result(PASSED, [*lines, "```", *printed, "```"], figures)
+
+    return run
+
+
+def end_to_end_stage(name: str, seconds: float, suite: str, *options: str) -> Stage:
+    return Stage(name, seconds, end_to_end(name, suite, *options))
+
+
 STAGES = (
     Stage("kernels", 70, kernels, must_pass=True),
     Stage("tests", 180, suite, must_pass=True),
@@ -555,6 +591,23 @@ STAGES = (
     Stage("sanitizer", 55, sanitizer, must_pass=True),
     Stage("ncu", 45, ncu),
 )
+PLANS = {
+    "kernels": STAGES,
+    "decode": tuple(
+        end_to_end_stage(f"decode-{shape}", 170, "decode", "--model", shape)
+        for shape in ("qwen2.5-7b", "qwen2.5-math-7b", "phi-3.5-mini")
+    ),
+    "latency": (
+        end_to_end_stage(
+            "latency-short", 240, "latency", "--model", "qwen2.5-7b", "--setting", "short", "--seconds", "100"
+        ),
+        end_to_end_stage(
+            "latency-paper", 270, "latency", "--model", "qwen2.5-7b", "--setting", "paper", "--lanes", "default",
+            "--seconds", "150",
+        ),
+    ),
+    "throughput": (end_to_end_stage("throughput", 510, "throughput", "--model", "qwen2.5-7b"),),
+}  # fmt: skip
 ENVIRONMENT = Stage("environment", 60, environment)
 
 
@@ -578,13 +631,19 @@ def run_stages(check: Check, stages: tuple[Stage, ...]) -> None:
         print(f"{stage.name}: {result.status}, {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def main(arguments: list[str], stages: tuple[Stage, ...] = STAGES) -> int:
+def main(arguments: list[str], stages: tuple[Stage, ...] | None = None) -> int:
+    """stages: in place of a plan's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for the results")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to see the stages run without a device")
     parser.add_argument("--seconds", type=float, default=BUDGET, help=f"for everything (default {BUDGET:.0f})")
-    parser.add_argument("--stages", nargs="+", choices=[s.name for s in stages], default=[s.name for s in stages])
+    parser.add_argument("--plan", default="kernels", choices=PLANS, help="which stages (default kernels)")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these of the plan")
     given = parser.parse_args(arguments)
+    stages = PLANS[given.plan] if stages is None else stages
+    names = [s.name for s in stages]
+    if unknown := set(given.stages or ()) - set(names):
+        parser.error(f"the plan has the stages {', '.join(names)}; not {', '.join(sorted(unknown))}")
     given.out.mkdir(parents=True, exist_ok=True)
     check = Check(given.out.resolve(), given.device, given.seconds)
 
@@ -600,7 +659,7 @@ def main(arguments: list[str], stages: tuple[Stage, ...] = STAGES) -> int:
     found = environment(check, ENVIRONMENT.seconds)
     check.keep(ENVIRONMENT, found, time.monotonic() - begin)
     if found.figures["usable"]:
-        run_stages(check, tuple(s for s in stages if s.name in given.stages))
+        run_stages(check, tuple(s for s in stages if s.name in (given.stages or names)))
     else:
         print("\n".join(found.lines), file=sys.stderr)
     print((check.out / "summary.md").read_text())

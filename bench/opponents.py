@@ -32,12 +32,14 @@ from transformers import DynamicCache
 class ForwardCounter:
     """Counts the positions a model is run on, from outside, while the context is open.
 
-    tokens: positions of real tokens. rows: positions computed, padding included. calls: forward passes.
+    tokens: positions of real tokens, known when the context has closed. rows: positions computed, padding included.
+    calls: forward passes.
     """
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.tokens = self.rows = self.calls = 0
+        self._masked: torch.Tensor | int = 0  # stays on the model's device: reading it would wait for each pass
 
     def _count(self, module, args, kwargs):
         ids = kwargs.get("input_ids")
@@ -50,7 +52,7 @@ class ForwardCounter:
         # A two-dimensional mask spans the whole sequence; its last `length` columns are the positions fed
         # now.
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            self.tokens += int(mask[:, -length:].sum())
+            self._masked = self._masked + mask[:, -length:].sum()
         else:
             self.tokens += batch * length
 
@@ -60,6 +62,8 @@ class ForwardCounter:
 
     def __exit__(self, *exc) -> None:
         self._handle.remove()
+        self.tokens += int(self._masked)
+        self._masked = 0
 
 
 @dataclass
@@ -90,9 +94,10 @@ def plain_forwarded(prompt_length: int, answer_length: int) -> int:
 @torch.inference_mode()
 def log_probability(model, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """log p(answer | prompt) in nats, by one forward pass over both."""
-    logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     logp = logits.double().log_softmax(-1)
-    return float(logp.gather(1, torch.tensor(answer)[:, None]).sum())
+    return float(logp.gather(1, ids[0, len(prompt) :, None]).sum())
 
 
 def horizons(max_new_tokens: int, block_size: int | None) -> list[int]:
@@ -134,8 +139,8 @@ def plain(
     ids, mask = _left_padded(prompts, _pad_id(model))
     with ForwardCounter(model) as count:
         out = model.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=True,
             temperature=temperature,
             top_k=0,
@@ -152,7 +157,7 @@ def _generate_scored(model, tokens: list[int], length: int, alpha: float) -> tup
 
     Returns the new tokens, their log q and their alpha * log p.
     """
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -1,6 +1,7 @@
-"""Plots of the results of bench/ops.py, as a person would want to read them.
+"""Plots of results, as a person would want to read them.
 
-    python bench/plots.py bench/results/cpu/ops.json bench/plots/cpu
+    python bench/plots.py bench/results/cpu/ops.json bench/plots/cpu          of bench/ops.py: below
+    python bench/plots.py bench/results/cpu/latency.json bench/plots/cpu      of end_to_end.py: end_to_end_plots.py
 
 acceptance.png    decisions per second over rows, one line an answer length, ours and eager torch
 roofline.png      bandwidth over the bytes of a call, under the measured copy; the LM head under copy and best product
@@ -15,21 +16,29 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
+import end_to_end_plots
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-# Okabe and Ito's palette, which people of every colour vision tell apart.
-BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000",
+from figures import (
+    BLACK,
+    BLUE,
+    MARKERS,
+    ORANGE,
+    PALETTE,
+    caption,
+    figure,
+    logarithmic,
+    number,
+    plain,
+    ratios,
+    save,
+    seconds,
+    size,
+    ticks_at,
+    times,
 )  # fmt: skip
-PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
-MARKERS = "osD^vPX"
+
 LATENCY_BOUND = ("mh_advance", "block_table_fork")  # their bytes say nothing of their time
 QWEN = 151_936
 
@@ -63,76 +72,6 @@ class Results:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Axes
-
-
-def number(value: float, _=None) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:g} {unit}"
-    return f"{value:g}"
-
-
-def seconds(value: float, _=None) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= 0.999 * scale:
-            return f"{value / scale:g} {unit}"
-    return f"{value * 1e9:g} ns"
-
-
-def size(value: float, _=None) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= 0.999 * scale:
-            return f"{value / scale:g} {unit}"
-    return f"{value:g} B"
-
-
-def logarithmic(axis, formatter) -> None:
-    axis.set_major_formatter(FuncFormatter(formatter))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def times(value: float, _=None) -> str:
-    return f"{value:g}x"
-
-
-def ratios(axis) -> None:
-    """Labels at 1, 2 and 5 of each decade: a ratio axis often spans no more than one."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    logarithmic(axis, times)
-
-
-def ticks_at(axes, values: Iterable[int]) -> None:
-    """A label at each measured value and nowhere else."""
-    values = sorted(set(values))
-    axes.set_xticks(values, [f"{v:,}" if v < 10_000 else f"{v / 1000:.0f}k" for v in values])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="minor", length=0)
-
-
-def caption(fig, results: Results, title: str) -> None:
-    fig.suptitle(title, fontsize=13, fontweight="bold")
-    fig.supxlabel(results.machine, fontsize=8.5, color="0.35")
-
-
-def figure(panels: int, results: Results, title: str, *, width: float = 5.6, height: float = 4.4):
-    fig, axes = plt.subplots(1, panels, figsize=(max(width * panels, 7.0), height), squeeze=False, layout="constrained")
-    caption(fig, results, title)
-    for ax in axes[0]:
-        ax.grid(True, which="major", color="0.88", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes[0]
-
-
-def save(fig, folder: Path, name: str) -> Path:
-    path = folder / name
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
-    return path
-
-
-# ----------------------------------------------------------------------------------------------------
 # Plots. Each returns None where the results have nothing to show.
 
 
@@ -150,7 +89,9 @@ def acceptance(results: Results, folder: Path) -> Path | None:
     lengths = sorted({r["shape"]["tokens"] for r in ours})
     if not lengths:
         return None
-    fig, (ax,) = figure(1, results, "Acceptance throughput: Metropolis-Hastings decisions per second", width=7.5)
+    fig, (ax,) = figure(
+        1, results.machine, "Acceptance throughput: Metropolis-Hastings decisions per second", width=7.5
+    )
     for colour, marker, tokens in zip(PALETTE, MARKERS, lengths, strict=False):
         for contender, (style, _) in ACCEPT_STYLES.items():
             label = f"{tokens:,} tokens" if style == "-" else None
@@ -177,7 +118,9 @@ def roofline(results: Results, folder: Path) -> Path | None:
     panels = [p for p in ((moving, _bandwidth_panel), (multiplying, _product_panel)) if p[0]]
     if not panels:
         return None
-    fig, axes = figure(len(panels), results, "What the hardware allows, and what is reached", width=6.6, height=5.4)
+    fig, axes = figure(
+        len(panels), results.machine, "What the hardware allows, and what is reached", width=6.6, height=5.4
+    )
     for ax, (records, draw_panel) in zip(axes, panels, strict=True):
         draw_panel(ax, results, records)
         ax.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
@@ -232,7 +175,7 @@ def speedup(results: Results, folder: Path) -> Path | None:
     lines = -(-len(ops) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 2.9 * lines + 0.9), squeeze=False,
                              layout="constrained")  # fmt: skip
-    caption(fig, results, "Time of each opponent over ours, a dot a shape (right of the line: ours is faster)")
+    caption(fig, results.machine, "Time of each opponent over ours, a dot a shape (right of the line: ours is faster)")
     for ax, op in zip(axes.flat, ops, strict=False):
         records = results.where(op=op)
         family = next(r["contender"] for r in records if r["ours"]).removesuffix("_out")
@@ -254,9 +197,7 @@ def speedup(results: Results, folder: Path) -> Path | None:
         else:
             logarithmic(ax.xaxis, times)
         ax.set_title(op, fontsize=11, loc="left")
-        ax.grid(True, axis="x", which="major", color="0.88", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax, "x")
     for ax in axes.flat[len(ops) :]:
         ax.set_visible(False)
     handles = [
@@ -273,7 +214,7 @@ def _scaling(results: Results, folder: Path, axis: str, name: str, title: str, l
     if len({r["shape"][axis] for r in records}) < 2:
         return None
     dtypes = list(dict.fromkeys(r["dtype"] for r in records))
-    fig, axes = figure(len(dtypes), results, title)
+    fig, axes = figure(len(dtypes), results.machine, title)
     drawn = [c for c in dict.fromkeys(r["contender"] for r in records) if c not in ("sample_tokens",)]
     for ax, dtype in zip(axes, dtypes, strict=True):
         mine = [r for r in records if r["dtype"] == dtype]
@@ -323,7 +264,7 @@ def lm_head(results: Results, folder: Path) -> Path | None:
     if not points:
         return None
     fig, (left, right) = figure(
-        2, results, "The LM head fused, against the product alone", width=6.4, height=1.8 + 0.42 * len(points)
+        2, results.machine, "The LM head fused, against the product alone", width=6.4, height=1.8 + 0.42 * len(points)
     )
     names = [n for n in dict.fromkeys(r["contender"] for r in records) if not n.endswith("_out")]
     shown: dict[str, str] = {}
@@ -361,8 +302,10 @@ PLOTS = (acceptance, roofline, speedup, rows, vocabulary, lm_head)
 
 def draw(source: Path, folder: Path) -> list[Path]:
     """Every plot that the results have something for."""
-    results = Results(source)
     folder.mkdir(parents=True, exist_ok=True)
+    if "suite" in json.loads(source.read_text()):
+        return end_to_end_plots.draw(source, folder)
+    results = Results(source)
     return [path for plot in PLOTS if (path := plot(results, folder)) is not None]
 
 

@@ -12,7 +12,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import end_to_end  # noqa: E402
+import common  # noqa: E402
+import cost  # noqa: E402
 import opponents  # noqa: E402
 
 PROMPT = [5, 9, 2, 30, 11]
@@ -198,11 +199,11 @@ def test_horizons_end_at_the_length_asked_for():
     assert opponents.horizons(7, None) == [7]
 
 
-# -- the sums of bench/end_to_end.py
+# -- the sums of bench/cost.py
 
 
 def timed(cpu, forwarded, steps=0, accepted=0, unchanged=0):
-    return end_to_end.Timed(cpu, 2 * cpu, forwarded, [[1, 2]], [-3.0], steps, accepted, unchanged)
+    return common.Timed(cpu, 2 * cpu, forwarded, [[1, 2]], [-3.0], steps, accepted, unchanged)
 
 
 @pytest.fixture
@@ -216,18 +217,18 @@ def cells():
 
 
 def test_table_takes_totals_of_tokens_and_the_median_of_times(cells):
-    row = end_to_end.summary(cells, "ours-1", "plain-1")
+    row = cost.summary(cells, "ours-1", "plain-1")
     assert row["tokens_over_plain"] == 90 / 30
     assert row["tokens_over_plain_range"] == [2.0, 5.0]
     assert row["cpu_over_plain"] == 4.0
     assert row["cpu_over_plain_range"] == [3.0, 5.0]
     assert row["cpu_per_answer"] == 7.0
     assert (row["acceptance"], row["changed"]) == (12 / 24, 8 / 24)
-    assert "3.00 [2.00-5.00]" in end_to_end.table([row], 16)
+    assert "3.00 [2.00-5.00]" in cost.table([row], 16)
 
 
 def test_a_missed_target_is_reported_as_missed(cells):
-    one = end_to_end.summary(cells, "ours-1", "plain-1")
+    one = cost.summary(cells, "ours-1", "plain-1")
     many = one | {"method": "ours-16", "cpu_per_answer": 2.0, "cpu_over_plain": 3.6}
-    met = [item["met"] for item in end_to_end.verdicts([one, many], 16)]
+    met = [item["met"] for item in cost.verdicts([one, many], 16)]
     assert met == [True, True, True, False, True]  # 4.0 at one chain is allowed, 3.6 at sixteen is not

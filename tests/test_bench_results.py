@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -270,10 +270,8 @@ def test_limits_of_a_gpu_are_shares_of_the_copy_bandwidth_and_times():
 @pytest.fixture(scope="module")
 def plots():
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("plots", ROOT / "bench" / "plots.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "bench"))
+    return importlib.import_module("plots")
 
 
 def test_plots_of_a_quick_run(quick, plots, tmp_path):

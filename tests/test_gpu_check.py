@@ -157,8 +157,15 @@ def test_the_exit_code_tells_passed_failed_and_no_device(tmp_path, monkeypatch, 
     assert gpu_check.main(["--out", str(tmp_path / "out"), "--device", "cpu"], stages) == code
 
 
-def test_the_stages_fit_nine_minutes():
-    assert sum(stage.seconds for stage in gpu_check.STAGES) <= gpu_check.BUDGET <= 540
+@pytest.mark.parametrize("plan", gpu_check.PLANS)
+def test_the_stages_of_a_plan_fit_nine_minutes(plan):
+    assert sum(stage.seconds for stage in gpu_check.PLANS[plan]) <= gpu_check.BUDGET <= 540
+
+
+def test_what_shows_mistakes_must_pass_and_figures_need_not():
+    every = [stage for stages in gpu_check.PLANS.values() for stage in stages]
+    assert len({stage.name for stage in every}) == len(every)
+    assert {s.name for s in every if s.must_pass} == {"kernels", "tests", "sanitizer"}
     assert {s.name for s in gpu_check.STAGES if s.must_pass} == {"kernels", "tests", "sanitizer"}
 
 
@@ -176,6 +183,23 @@ def test_a_machine_without_a_device_is_told_so(tmp_path):
     assert environment["packages"]["torch"]
     assert set(environment["tools"]) == {"compute-sanitizer", "ncu", "nsys", "nvidia-smi"}
     assert len(json.loads((tmp_path / "stages.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "ran"), [([], ["a", "b"]), (["--plan", "other"], ["c"]), (["--stages", "b"], ["b"])]
+)
+def test_a_plan_and_its_stages_are_chosen(tmp_path, monkeypatch, options, ran):
+    order = []
+
+    def noting(name):
+        return Stage(name, 5, lambda c, s: (order.append(name), Result(PASSED))[1])
+
+    monkeypatch.setattr(gpu_check, "PLANS", {"kernels": (noting("a"), noting("b")), "other": (noting("c"),)})
+    monkeypatch.setattr(gpu_check, "environment", lambda c, s: Result(PASSED, [], {"usable": True}))
+    assert gpu_check.main(["--out", str(tmp_path), "--device", "cpu", *options]) == 0
+    assert order == ran
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--out", str(tmp_path), "--plan", "other", "--stages", "a"])
 
 
 # ---- tools
@@ -305,6 +329,59 @@ def test_an_op_that_ends_the_process_costs_no_other_its_figures(check, monkeypat
         assert result.status == FAILED
         assert result.figures == {"records": 3 - stop, "broken": ["b"], "late": bool(stop)}
         assert "Ended the process: b." in result.lines[0]
+
+
+# ---- whole answers
+
+
+def test_the_stages_of_whole_answers_are_told_what_they_take(check, monkeypatch):
+    """Every option by the suite's own parser, which ends where it finds no device."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    import end_to_end
+
+    asked = []
+
+    def record(name, arguments, seconds, **environment):
+        asked.append(list(map(str, arguments)))
+        return gpu_check.Finished(2, 1.0, "not measured: torch sees no CUDA device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check, "python", record)
+    check.device = "cuda:0"
+    stages = [stage for plan in ("decode", "latency", "throughput") for stage in gpu_check.PLANS[plan]]
+    for stage in stages:
+        result = stage.run(check, 5)
+        assert result.status == FAILED
+        assert "not measured" in "\n".join(result.lines)
+        script, *given = asked[-1]
+        assert (ROOT / script).samefile(end_to_end.__file__)
+        assert end_to_end.main(given) == 2  # parsed to the end; an option that it does not know ends the process
+    assert [given[given.index("--model") + 1] for given in asked] == [
+        "qwen2.5-7b", "qwen2.5-math-7b", "phi-3.5-mini", "qwen2.5-7b", "qwen2.5-7b", "qwen2.5-7b",
+    ]  # fmt: skip
+
+
+def test_a_stage_of_whole_answers_runs_in_miniature_on_the_host(check):
+    stage = gpu_check.end_to_end_stage("small", 60, "decode", "--model", "qwen2.5-7b")
+    result = stage.run(check, 60)
+    assert result.status == PASSED, result.lines
+    assert any("of roofline" in line for line in result.lines)
+    assert json.loads((check.out / "small.json").read_text())["shape"] == "tiny"
+
+
+def test_a_stage_over_its_time_tells_what_it_missed_and_where_the_rest_is(check, monkeypatch):
+    def killed(name, arguments, seconds, **environment):
+        document = {"targets": [{"target": "as fast as light", "met": False}, {"target": "as sound", "met": None}]}
+        Path(arguments[-1]).write_text(json.dumps(document))
+        return gpu_check.Finished(None, 5.0, "[3, 5 s] the third call\n")
+
+    monkeypatch.setattr(check, "python", killed)
+    result = gpu_check.end_to_end("it", "latency")(check, 5)
+    assert result.status == LATE
+    assert result.lines[0] == "Missed: as fast as light."
+    assert any("it.json" in line for line in result.lines)
 
 
 # ---- the tests' stage

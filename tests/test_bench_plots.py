@@ -1,0 +1,105 @@
+"""Plots of whole answers: what is summed, binned and bounded before it is drawn, and that all is drawn."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import end_to_end_plots as plots
+import plots as command
+
+ACCOUNT = {
+    "prefill": 10, "extension": 8, "proposal": 20, "accepted": 9, "rejected": 7, "voided": 4, "recalled": 5,
+    "saved_prefix": 6, "saved_early": 3,
+}  # fmt: skip
+
+
+def run(**changes) -> dict:
+    """A chain of 8 tokens in 2 blocks of 2 steps, as a suite writes it."""
+    seconds = {
+        "prefill": 0.5,
+        "forward": 1.8,
+        "sample": 0.1,
+        "advance": 0.05,
+        "transfer": 0.05,
+        "replay": 0,
+        "other": 0,
+    }
+    values = {
+        "cpu": 2.0, "wall": 2.5, "forwarded": 33, "answers": [[1] * 8], "logp": [-3.0], "steps": 4, "accepted": 1,
+        "unchanged": 1, "account": ACCOUNT, "outcomes": [[0, 2, 1, 0]], "left": [[3, 0, -1, 7]],
+        "report": {"steps": 20, "lanes": 1, "seconds": seconds},
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def measured(tmp_path, suite: str, runs: dict, **more) -> plots.Measured:
+    document = {
+        "suite": suite,
+        "setting": {"tokens": 8, "blocks": 2, "steps": 2, "alpha": 4.0, "context": 24},
+        "machine": {"cpu": "a CPU", "threads": 1, "torch": "2.0", "date": "2026-01-01"},
+        "cells": [{"runs": runs}],
+        **more,
+    }
+    path = tmp_path / f"{suite}.json"
+    path.write_text(json.dumps(document))
+    return plots.Measured(path)
+
+
+def test_the_causes_of_tokens_add_up_to_what_was_forwarded_and_recalled():
+    two = plots.account_of([run(), run(forwarded=35, account={**ACCOUNT, "recalled": 3})])
+    assert two["forwarded"] == 34
+    assert sum(two.get(cause, 0) for cause in plots.CAUSES) == two["forwarded"] + two["recalled"]
+    assert plots.account_of([run(account={}, answers=[[1], [2]])]) == {"forwarded": 16.5, "unsplit": 16.5}
+    unknown = plots.account_of([run(account={**ACCOUNT, "saved_early": None})])
+    assert "saved_early" not in unknown
+    older = {name: value for name, value in ACCOUNT.items() if name not in ("accepted", "rejected", "voided")}
+    assert plots.account_of([run(account=older)])["proposal"] == 20
+
+
+def test_proposals_are_counted_once_with_the_horizon_of_their_stage(tmp_path):
+    """Steps 0 and 1 end at 4, 2 and 3 at 8; step 2 left nothing. Any number of lanes is the same chain: one counts."""
+    found = plots.proposals(measured(tmp_path, "latency", {"plain": run(left=[[]], steps=0), "1": run(), "2": run()}))
+    assert found == [(3, 4, False), (0, 4, True), (7, 8, False)]
+
+
+def test_bins_hold_every_proposal_and_their_intervals_are_wilsons():
+    values = [(0, True), (1, False), (7, True), (8, True)]  # 8 of 8: the whole answer is written again
+    bins = plots.binned(values, most=8, bins=4)
+    assert [(b.low, b.high, b.count, b.accepted) for b in bins] == [(0, 2, 2, 1), (6, 8, 2, 2)]
+    assert sum(b.count for b in bins) == len(values)
+    # Wilson's interval of 0 and of 5 of 10, from his formula by hand.
+    for accepted, expected in ((0, (0.0, 0.2775)), (5, (0.2366, 0.7634))):
+        assert plots.Bin(0, 1, 10, accepted).interval() == pytest.approx(expected, abs=2e-4)
+
+
+def test_everything_that_was_measured_is_drawn(tmp_path):
+    rows = [
+        {"method": "plain", "answers_per_s": 2.0},
+        {"method": "ours", "answers_per_s": 0.5},
+    ]
+    steps = [
+        {"lanes": lanes, "seconds": 1e-3 * lanes, "roofline_seconds": 1e-3, "of_roofline": 1 / lanes}
+        for lanes in (1, 2)
+    ]
+    expected = {
+        "latency": ["latency_account.png", "latency_cuts.png", "latency_phases.png", "latency.png"],
+        "throughput": ["throughput_account.png", "throughput_cuts.png", "throughput_phases.png", "throughput.png"],
+        "cost": ["cost_account.png", "cost_cuts.png", "cost_phases.png"],
+        "decode": ["decode_tiny.png"],
+    }
+    one = {
+        "latency": {"plain": run(), "1": run(), "2": run(), "default": run()},
+        "throughput": {"plain": run(account={}, report={}, outcomes=[], left=[]), "ours": run()},
+        "cost": {"plain-1": run(account={}, report={}, outcomes=[], left=[]), "ours-1": run()},
+        "decode": {},
+    }
+    more = {"throughput": {"table": rows}, "decode": {"table": steps, "shape": "tiny", "cells": []}}
+    for suite, names in expected.items():
+        measured(tmp_path, suite, one[suite], **more.get(suite, {}))
+        drawn = command.draw(tmp_path / f"{suite}.json", tmp_path / "out")
+        assert [path.name for path in drawn] == names
+        assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in drawn)

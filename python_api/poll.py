@@ -18,6 +18,10 @@ from power_kernels.state import ChainField, ChainState, Cost, Mode
 _STOPPED = (Mode.DONE, Mode.FAULT)
 
 
+# Steps between two looks on a device. The lanes of a chain that has stopped are harmless until it is seen.
+_EVERY = 8
+
+
 class Seen(NamedTuple):
     """stopped: slots whose chains have ended, ascending. fed: lane-steps of all chains looked at, so far."""
 
@@ -26,10 +30,11 @@ class Seen(NamedTuple):
 
 
 class Poll:
-    """Looks at the chains of one run."""
+    """Looks at the chains of one run. every: steps to make between two looks."""
 
     def __init__(self, device: torch.device, slots: int):
         self._asynchronous = device.type == "cuda"
+        self.every = _EVERY if self._asynchronous else 1
         self._on_host = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self._asynchronous)
         self._pending: tuple[torch.cuda.Event, int] | None = None  # when it is there, and for how many chains
 

@@ -64,9 +64,6 @@ class RunReport:
 class Run:
     """jobs: what is left to draw, in order. eos: token ids. capture: replay steps where the engine can."""
 
-    # Steps between two looks at the chains. A stopped chain's lanes are harmless until then.
-    LOOK_EVERY = 8
-
     def __init__(
         self,
         engine: Engine,
@@ -97,7 +94,6 @@ class Run:
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
         self.graphs = captured.recorder(device) if capture and isinstance(engine, CapturableEngine) else None
-        self.look_every = self.LOOK_EVERY if device.type == "cuda" else 1
         # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
         self.prefill_cost: list[int] = []
         self.recalled: list[int] = []
@@ -112,7 +108,7 @@ class Run:
             while self.admit():
                 stopped: list[int] = []
                 while not stopped:
-                    for _ in range(self.look_every):
+                    for _ in range(self.poll.every):
                         self.step()
                     seen = self.poll.look(self.state, len(self.prefill_cost))
                     if seen is None:

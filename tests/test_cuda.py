@@ -10,7 +10,8 @@ import torch
 
 import power_kernels as pk
 from power_kernels import nvtx, reference
-from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, captured
+from power_kernels.api.poll import Poll
 from power_kernels.errors import ArgumentTypeError
 from power_kernels.ops import dispatch
 from power_kernels.state import ChainField, Law, Mode, Outcome, Status
@@ -286,6 +287,40 @@ def test_a_step_of_the_engine_and_of_the_chains_never_waits():
             step()
     assert int(state.field[:, ChainField.LENGTH].min()) >= 16
     engine.end()
+
+
+def waits_for_nothing(function):
+    """An error for every wait inside, but for those on an event, which is what a look at the chains is."""
+
+    def checked(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_replayed_runs_make_the_chains_of_steps_that_run_as_they_are(dtype, lanes, monkeypatch):
+    """24 chains through 2 slots, bit for bit. Nothing between two looks waits for the device: not the host's part of a
+    step, not the replay, not the look."""
+    model = tiny_models.llama().to(dtype)
+    config = PowerConfig(alpha=2.0, max_new_tokens=24, block_size=8, mcmc_steps=4, lanes=lanes)
+    arguments = dict(num_chains=12, seed=3, max_chains=2)
+    plain = PowerSampler(model, capture=False).generate([[4, 5, 6], [7, 8]], config, **arguments)
+    for owner, name in ((captured._CudaGraph, "replay"), (HuggingFaceEngine, "plan"), (Poll, "look")):
+        monkeypatch.setattr(owner, name, waits_for_nothing(getattr(owner, name)))
+    sampler = PowerSampler(model)
+    assert sampler.capture
+    replayed = sampler.generate([[4, 5, 6], [7, 8]], config, **arguments)
+    run = sampler.last_run
+    assert run.replays > 0.5 * run.steps
+    assert sum(r.accepted for r in plain) > 20
+    for ours, theirs in zip(replayed, plain, strict=True):
+        assert (ours.tokens, ours.log_weights, ours.outcomes) == (theirs.tokens, theirs.log_weights, theirs.outcomes)
 
 
 def test_the_driver_gives_the_same_chains_whatever_the_slots():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from power_kernels import rng
-from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler
+from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler, run
+from power_kernels.api.poll import Poll
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import Outcome, Status
@@ -373,6 +374,40 @@ def test_another_error_of_the_engine_passes_through_and_ends_the_run():
         sampler.generate([[5]], CONFIG)
     assert engine.ended == 1
     assert len(sampler.generate([[5]], CONFIG)) == 1  # and the sampler can be used again
+
+
+class LatePoll(Poll):
+    """As on a device, where the host knows what a look before the last one saw, up to fifteen steps ago."""
+
+    def __init__(self, device, slots):
+        super().__init__(device, slots)
+        self._asynchronous, self.every = True, 8
+
+
+class Event:
+    """Of a device that has always just finished."""
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_host_that_hears_late_of_chains_that_stopped_draws_the_same(lanes, monkeypatch):
+    """Slots of stopped chains are stepped on, refilled and moved into while older looks are under way."""
+    config = PowerConfig(**{**vars(CONFIG), "lanes": lanes})
+    arguments = dict(num_chains=40, max_chains=7)
+    whole = PowerSampler(WatchedEngine()).generate([[5], [6]], config, **arguments)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(run, "Poll", LatePoll)
+    sampler = PowerSampler(WatchedEngine())
+    late = sampler.generate([[5], [6]], config, **arguments)
+    assert list(map(summary, late)) == list(map(summary, whole))
+    assert [r.cost for r in late] == [r.cost for r in whole]
+    assert sampler.last_run.lane_steps > sampler.last_run.useful_lane_steps  # chains that stopped were fed meanwhile
 
 
 def test_stream_yields_an_answer_as_soon_as_its_chain_stops():

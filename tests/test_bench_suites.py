@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels.api.bench import chain, kv_cache, lm_head, logits, paged_kv
+from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv
 from power_kernels.api.bench.harness import Point
 from power_kernels.api.bench.opponents import add_library
 from power_kernels.api.bench.run import GRIDS, SUITES
@@ -50,6 +50,17 @@ def test_bytes_of_copies():
     point = Point("kv_copy_ranges", torch.bfloat16, dict(groups=2, heads=3, width=8, rows=5, suffix=16))
     work = kv_cache.build(point, CPU)
     assert work.bytes == work.count * 2 * 96 + 5 * 16
+
+
+def test_bytes_of_decode_attention():
+    """Lanes of 1 and 5 positions, 4 heads over 2 of 8 bf16: a position is 64 bytes, query and result 64 a lane each."""
+    assert attention.attention_bytes(3, 4, 2, 8, 2, [1, 5]) == 3 * (6 * 64 + 2 * 128) + 16
+    shape = dict(layers=3, heads=4, kv_heads=2, width=8, rows=2, shortest=1, mean=3, longest=5)
+    work = attention.build(Point("decode_attention", torch.bfloat16, shape), CPU)
+    assert (work.bytes, work.count) == (3 * (6 * 64 + 2 * 128) + 16, 6)
+    for point in attention.points("full", "cpu") + attention.points("default", "cuda"):
+        lengths = attention.lane_lengths(*(point.shape[name] for name in ("rows", "shortest", "longest")))
+        assert sum(lengths) // len(lengths) == point.shape["mean"]
 
 
 def test_bytes_of_mh_advance():
@@ -117,6 +128,18 @@ def test_contenders_of_the_lm_head_agree():
     for name in names[1:]:
         for mine, theirs in zip(ours[:3], out[name][:3], strict=True):
             torch.testing.assert_close(mine, theirs.view(-1), rtol=0, atol=1e-4)
+
+
+def test_contenders_of_decode_attention_agree():
+    """Five lanes from 3 to 70 positions, three layers with KV of their own."""
+    shape = dict(layers=3, heads=6, kv_heads=2, width=16, rows=5, shortest=3, mean=36, longest=70)
+    out, _ = outputs(attention.DECODE, shape, torch.float32, attention.DECODE.core)
+    ours = out.pop("decode_attention")
+    assert len(ours) == 3
+    assert not torch.allclose(ours[0], ours[1])
+    for other in out.values():
+        for mine, theirs in zip(ours, other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
@@ -48,21 +49,25 @@ _TRIAL_TOLERANCE = 3e-2
 
 
 class DecodeView:
-    """One token for each of the first `rows` lanes: where it is written and what it sees.
+    """One token for each of the first `rows` lanes, or of those in `lanes`: where it is written and what it sees.
 
     position: int64 [rows]. Only memory of the row itself is touched whatever they are: below 0 they are taken for 0,
     beyond the slab for its end, and beyond `length` only the `length` first positions are seen.
     length: above all positions that matter; what `padded` reads, and what sizes the work of `flash`.
     kernel: of `KERNELS`. `rows` looks at the positions on the host once, here; the others never do, and what they
         launch depends on rows and length alone.
+    lanes: the slab rows that the tokens belong to, ascending; None: the first ones. Only with the kernel `rows`.
     """
 
     of_chains = False
 
-    def __init__(self, position: torch.Tensor, length: int, kernel: str = PADDED):
+    def __init__(self, position: torch.Tensor, length: int, kernel: str = PADDED, lanes: Sequence[int] | None = None):
         self.position, self.length, self.rows = position.clamp(min=0), length, position.shape[0]
-        self.kernel = kernel
-        self._runs = _runs([min(p + 1, length) for p in self.position.tolist()]) if kernel == ROWS else None
+        self.kernel, self._lanes = kernel, range(self.rows) if lanes is None else lanes
+        if kernel == ROWS:
+            self._runs = _runs(self._lanes, [min(p + 1, length) for p in self.position.tolist()])
+        elif lanes is not None:
+            raise ArgumentError(f"lanes are given with the kernel {kernel!r}; only {ROWS!r} takes them")
         self._index: dict[tuple, torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
         self._sequences: dict[tuple, tuple] = {}
@@ -72,7 +77,11 @@ class DecodeView:
         _, heads, positions, _ = slab.shape
         key = (heads, positions)
         if key not in self._index:
-            rows = torch.arange(self.rows, device=self.position.device)
+            lanes = self._lanes
+            if isinstance(lanes, range):
+                rows = torch.arange(self.rows, device=self.position.device)
+            else:
+                rows = torch.tensor(lanes, device=self.position.device)
             self._index[key] = write_index(rows, self.position.clamp(max=positions - 1), slab, by_row=True)
         return self._index[key]
 
@@ -84,14 +93,14 @@ class DecodeView:
         kv_heads = keys.shape[1]
         query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
         compute = self._by_rows if self.kernel == ROWS else self._padded
-        out = compute(query, keys[:rows], values[:rows], scale, window, softcap)
+        out = compute(query, keys, values, scale, window, softcap)
         return out.reshape(rows, 1, heads, values.shape[-1])
 
     def _flash(self, query, keys, values, scale, window) -> torch.Tensor:
         start, used, queries = self._flash_sequences(keys, window)
         longest = self.length if window is None else min(self.length, window)
         out, *_ = torch.ops.aten._flash_attention_forward(
-            query.squeeze(2), packed(keys), packed(values), queries, start, 1, longest, 0.0, False, False,
+            query.squeeze(2).contiguous(), packed(keys), packed(values), queries, start, 1, longest, 0.0, False, False,
             scale=scale, seqused_k=used,
         )  # fmt: skip
         return out[:, None]
@@ -114,15 +123,18 @@ class DecodeView:
 
     def _by_rows(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
         parts = []
-        for first, last, stop in self._runs:
+        for first, last, lane, stop in self._runs:
+            lanes = slice(lane, lane + last - first)
             seen = slice(0 if window is None else max(0, stop - window), stop)
-            k, v = keys[first:last, :, seen], values[first:last, :, seen]
-            parts.append(attention(query[first:last], k, v, None, scale, softcap))
+            parts.append(
+                attention(query[first:last], keys[lanes, :, seen], values[lanes, :, seen], None, scale, softcap)
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _padded(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
         mask = self.mask(window, query.dtype)
-        return attention(query, keys[:, :, : self.length], values[:, :, : self.length], mask, scale, softcap)
+        seen = slice(self.rows), slice(None), slice(self.length)
+        return attention(query, keys[seen], values[seen], mask, scale, softcap)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive, [rows, 1, 1, length]; the same one for all layers with this window."""
@@ -138,19 +150,20 @@ class DecodeView:
         return self._masks[key]
 
 
-def _runs(stops: list[int]) -> list[tuple[int, int, int]]:
-    """(first, last, stop) of the rows [first, last) that one call takes: neighbours that stop at the same position.
+def _runs(lanes: Sequence[int], stops: list[int]) -> list[tuple[int, int, int, int]]:
+    """(first, last, lane, stop) of the tokens [first, last) that one call takes: neighbours in the slab, from row `lane`
+    on, that stop at the same position.
 
     On one thread the library handles each row and head of a call alike, however many there are. On more it deals them
     out, and which thread gets a row may change its last bits, so each row has a call to itself.
     """
-    runs: list[tuple[int, int, int]] = []
+    runs: list[tuple[int, int, int, int]] = []
     alone = torch.get_num_threads() > 1
-    for row, stop in enumerate(stops):
-        if runs and runs[-1][2] == stop and not alone:
-            runs[-1] = (runs[-1][0], row + 1, stop)
+    for row, (lane, stop) in enumerate(zip(lanes, stops, strict=True)):
+        if runs and not alone and runs[-1][3] == stop and lanes[row - 1] + 1 == lane:
+            runs[-1] = (runs[-1][0], row + 1, runs[-1][2], stop)
         else:
-            runs.append((row, row + 1, stop))
+            runs.append((row, row + 1, lane, stop))
     return runs
 
 

@@ -21,8 +21,10 @@ lint: $(READY)
 
 bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OUT (default build/bench)
 	$(PY) bench/ops.py --out $(or $(OUT),build/bench)
-	$(PY) bench/plots.py $(or $(OUT),build/bench)/ops.json $(or $(OUT),build/bench)
 	$(PY) bench/end_to_end.py --json $(or $(OUT),build/bench)/end_to_end.json
+	$(PY) bench/end_to_end.py latency --json $(or $(OUT),build/bench)/latency.json
+	$(PY) bench/end_to_end.py throughput --json $(or $(OUT),build/bench)/throughput.json
+	$(PY) bench/plots.py $(or $(OUT),build/bench)/*.json $(or $(OUT),build/bench)
 
 kernels-report: $(READY)  ## every Triton kernel compiled for every target, without a GPU: registers, loads, instructions
 	$(PY) -m power_kernels.triton

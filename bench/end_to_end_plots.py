@@ -45,7 +45,7 @@ CAUSES = {  # of tokens that went through the model, or would have but for the m
     "unsplit": ("0.82", "forwarded, cause not known"),
 }
 SAVED = {
-    "saved_prefix": (PINK, "saved: prefix kept for nothing"),
+    "saved_prefix": (PINK, "saved: free prefix"),
     "saved_early": (BLACK, "saved: rejected early"),
 }
 PHASES = {
@@ -347,7 +347,7 @@ def decode(measured: Measured, folder: Path) -> Path | None:
     logarithmic(left.yaxis, seconds)
     left.legend(frameon=False, fontsize=9)
     right.plot(lanes, [100 * row["of_roofline"] for row in rows], "o-", color=BLUE)
-    right.set(xscale="log", xlabel="lanes", ylabel="% of the roofline", ylim=(0, None))
+    right.set(xscale="log", xlabel="lanes", ylabel="% of the roofline", ylim=(0, 105))
     for ax in (left, right):
         ticks_at(ax, lanes)
     return save(fig, folder, f"decode_{measured.data['shape']}.png")

@@ -311,8 +311,9 @@ def draw(source: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("out", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    for path in draw(arguments.results, arguments.out):
-        print(path)
+    for source in arguments.results:
+        for path in draw(source, arguments.out):
+            print(path)

@@ -4,7 +4,7 @@ A shape is a transformers configuration, so that sizes, attention and rotary sch
 the weights are drawn as transformers initialises them, on the device, and nothing is downloaded. The time of a step
 does not depend on the values of weights. The course of a chain does: what is accepted, rejected early or kept for
 nothing follows from the next-token distributions. Random weights give logits of a standard deviation of about one,
-nearly uniform over the vocabulary (11 nats), where real models at temperature 1 have 0.3 to 1.5 nats. So the weight of
+nearly uniform over the vocabulary, where 0.3 to 1.5 nats at temperature 1 are usual for real models. So the weight of
 the final norm, which multiplies all logits alike (unlike the LM head it is never tied to the embedding), is scaled
 until the mean entropy of the next token along sequences that the scaled model samples by itself is ENTROPY nats:
 bisection in the logarithm of the scale (`calibrate`). The quantiles are reported. Entropies differ from place to place

@@ -40,7 +40,8 @@ class Sampled:
     token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
     `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
     ignored. recalled: bool [L] where lanes were sampled without a forward pass, None where none was. entropy: float32
-    [L] in nats, of softmax(logits), where the run asked for it; else None.
+    [L] in nats, of softmax(logits), where the run asked for it; else None. fed: how many lanes went through the model,
+    None for all of them.
     """
 
     token: torch.Tensor
@@ -49,6 +50,7 @@ class Sampled:
     status: torch.Tensor
     recalled: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    fed: int | None = None
 
 
 @runtime_checkable
@@ -101,8 +103,8 @@ class Engine(Protocol):
         sample.
 
         Draws use `state.counter` and `state.exclude`. A lane may answer PENDING; the driver then repeats
-        its input. Lanes that are idle may be fed whatever the state holds for them: nothing at or beyond
-        VALID is trusted.
+        its input. Lanes that do not run (LaneStatus) may be fed whatever the state holds for them, since nothing at or
+        beyond VALID is trusted, or left out as PENDING.
         """
         ...
 

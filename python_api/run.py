@@ -166,8 +166,7 @@ class Run:
             forward = stop - start if forward is None else self.forward_seconds() - forward
             self.seconds["forward"] += forward
             self.seconds["sample"] += stop - start - forward
-            if sampled.recalled is None:
-                report.lane_steps += state.chains * state.lanes
+            report.lane_steps += state.chains * state.lanes if sampled.fed is None else sampled.fed
             self.advance(state, sampled)
         else:
             # Slots behind the active ones may be fed: their lanes are idle. So few numbers of rows are recorded.

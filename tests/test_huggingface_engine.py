@@ -25,7 +25,7 @@ from power_kernels.api.engines.patches import Patches
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
 from power_kernels.api.engines.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.state import ChainState, Law, Status
+from power_kernels.state import ChainState, LaneField, LaneStatus, Law, Status
 from tests import tiny_models
 from tests.devices import DEVICE, ON_CUDA
 
@@ -36,7 +36,9 @@ TOLERANCE = 1e-4  # of the largest logit
 def run(engine: HuggingFaceEngine, chains: int, lanes: int, max_length: int = MAX_LENGTH) -> ChainState:
     engine.begin(chains=chains, lanes=lanes, max_length=max_length, alpha=2.0, beta=2.0, seed=7)
     law = Law(max_new_tokens=max_length, block_size=8, mcmc_steps=1)
-    return ChainState.allocate(chains, lanes, law, DEVICE)
+    state = ChainState.allocate(chains, lanes, law, DEVICE)
+    state.lane_field[:, LaneField.STATUS] = int(LaneStatus.RUNNING)  # or they need not be fed
+    return state
 
 
 def ranges(rows: list[list[int]]) -> torch.Tensor:
@@ -290,6 +292,42 @@ def poisoned_llama():
     with torch.no_grad():
         model.get_input_embeddings().weight[BAD] = float("nan")
     return model
+
+
+@pytest.mark.skipif(ON_CUDA, reason="on a device every lane is fed: the host does not know which of them run")
+@pytest.mark.parametrize("family", ["llama", "mixed_qwen2", "gemma2"])
+def test_lanes_that_do_not_run_are_not_fed_and_change_nothing(family, monkeypatch):
+    """Six lanes at six positions, of which two, one or none run: these get the bits of a pass of them alone, nobody
+    else's KV is written, and where none runs the model is not called."""
+    engine = HuggingFaceEngine(getattr(tiny_models, family)(), attention="rows", remember=False)
+    state = run(engine, chains=3, lanes=2)
+    prompts = [prompt_of(5 + slot, slot) for slot in range(3)]
+    engine.prefill([0, 1, 2], prompts)
+    fills = [[lane, lane // 2, 0, 4 + lane // 2] for lane in range(6)]
+    engine.transfer(ranges([[0] * 4] * 3), ranges(fills))
+    state.input_id.copy_(torch.tensor([prompts[lane // 2][-1] for lane in range(6)]))
+    state.position.copy_(torch.tensor([4 + lane // 2 for lane in range(6)]))
+    state.exclude.fill_(-1)
+    state.counter.copy_(torch.arange(24).view(6, 4))
+    rows = []
+    output = engine._output
+    monkeypatch.setattr(engine, "_output", lambda view, *given: rows.append(view.rows) or output(view, *given))
+    kv = [lane for lane, _ in engine._slabs.pairs]
+    drawn = {}
+    for running in ([1, 4], [4], []):
+        before = [slab.clone() for slab in kv]
+        state.lane_field[:, LaneField.STATUS] = int(LaneStatus.IDLE)
+        state.lane_field[running, LaneField.STATUS] = int(LaneStatus.RUNNING)
+        out = engine.step(state)
+        assert out.fed == len(running)
+        assert [lane for lane in range(6) if out.status[lane] != Status.PENDING] == running
+        drawn[len(running)] = [(int(out.token[lane]), float(out.weight[lane])) for lane in running]
+        idle = [lane for lane in range(6) if lane not in running]
+        assert all(torch.equal(slab[:, idle], old[:, idle]) for slab, old in zip(kv, before, strict=True))
+    assert rows == [2, 1]
+    token, weight = drawn[2][1]
+    assert drawn[1] == [(token, pytest.approx(weight, abs=1e-4))]
+    engine.end()
 
 
 def test_bad_rows_are_reported_and_leave_nothing_behind():

@@ -25,9 +25,9 @@ class Counting(HuggingFaceEngine):
 
     forwarded = 0
 
-    def _fed(self, state, length):
+    def _fed(self, state, length, **options):
         self.forwarded += int((state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING).sum())
-        return super()._fed(state, length)
+        return super()._fed(state, length, **options)
 
 
 def sample(model, config=CONFIG, *, remember: bool, prompts=PROMPTS, **options):

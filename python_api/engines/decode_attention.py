@@ -151,8 +151,8 @@ class DecodeView:
 
 
 def _runs(lanes: Sequence[int], stops: list[int]) -> list[tuple[int, int, int, int]]:
-    """(first, last, lane, stop) of the tokens [first, last) that one call takes: neighbours in the slab, from row `lane`
-    on, that stop at the same position.
+    """(first, last, lane, stop) of the tokens [first, last) that one call takes: neighbours in the slab, the first of
+    them its row `lane`, that stop at the same position.
 
     On one thread the library handles each row and head of a call alike, however many there are. On more it deals them
     out, and which thread gets a row may change its last bits, so each row has a call to itself.

@@ -29,7 +29,7 @@ from power_kernels.api.engines.rope import check_rope, pin_rope
 from power_kernels.api.engines.tensor_parallel import Ranks
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import as_int64
-from power_kernels.state import ChainField, ChainState, Status
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Status
 
 _REWINDABLE = frozenset({"full_attention", "sliding_attention", "attention"})
 
@@ -194,21 +194,31 @@ class HuggingFaceEngine:
     def step(self, state: ChainState) -> Sampled:
         """Feed and sample every lane of the first `state.chains` slots. Never waits for a device.
 
-        `decode(state, plan(state))`, but that on a CPU a lane whose prefix was forwarded before in this run is answered
-        without a forward pass; while there are such lanes the others are PENDING.
+        `decode(state, plan(state))`, but that on a CPU lanes that do not run are not fed, and a lane whose prefix was
+        forwarded before in this run is answered without a forward pass; while there are such lanes the others wait.
         """
+        if self.device.type != "cpu":
+            return self.decode(state, self.plan(state))
         self._check_running()
         if self._memory is not None:
             lanes, hidden = self._memory.recall(state)
             if lanes:
-                return self._recalled(state, lanes, hidden)
-        output = self._fed(state, self.plan(state))
-        drawn = self._draw(state, slice(0, output.shape[0]), output)
+                self._steps += 1
+                return self._spread(state, lanes, self._draw(state, lanes, hidden), recalled=True)
+        length, lanes = self.plan(state), range(state.position.shape[0])
+        if self.attention == decode_attention.ROWS:
+            status = state.lane_field[:, LaneField.STATUS].tolist()
+            lanes = [lane for lane in lanes if status[lane] == LaneStatus.RUNNING]
+        if not lanes:  # all of them wait for one that is decided without a token
+            return self._spread(state, [], _nothing_drawn(self.device, self._entropy))
+        output = self._fed(state, length, lanes=lanes)
+        drawn = self._draw(state, lanes, output)
+        good = drawn.status == Status.OK
         if self._memory is not None:
-            self._memory.learn(state, output, drawn.status == Status.OK)
-        if self.device.type != "cpu" or bool((drawn.status != Status.OK).any()):
-            self._scrub(state.position, drawn.status)
-        return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
+            self._memory.learn(state, lanes, output, good)
+        if not bool(good.all()):
+            self._scrub(lanes, state.position[lanes], drawn.status)
+        return self._spread(state, lanes, drawn)
 
     def plan(self, state: ChainState) -> int:
         """The host's part of the next step. Returns how many positions its attention may have to read.
@@ -226,40 +236,49 @@ class HuggingFaceEngine:
 
     def decode(self, state: ChainState, plan: int) -> Sampled:
         """Launch the step that was planned: forward, draw, wipe what rows with bad logits wrote. May be recorded."""
+        lanes = slice(0, state.position.shape[0])
         output = self._fed(state, plan, decode_attention.recordable(self.attention))
-        drawn = self._draw(state, slice(0, output.shape[0]), output)
-        self._scrub(state.position, drawn.status)
+        drawn = self._draw(state, lanes, output)
+        self._scrub(lanes, state.position, drawn.status)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
 
-    def _fed(self, state: ChainState, length: int, kernel: str | None = None) -> torch.Tensor:
-        """Feed every row of the state. Returns what `_output` does."""
-        view = DecodeView(state.position, length, kernel or self.attention)
-        return self._output(view, state.input_id[:, None], state.position[:, None])
+    def _fed(self, state: ChainState, length: int, kernel: str | None = None, lanes=None) -> torch.Tensor:
+        """Feed some lanes of the state, or all. Returns what `_output` does."""
+        input_id, position = state.input_id, state.position
+        if lanes is not None and len(lanes) < len(position):
+            input_id, position = input_id[lanes], position[lanes]
+        else:
+            lanes = None
+        view = DecodeView(position, length, kernel or self.attention, lanes)
+        return self._output(view, input_id[:, None], position[:, None])
 
-    def _draw(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
-        """Sample rows of the state from what `_decode` gave for them."""
-        drawn = self._draw_here(state, rows, output)
+    def _draw(self, state: ChainState, lanes, output: torch.Tensor) -> power_kernels.SampleOutput:
+        """Sample lanes of the state from what `_output` gave for them."""
+        drawn = self._draw_here(state, lanes, output)
         return drawn if self.ranks is None else self.ranks.drawn(drawn)
 
-    def _draw_here(self, state: ChainState, rows, output: torch.Tensor) -> power_kernels.SampleOutput:
+    def _draw_here(self, state: ChainState, lanes, output: torch.Tensor) -> power_kernels.SampleOutput:
         draw = (
-            self._alpha[rows],
-            self._beta[rows],
+            self._alpha[lanes],
+            self._beta[lanes],
             self._seed,
-            state.counter[rows].contiguous(),
-            state.exclude[rows].contiguous(),
+            state.counter[lanes].contiguous(),
+            state.exclude[lanes].contiguous(),
         )
         if self._head is not None and self._head.is_faster_fused(output):
             with self._forward_clock():
                 return self._head.sample(output, *draw, return_entropy=self._entropy)
         return power_kernels.sample_tokens(self._logits(output), *draw, return_entropy=self._entropy)
 
-    def _recalled(self, state: ChainState, lanes: list[int], hidden: torch.Tensor) -> Sampled:
-        self._steps += 1
-        drawn = self._draw(state, lanes, hidden)
+    def _spread(
+        self, state: ChainState, lanes, drawn: power_kernels.SampleOutput, *, recalled: bool = False
+    ) -> Sampled:
+        """What was drawn for some lanes, among all of them; the others are PENDING."""
         rows = state.position.shape[0]
 
-        def spread(values: torch.Tensor, elsewhere: int = 0) -> torch.Tensor:
+        def spread(values: torch.Tensor | None, elsewhere: int = 0) -> torch.Tensor | None:
+            if values is None or len(lanes) == rows:
+                return values
             out = values.new_full((rows,), elsewhere)
             out[lanes] = values
             return out
@@ -270,8 +289,9 @@ class HuggingFaceEngine:
             spread(drawn.logq),
             spread(drawn.weight),
             status,
-            recalled=status != Status.PENDING,
-            entropy=None if drawn.entropy is None else spread(drawn.entropy),
+            recalled=status != Status.PENDING if recalled else None,
+            entropy=spread(drawn.entropy),
+            fed=0 if recalled else len(lanes),
         )
 
     def move(self, source: int, target: int) -> None:
@@ -358,13 +378,13 @@ class HuggingFaceEngine:
         finally:
             self.forward_seconds += time.perf_counter() - start
 
-    def _scrub(self, position: torch.Tensor, status: torch.Tensor) -> None:
-        """Wipe what rows with bad logits just wrote: 0 * NaN would carry it into the lane's next proposal.
+    def _scrub(self, lanes, position: torch.Tensor, status: torch.Tensor) -> None:
+        """Wipe what lanes with bad logits just wrote: 0 * NaN would carry it into the lane's next proposal.
 
         Earlier positions are finite, or an earlier step's logits would have been bad: a position always sees itself.
         """
         bad = status != Status.OK
-        row, start = self._row[: bad.shape[0]], position.to(torch.int32)
+        row, start = self._row[lanes], position.to(torch.int32)
         self._slabs.scrub_lanes(torch.stack([row, row, start, start + bad], dim=1).to(torch.int32))
 
     # -- prompts
@@ -674,6 +694,12 @@ def _packed(
                 tokens, positions, segments = [], [], []
     if tokens:
         yield tokens, positions, segments
+
+
+def _nothing_drawn(device: torch.device, entropy: bool) -> power_kernels.SampleOutput:
+    token, status = (torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+    value = torch.zeros(0, device=device)
+    return power_kernels.SampleOutput(token, value, value, value, value if entropy else None, status)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -15,7 +15,8 @@ position and step. Bytes a node: the KV of one position and one hidden state.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
@@ -83,13 +84,13 @@ class PrefixMemory:
             self._node[lane, position] = node
         return [lane for lane, _, _ in known], self._hidden[[node % self.capacity for _, _, node in known]]
 
-    def learn(self, state: ChainState, hidden: torch.Tensor, good: torch.Tensor) -> None:
-        """Keep what a forward pass has just written. hidden [rows, hidden_size]; good bool [rows]: worth keeping."""
-        trusted = good.tolist()
+    def learn(self, state: ChainState, lanes: Sequence[int], hidden: torch.Tensor, good: torch.Tensor) -> None:
+        """Keep what a forward pass of n lanes has just written. hidden [n, hidden_size]; good bool [n]: keep."""
         # What was written has no node until it gets one below: an old number would lie about it.
-        self._node[np.arange(len(trusted)), state.position.numpy()] = _UNKNOWN
+        self._node[lanes, state.position[lanes].numpy()] = _UNKNOWN
+        trusted = {lane: row for row, (lane, kept) in enumerate(zip(lanes, good.tolist(), strict=True)) if kept}
         for lane, position, key in self._asked(state):
-            if not trusted[lane]:
+            if lane not in trusted:
                 continue
             node = self._child.get(key)
             if node is None:  # two lanes may come to a prefix in the same pass
@@ -98,7 +99,7 @@ class PrefixMemory:
                 if self._key[place] is not None:
                     del self._child[self._key[place]]
                 self._key[place], self._child[key] = key, node
-                self._hidden[place] = hidden[lane]
+                self._hidden[place] = hidden[trusted[lane]]
                 for slab, kept in self._kv:
                     kept[place] = slab[:, lane, :, position]
             self._node[lane, position] = node

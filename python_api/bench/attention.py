@@ -49,9 +49,9 @@ def points(grid: str, device: str) -> list[Point]:
     if grid == "quick":
         sizes, dtypes = [(2, *SMALL, 4, 16, 200)], (torch.float32,)
     elif device == "cpu":
-        sizes = [(8, *SMALL, *UNEQUAL), (8, *SMALL, *EQUAL), (8, *SMALL, *SHORT), (2, *SEVEN, *UNEQUAL)]
+        sizes = [(4, *SMALL, *UNEQUAL), (8, *SMALL, *EQUAL), (4, *SMALL, *SHORT), (1, *SEVEN, *UNEQUAL)]
         sizes += [(2, *SEVEN, *EQUAL), (2, *SEVEN, 64, 64, 3072)] if grid == "full" else []
-        dtypes = (torch.float32, torch.bfloat16)
+        dtypes = (torch.float32, torch.bfloat16) if grid == "full" else (torch.float32,)
     else:
         sizes = [(4, *SEVEN, rows, 64, 3072) for rows in (1, 4, 16, 64, 256)]
         sizes += [(4, *SEVEN, 64, 1568, 1568), (8, *SMALL, *UNEQUAL)]

@@ -94,7 +94,7 @@ def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float, cut: str = 
             elif same is None:
                 continue  # the same answer: a closed one is never the prefix of another
             else:
-                own = 1.0 - math.exp(s.logq[i][same + 1] - s.logq[i][same])
+                own = -math.expm1(s.logq[i][same + 1] - s.logq[i][same])
                 regenerated = leaving[i][same] / cuts[i] * math.exp(s.logq[j][-1] - s.logq[j][same]) / own
             matrix[i, j] += regenerated * min(1.0, math.exp(min(log_f[j] - log_f[i], 0.0)))
         matrix[i, i] += 1.0 - matrix[i].sum()
@@ -103,7 +103,7 @@ def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float, cut: str = 
 
 def leaving_masses(s: Space, i: int, cut: str) -> np.ndarray:
     """(1 - q(x_t)) h of each token of answer i: where a divergence cut leaves it, not normalised."""
-    leave = 1.0 - np.exp(np.diff(s.logq[i]))
+    leave = -np.expm1(np.diff(s.logq[i]))
     return leave * s.entropy[i] if cut == "divergence-entropy" else leave
 
 
@@ -243,13 +243,12 @@ class _Enumerated(_Tables):
         self.measure *= high - low
         return (low + high) / 2
 
-    def paths(self, answer: Answer, horizon: int) -> Iterator[tuple[Answer, float, list[list]]]:
-        """Every (proposal, probability, path), nothing being rejected."""
+    def paths(self, answer: Answer, horizon: int) -> Iterator[tuple[Answer | None, float, list[list]]]:
+        """Every (proposal, probability, path), nothing being rejected that can be accepted."""
         path: list[list] = []
         while True:
             self.begin(path, NAN)
             proposal = self.propose(answer, horizon, 0)
-            assert proposal is not None
             yield proposal, self.measure, path
             while path and path[-1][0] + 1 == len(path[-1][1]):
                 path.pop()
@@ -260,7 +259,7 @@ class _Enumerated(_Tables):
     def step_law(self, answer: Answer, horizon: int) -> dict[Tokens, float]:
         law: dict[Tokens, float] = defaultdict(float)
         for proposal, probability, path in self.paths(answer, horizon):
-            if proposal is answer:
+            if proposal is None or proposal is answer:
                 law[answer.tokens] += probability
                 continue
 
@@ -328,6 +327,12 @@ def answer_of(chain: ReferenceChain, tokens: Tokens) -> Answer:
     return answer
 
 
+def compose_enumerated(chain: type[ReferenceChain], toy: Toy, law: Law, alpha: float, beta: float) -> _Enumerated:
+    one = _compose(_Enumerated, chain, _BranchSource)(toy.logits, law, alpha=alpha, beta=beta, eos=toy.eos)
+    one.tables = {}
+    return one
+
+
 def enumerated_matrix(
     chain: type[ReferenceChain],
     toy: Toy,
@@ -339,8 +344,7 @@ def enumerated_matrix(
     """K [N, N] between `states` at horizon `law.max_new_tokens`, exactly as `chain.propose` acts."""
     index = {x: i for i, x in enumerate(states)}
     matrix = np.zeros((len(states),) * 2)
-    one = _compose(_Enumerated, chain, _BranchSource)(toy.logits, law, alpha=alpha, beta=beta, eos=toy.eos)
-    one.tables = {}
+    one = compose_enumerated(chain, toy, law, alpha, beta)
     for x in states:
         for y, probability in one.step_law(answer_of(one, x), law.max_new_tokens).items():
             matrix[index[x], index[y]] += probability

@@ -27,7 +27,7 @@ class ProposalSumMissesFirstSuffixWeight(ReferenceChain):
         first = next(t for t, (x, y) in enumerate(pairs) if x != y)
         weight = proposal.cumw[first + 1] - proposal.cumw[first]
         cumw = (*proposal.cumw[:-1], proposal.cumw[-1] - weight)
-        return super().rejects(answer, Answer(proposal.tokens, proposal.logq, cumw), closed, theta)
+        return super().rejects(answer, Answer(proposal.tokens, proposal.logq, cumw, proposal.cumz), closed, theta)
 
 
 class CurrentSumMissesLastWeight(ReferenceChain):
@@ -48,7 +48,8 @@ class WeightOfExcludedRow(ReferenceChain):
         row = self.excluded_row(answer, drawn, exclude)
         if row is None:
             return drawn
-        return answer.append(drawn.tokens[-1], drawn.logq[-1], self.stored(row.weight))
+        h = self.cut_weight(self.next_logits(answer.tokens))
+        return answer.append(drawn.tokens[-1], drawn.logq[-1], self.stored(row.weight), h)
 
     def excluded_row(self, answer, drawn, exclude):
         if exclude < 0 or drawn.tokens[-1] == exclude:
@@ -66,7 +67,8 @@ class LogqOfExcludedRow(WeightOfExcludedRow):
         row = self.excluded_row(answer, drawn, exclude)
         if row is None:
             return drawn
-        return answer.append(drawn.tokens[-1], self.stored(row.logq), drawn.cumw[-1] - answer.cumw[-1])
+        h = self.cut_weight(self.next_logits(answer.tokens))
+        return answer.append(drawn.tokens[-1], self.stored(row.logq), drawn.cumw[-1] - answer.cumw[-1], h)
 
 
 class EarlyRejectionWithoutLengths(ReferenceChain):
@@ -139,6 +141,106 @@ class CutMissesLastPosition(ReferenceChain):
         return int(u * max(len(answer) - 1, 1))
 
 
+# ---- divergence cuts (DESIGN 3.6)
+
+
+class NoZRatio(ReferenceChain):
+    def log_cuts(self, answer):
+        return 0.0
+
+
+class InvertedZRatio(ReferenceChain):
+    def log_cuts(self, answer):
+        return -super().log_cuts(answer)
+
+
+class LengthForZ(ReferenceChain):
+    """The uniform cut's ratio."""
+
+    def log_cuts(self, answer):
+        return self.log_n[len(answer)]
+
+
+class ZWithoutEntropy(ReferenceChain):
+    """The cut weighs by entropy, the ratio does not."""
+
+    def log_cuts(self, answer):
+        return math.log(sum(leave_probability(value) for value in answer.logq))
+
+
+class CutWithoutEntropy(ReferenceChain):
+    """The ratio weighs by entropy, the cut does not."""
+
+    def cut(self, answer, u):
+        plain = Answer()
+        for token, logq in zip(answer.tokens, answer.logq, strict=True):
+            plain = plain.append(token, logq, 0.0)
+        return super().cut(plain, u)
+
+
+class ZMissesLastToken(ReferenceChain):
+    def log_cuts(self, answer):
+        return math.log(answer.cumz[-2] or answer.cumz[-1])
+
+
+class ZMissesFirstToken(ReferenceChain):
+    def log_cuts(self, answer):
+        return math.log(answer.cumz[-1] - answer.cumz[1] or answer.cumz[-1])
+
+
+class EntropyOfNextRow(ReferenceChain):
+    """h of x[:t+1] in place of x[:t]: it depends on the token that may be left."""
+
+    def with_token(self, answer, z, token):
+        plain = super().with_token(answer, z, token)
+        if token in self.eos or len(plain) == self.law.max_new_tokens:
+            return plain
+        h = self.cut_weight(self.next_logits(plain.tokens))
+        return answer.append(token, plain.logq[-1], plain.cumw[-1] - answer.cumw[-1], h)
+
+
+class CutOnePositionLate(ReferenceChain):
+    def cut(self, answer, u):
+        return min(super().cut(answer, u) + 1, len(answer) - 1)
+
+
+class CutOnePositionEarly(ReferenceChain):
+    def cut(self, answer, u):
+        return max(super().cut(answer, u) - 1, 0)
+
+
+class UniformDivergence(ReferenceChain):
+    """Leaves anywhere with one probability, with the ratio of the masses."""
+
+    def cut(self, answer, u):
+        return min(int(u * len(answer)), len(answer) - 1)
+
+
+class WalkAfterDivergence(ReferenceChain):
+    """The drawn divergence taken for the beginning of a walk, as under the uniform cut."""
+
+    def leave(self, answer, start, serial):
+        return self.walk(answer, start, serial)
+
+
+class EarlyRejectionWithLookahead(ReferenceChain):
+    """log(Z + 1) while open, as if the next token had to add 1 to Z as it does to n."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return proposal.cumw[-1] - math.log(proposal.cumz[-1] + 1.0) < theta
+
+
+class EarlyRejectionWithoutCurrentZ(ReferenceChain):
+    """theta = W + log u while the proposal is open, F + log u at its end."""
+
+    def rejects(self, answer, proposal, closed, theta):
+        if closed:
+            return super().rejects(answer, proposal, closed, theta)
+        return super().rejects(answer, proposal, closed, theta + self.log_cuts(answer))
+
+
 # Not faults: the law is the same.
 
 
@@ -167,4 +269,12 @@ class EarlyRejectionOneTokenLate(ReferenceChain):
         return self.law.early_rejection and proposal.cumw[-1] - self.log_n[len(proposal)] < theta
 
 
+class TwiceTheWeight(ReferenceChain):
+    """Z is a ratio's business: twice h is h."""
+
+    def cut_weight(self, z):
+        return 2.0 * super().cut_weight(z)
+
+
 HARMLESS = (EarlyRejectionWithoutProposalLength, LogOfUniform, EarlyRejectionOneTokenLate)
+HARMLESS_TO_DIVERGENCE = (TwiceTheWeight, LogOfUniform)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from power_kernels.reference import Answer, ReferenceChain
+from power_kernels.reference import ReferenceChain
 from power_kernels.state import Law
 from tests import faults
 from tests.exact_law import (
     Space,
     answer_of,
     chi_square,
+    compose_enumerated,
     direct_matrix,
     enumerated_matrix,
     float64_storage,
@@ -48,8 +49,8 @@ class Case:
     def law(self, **options) -> Law:
         return Law(self.horizon, self.horizon, 1, **options)
 
-    def direct(self) -> np.ndarray:
-        return direct_matrix(self.toy, self.horizon, self.alpha, self.beta)
+    def direct(self, cut: str = "uniform") -> np.ndarray:
+        return direct_matrix(self.toy, self.horizon, self.alpha, self.beta, cut)
 
     def enumerated(self, chain: type = Exact, **options) -> np.ndarray:
         law = self.law(**options)
@@ -90,7 +91,7 @@ def case(request) -> Case:
 
 def assert_invariant(case: Case, matrix: np.ndarray) -> None:
     target = case.space.target
-    assert (matrix >= 0).all()
+    assert (matrix >= -1e-15).all()  # a diagonal is 1 minus the rest, and a divergence cut need not stay at all
     assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
     assert np.abs(target @ matrix - target).max() < 1e-10
 
@@ -153,17 +154,81 @@ def test_the_step_reaches_every_answer_and_tends_to_the_power_law(case):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Divergence cuts (3.6)
+
+
+DIVERGENCE_CUTS = ("divergence", "divergence-entropy")
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+@pytest.mark.parametrize("name", ANY)
+def test_a_divergence_cut_and_one_acceptance_leave_the_power_law_invariant(name, cut):
+    """The formula of DESIGN 3.6; detailed balance holds pair by pair."""
+    matrix, target = ANY[name].direct(cut), ANY[name].space.target
+    assert_invariant(ANY[name], matrix)
+    flow = target[:, None] * matrix
+    assert np.abs(flow - flow.T).max() < 1e-14
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+def test_early_rejection_and_exclusion_are_the_step_of_a_divergence_cut(case, cut):
+    """What the reference does with early rejection = the formula, entry by entry; hence pi K = pi."""
+    matrix = case.enumerated(early_rejection=True, cut=cut)
+    assert_invariant(case, matrix)
+    assert np.abs(matrix - case.direct(cut)).max() < 1e-10
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+@pytest.mark.parametrize("name", ANY)
+def test_one_final_acceptance_is_the_step_of_a_divergence_cut(name, cut):
+    matrix = ANY[name].enumerated(early_rejection=False, cut=cut)
+    assert_invariant(ANY[name], matrix)
+    assert np.abs(matrix - ANY[name].direct(cut)).max() < 1e-10
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+def test_early_rejection_on_and_off_give_the_same_matrix_under_a_divergence_cut(cut):
+    case = CASES["peaked"]
+    on, off = (case.enumerated(early_rejection=setting, cut=cut) for setting in (True, False))
+    assert np.abs(on - off).max() < 1e-15
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+def test_a_step_of_a_divergence_cut_reaches_every_answer_and_tends_to_the_power_law(case, cut):
+    power = np.linalg.matrix_power(case.direct(cut), 20000)
+    assert np.abs(power - case.space.target).max() < 1e-9
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+def test_no_proposal_of_a_divergence_cut_is_the_answer_that_it_started_from(case, cut):
+    """Unless no other token can be drawn anywhere (Z = 0), and then every step is unchanged."""
+    one = compose_enumerated(Exact, case.toy, case.law(cut=cut), case.alpha, case.beta)
+    for x in case.space.answers:
+        answer = answer_of(one, x)
+        same = sum(measure for proposal, measure, _ in one.paths(answer, case.horizon) if proposal is answer)
+        assert same == (1.0 if answer.cumz[-1] == 0.0 else 0.0)
+    assert (len(case.space.answers) == 1) == (answer.cumz[-1] == 0.0)
+
+
+def test_the_cut_laws_are_three():
+    """Their matrices are far apart, so that agreement with one is not agreement with another."""
+    case = CASES["power, beta = alpha"]
+    uniform, *others = (case.direct(cut) for cut in ("uniform", *DIVERGENCE_CUTS))
+    assert min(np.abs(uniform - other).max() for other in others) > 0.1
+    assert np.abs(others[0] - others[1]).max() > 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # A token with all the mass
 
 
 class _LogqRoundedDown(Exact):
-    """Holds logq a little below 0 where q = 1, as a float32 sum of such a row might, so that the walk leaves there."""
+    """Holds logq a little below 0 where q = 1, as a float32 sum of such a row might, so that proposals leave there."""
 
-    def propose(self, answer, horizon, serial):
-        logq = tuple(-1e-3 if value == 0.0 else value for value in answer.logq)
-        self.current = Answer(answer.tokens, logq, answer.cumw)  # what the enumeration cuts
-        found = super().propose(self.current, horizon, serial)
-        return answer if found is self.current else found
+    def with_token(self, answer, z, token):
+        plain = super().with_token(answer, z, token)
+        logq = -1e-3 if plain.logq[-1] == 0.0 else plain.logq[-1]
+        return answer.append(token, logq, plain.cumw[-1] - answer.cumw[-1], self.cut_weight(z))
 
 
 def test_a_token_that_alone_has_mass_is_kept_when_the_walk_leaves_it():
@@ -175,6 +240,40 @@ def test_a_token_that_alone_has_mass_is_kept_when_the_walk_leaves_it():
     matrix = case.enumerated(_LogqRoundedDown)
     assert_invariant(case, matrix)
     assert np.abs(matrix - case.direct()).max() < 1e-10
+
+
+def test_a_divergence_at_a_token_that_alone_has_mass_is_an_unchanged_step():
+    """It holds the chain a little more often and changes nothing else: pi K = pi."""
+    case = CASES["forced tokens"]
+    matrix, exact = case.enumerated(_LogqRoundedDown, cut="divergence"), case.direct("divergence")
+    assert_invariant(case, matrix)
+    held = np.diag(matrix) - np.diag(exact)
+    assert held.min() > -1e-12
+    assert held.max() > 1e-4
+    # Where only one token has mass the entropy is 0, so that the other cut does not go there.
+    matrix = case.enumerated(_LogqRoundedDown, cut="divergence-entropy")
+    assert np.abs(matrix - case.direct("divergence-entropy")).max() < 1e-10
+
+
+class _LeavesNothing(Exact):
+    """1 - q of every token after the first rounded to 0, so that Z = 0 for answers that begin with token 1."""
+
+    def with_token(self, answer, z, token):
+        plain = super().with_token(answer, z, token)
+        if plain.tokens[0] != 1:
+            return plain
+        return answer.append(token, 0.0, plain.cumw[-1] - answer.cumw[-1])
+
+
+def test_no_step_enters_an_answer_that_none_could_leave():
+    """Z(x') = 0, which takes rounding: neither way is gone where exact arithmetic goes both, and pi K = pi."""
+    case = SMALL
+    matrix = case.enumerated(_LeavesNothing, cut="divergence")
+    assert_invariant(case, matrix)
+    stuck = np.array([x[0] == 1 for x in case.space.answers])
+    assert 0 < stuck.sum() < len(stuck)
+    assert (matrix[np.ix_(~stuck, stuck)] == 0).all()
+    assert (matrix[np.ix_(stuck, stuck)] == np.eye(stuck.sum())).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,6 +334,43 @@ def test_a_faulty_step_does_not_leave_the_power_law_invariant(fault):
     matrix = case.enumerated(float64_storage(fault))
     assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
     assert np.abs(case.space.target @ matrix - case.space.target).max() > 1e-3
+
+
+BROKEN_DIVERGENCE = {
+    faults.NoZRatio: SMALL,
+    faults.InvertedZRatio: SMALL,
+    faults.LengthForZ: SMALL,
+    faults.ZMissesLastToken: SMALL,
+    faults.ZMissesFirstToken: SMALL,
+    faults.CutOnePositionLate: SMALL,
+    faults.CutOnePositionEarly: SMALL,
+    faults.UniformDivergence: SMALL,
+    faults.WalkAfterDivergence: SMALL,
+    faults.NoExclusion: SMALL,
+    faults.ProposalSumMissesFirstSuffixWeight: SMALL,
+    faults.CurrentSumMissesLastWeight: SMALL,
+    faults.EarlyRejectionWithLookahead: CASES["power"],
+    faults.EarlyRejectionWithoutCurrentZ: CASES["power"],
+}
+BROKEN_ENTROPY = {faults.ZWithoutEntropy: SMALL, faults.CutWithoutEntropy: SMALL, faults.EntropyOfNextRow: SMALL}
+BROKEN_CUTS = [
+    *((fault, cut, case) for fault, case in BROKEN_DIVERGENCE.items() for cut in DIVERGENCE_CUTS),
+    *((fault, "divergence-entropy", case) for fault, case in BROKEN_ENTROPY.items()),
+]
+
+
+@pytest.mark.parametrize(("fault", "cut", "case"), BROKEN_CUTS, ids=lambda v: getattr(v, "__name__", None))
+def test_a_faulty_divergence_cut_does_not_leave_the_power_law_invariant(fault, cut, case):
+    matrix = case.enumerated(float64_storage(fault), cut=cut)
+    assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
+    assert np.abs(case.space.target @ matrix - case.space.target).max() > 1e-3
+
+
+@pytest.mark.parametrize("cut", DIVERGENCE_CUTS)
+@pytest.mark.parametrize("change", faults.HARMLESS_TO_DIVERGENCE, ids=lambda c: c.__name__)
+def test_a_harmless_change_of_a_divergence_cut_gives_the_same_matrix(change, cut):
+    case = CASES["peaked"]
+    assert np.abs(case.enumerated(float64_storage(change), cut=cut) - case.direct(cut)).max() < 1e-10
 
 
 @pytest.mark.parametrize("change", faults.HARMLESS, ids=lambda c: c.__name__)

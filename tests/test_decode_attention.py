@@ -75,6 +75,14 @@ def flash_on_the_host():
         yield
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def by_definition(query, keys, values, position, length, scale, window, softcap) -> torch.Tensor:
     """The module's formula, row by row and head by head, in float64. [rows, 1, heads, value dim]"""
     rows, heads = query.shape[:2]
@@ -234,15 +242,25 @@ def test_only_rows_looks_at_positions_on_the_host(kernel, window, softcap):
     assert decode_attention.recordable(kernel) == (PADDED if kernel == ROWS else kernel)
 
 
+@host_only
+@pytest.mark.parametrize("window", [None, 5])
+def test_some_lanes_of_a_slab_are_as_they_are_among_all(window, threads):
+    """Neighbours that end alike, neighbours that do not, and lanes apart that end alike."""
+    position = torch.tensor([9, 9, 9, 30, 9, 9, 2])
+    keys, values = slabs(7, 2, 40, 16)
+    query = queries(7, 4, 16)
+    every = DecodeView(position, 40, ROWS)
+    whole = every.attend(query, keys, values, 0.2, window, None)
+    for lanes in ([0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 5], [0, 2, 4, 6], [6], [4, 5]):
+        view = DecodeView(position[lanes], 40, ROWS, lanes)
+        assert torch.equal(view.attend(query[lanes], keys, values, 0.2, window, None), whole[lanes])
+        assert torch.equal(view.write_index(keys), every.write_index(keys).view(7, 2)[lanes].reshape(-1))
+    for kernel in (PADDED, FLASH):
+        with pytest.raises(ArgumentError, match=f"with the kernel '{kernel}'; only 'rows'"):
+            DecodeView(position[:2], 40, kernel, [1, 2])
+
+
 # ---- batchmates
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @host_only

@@ -16,8 +16,8 @@ group uses, so that nobody's clock runs out while another one is computing.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -45,26 +45,33 @@ class Ranks:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.world > 1:
-            self._meet()
-            with _explained():
-                dist.broadcast_object_list(values, group=self.group, group_src=0)
+            self._meet(lambda: dist.broadcast_object_list(values, group=self.group, group_src=0))
         return values[0]
 
     def gather(self, value) -> list:
         """Every rank's value, on every rank, in the order of ranks."""
         values = [value] * self.world
         if self.world > 1:
-            self._meet()
-            with _explained():
-                dist.all_gather_object(values, value, group=self.group)
+            self._meet(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-    def _meet(self) -> None:
+    def _meet(self, collective: Callable[[], None]) -> None:
+        """In a thread of its own: this one must see Ctrl-C and SIGTERM, and may leave while others are awaited."""
+        errors: list[BaseException] = []
+
+        def call():
+            try:
+                collective()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(1)
         with _explained():
-            everyone = dist.barrier(group=self.group, async_op=True)
-            while not everyone.is_completed():
-                time.sleep(0.02)  # and not in wait(), which would keep Ctrl-C and SIGTERM from being seen
-            everyone.wait()
+            if errors:
+                raise errors[0]
 
 
 @contextmanager
@@ -86,8 +93,8 @@ def launched() -> int:
 def join(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     """The ranks that torchrun or accelerate started: those of the process group, which is made where there is none.
 
-    patience: how long to wait for another rank. One that dies closes its connections and is noticed at once.
-    Raises RankLostError when not everyone comes.
+    patience: how long to wait for another rank. A process that ends closes its connections, which is noticed at once;
+    one that fails here and lives on is not. Raises RankLostError when not everyone comes.
     """
     if launched() == 1:
         yield Ranks()
@@ -126,8 +133,8 @@ def generate_sharded(
     patience: how long to wait for slower ranks. progress: a bar over rank 0's share, on rank 0 alone. options: the
     other arguments of `generate`.
 
-    Raises what `generate` raises, on the rank where it happens (the others then lose that rank), RankLostError when
-    another rank stops or is late, and ArgumentError when the ranks were given different work.
+    Raises what `generate` raises, on the rank where it happens (let it end the process, so that the others notice),
+    RankLostError when another rank stops or is late, and ArgumentError when the ranks were given different work.
     """
     work = repr((config, num_chains, seed, sorted(options.items())))
     with join(patience) as ranks:

@@ -31,8 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="which backend serves each op here, and what is missing")
+    doctor = commands.add_parser(
+        "doctor",
+        help="which backend serves each op here, and what is missing",
+        description="Which backend serves each op here, and what is missing. With --model: which attention kernel "
+        "decodes it, whether steps are replayed as graphs, what a step of so many rows takes, and the lanes chosen "
+        "from that.",
+    )
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    generate.add_model_arguments(doctor, required=False)
     doctor.set_defaults(run=_doctor)
 
     bench = commands.add_parser(
@@ -60,6 +67,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from power_kernels.api import doctor
 
     data = doctor.report()
+    if arguments.model:
+        data["decoding"] = doctor.decoding(generate.load_sampler(arguments), arguments.model)
     print(json.dumps(data, indent=2) if arguments.json else doctor.text(data))
     return 0
 

@@ -1,4 +1,4 @@
-"""`power-kernels doctor`: which backend serves each operator here, and what is missing."""
+"""`power-kernels doctor`: which backend serves each operator here, what is missing, and how a model is decoded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import shutil
 import torch
 
 import power_kernels
+from power_kernels.api.config import PowerConfig
+from power_kernels.api.engines.decode_attention import KERNELS
+from power_kernels.api.planning import LANES, default_lanes
+from power_kernels.api.sampler import PowerSampler
 from power_kernels.errors import BackendError
 from power_kernels.ops import dispatch
 
@@ -74,6 +78,42 @@ def _missing() -> list[str]:
     return missing
 
 
+def decoding(sampler: PowerSampler, model: str) -> dict:
+    """How a run of the Hugging Face engine decodes, as plain data: measures some steps.
+
+    step_seconds: by rows of a step. lanes: that the driver chooses for so many chains at once, with the default
+    PowerConfig.
+    """
+    engine = sampler.engine
+    rows = [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= engine.most_rows]
+    return {
+        "model": model,
+        "device": str(engine.device),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "attention": engine.attention,
+        "captured": sampler.capture,
+        "step_seconds": dict(zip(rows, engine.decode_seconds(rows), strict=True)),
+        "lanes": {chains: default_lanes(engine, PowerConfig(), chains) for chains in rows},
+    }
+
+
+def _decoding_text(data: dict) -> list[str]:
+    kind = "replayed as graphs" if data["captured"] else "launched one by one (graphs need a CUDA device)"
+    one = data["step_seconds"][1]
+    return [
+        "",
+        f"decoding of {data['model']} on {data['device']}, {data['dtype']}",
+        f"  attention     {data['attention']}: {KERNELS[data['attention']]}",
+        f"  steps         {kind}",
+        f"  lanes         chosen from {', '.join(map(str, LANES))} unless --lanes says otherwise",
+        "  chains or rows at once, ms a step, times one row, lanes of so many chains",
+        *(
+            f"    {rows:>5} {1e3 * seconds:>10.2f} {seconds / one:>8.2f} {data['lanes'][rows]:>6}"
+            for rows, seconds in data["step_seconds"].items()
+        ),
+    ]
+
+
 def text(data: dict) -> str:
     """The report for people."""
     lines = [f"power_kernels {data['power_kernels']} on Python {data['python']}, {data['threads']} threads"]
@@ -87,4 +127,6 @@ def text(data: dict) -> str:
         for op, by_device in data["ops"].items()
     ]
     lines += ["", "missing"] + [f"  {line}" for line in data["missing"] or ["nothing"]]
+    if "decoding" in data:
+        lines += _decoding_text(data["decoding"])
     return "\n".join(lines)

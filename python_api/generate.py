@@ -30,8 +30,18 @@ INCOMPLETE = 1
 INTERRUPTED = 130  # what a shell reports for SIGINT
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--model", required=required, metavar="NAME_OR_PATH", help="anything from_pretrained takes")
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:1, ... (default: cuda if there is one; of several, each process takes its own)",
+    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
+    parser.add_argument("--threads", type=int, help="torch threads on the CPU")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="anything from_pretrained takes")
+    add_model_arguments(parser, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     source.add_argument(
@@ -62,12 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compat", choices=["karan-du"], help="the published code's algorithm, not exact and without early rejection"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="run every answer to max-new-tokens")
-    parser.add_argument(
-        "--device",
-        help="cpu, cuda, cuda:1, ... (default: cuda if there is one; of several, each process takes its own)",
-    )
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
-    parser.add_argument("--threads", type=int, help="torch threads on the CPU")
     parser.add_argument("--quiet", action="store_true", help="no progress bar (it shows the first process's share)")
 
 
@@ -96,18 +100,15 @@ class _Command:
 
     def __init__(self, arguments: argparse.Namespace, config: PowerConfig, prompts: list[dict], ranks: Ranks):
         self.arguments, self.config, self.prompts, self.ranks = arguments, config, prompts, ranks
-        model, tokenizer = _load(arguments, _device(arguments.device, ranks))
-        try:
-            self.sampler = PowerSampler(model, tokenizer)
-        except UnsupportedModelError as error:
-            raise ArgumentError(f"--model {arguments.model}: {error}") from error
+        self.sampler = load_sampler(arguments, ranks)
+        tokenizer = self.sampler.tokenizer
         self.tokens = [_tokens(i, prompt, tokenizer, arguments.chat) for i, prompt in enumerate(prompts)]
         self.eos = [] if arguments.ignore_eos else None
         # Lanes and the exact shortcuts change what is computed and never the answer: a run may go on with others.
         exact = {"lanes", "early_rejection", "free_prefix"}
         everything = {
             "model": arguments.model,
-            "dtype": str(model.dtype),
+            "dtype": str(self.sampler.engine.dtype),
             "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in exact},
             "seed": arguments.seed,
             "eos": self.eos,
@@ -280,6 +281,15 @@ def _device(given: str | None, ranks: Ranks) -> str:
             "visible; start one process a GPU (--nproc-per-node), or name a --device"
         )
     return f"cuda:{ranks.local_rank}"
+
+
+def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> PowerSampler:
+    """The model and the tokenizer of `add_model_arguments`. Raises ArgumentError."""
+    model, tokenizer = _load(arguments, _device(arguments.device, ranks or Ranks()))
+    try:
+        return PowerSampler(model, tokenizer)
+    except UnsupportedModelError as error:
+        raise ArgumentError(f"--model {arguments.model}: {error}") from error
 
 
 def _load(arguments: argparse.Namespace, device: str):

@@ -55,7 +55,7 @@ def plan_run(engine: Engine, config: PowerConfig, *, chains: int, max_length: in
         )
     slots = _most(chains, lambda n: fits(n, 1))
     if config.lanes is None:
-        wanted = _default_lanes(engine, config, slots)
+        wanted = default_lanes(engine, config, slots)
         lanes = max(p for p in LANES if p <= wanted and (p == 1 or fits(slots, p)))
     else:
         lanes = _most(config.lanes, lambda p: fits(slots, p))
@@ -85,11 +85,11 @@ def lane_gain(lanes: int) -> float:
     return (1 - 0.75**lanes) / 0.25
 
 
-def _default_lanes(engine: SizedEngine, config: PowerConfig, slots: int) -> int:
+def default_lanes(engine: SizedEngine, config: PowerConfig, slots: int) -> int:
     """The lanes that answer soonest: seconds of a step at slots * P rows, times the steps that an answer takes then.
 
     A stage of b tokens is extended in b steps, whatever the lanes, and its proposals regenerate half of the answer
-    each, or a quarter where they can be rejected early.
+    each, or a quarter where they can be rejected early. Measures steps, and raises as `decode_seconds` does.
     """
     wanted = [p for p in LANES if slots * p <= engine.most_rows]
     if len(wanted) < 2 or config.mcmc_steps + config.final_steps == 0:

@@ -1,20 +1,27 @@
 """The command line: results as they finish, going on after an interruption, errors before work, the doctor."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from power_kernels import use_backend
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.cli import INTERRUPTED, main
+from power_kernels.api.cli import main
+from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.generate import INTERRUPTED
+from power_kernels.api.output_file import OutputFile, RecordFile
+from power_kernels.errors import ArgumentError
 from tests.tiny_models import mamba
 
 VOCAB = 32
@@ -111,19 +118,18 @@ def test_a_second_run_draws_nothing_and_a_cut_line_is_drawn_again(model_path, pr
     assert out.read_bytes().count(b"\n") == 6
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_keeps_its_answers_and_goes_on(model_path, prompts, tmp_path, uninterrupted, signal_number):
+def test_an_interrupted_run_keeps_its_answers_and_goes_on(model_path, prompts, tmp_path, uninterrupted):
+    """The real command, Ctrl-C between answers; every other moment and signal is in test_interrupts.py."""
     out = tmp_path / "part.jsonl"
     command = [
         sys.executable, "-m", "power_kernels.api.cli", "generate", "--model", model_path, "--prompts", prompts,
         "--out", str(out), *OPTIONS, "--max-chains", "1",
     ]  # fmt: skip
-    # Written through a pipe of one answer at a time, the run is caught between answers: wait for the first line.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal_number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     finished = read(out)
     assert finished, errors
@@ -172,6 +178,108 @@ def test_two_processes_cannot_write_one_file(model_path, prompts, tmp_path, caps
         fcntl.flock(holder, fcntl.LOCK_EX)
         assert run(model_path, prompts, out) == 2
     assert "is being written by another process" in capsys.readouterr().err
+
+
+def test_answers_end_in_the_order_of_the_prompts_and_an_ordered_file_is_left_alone(
+    model_path, prompts, tmp_path, monkeypatch
+):
+    out, written = tmp_path / "out.jsonl", []
+    write = OutputFile.write
+    monkeypatch.setattr(OutputFile, "write", lambda self, line: (written.append(line["prompt_id"]), write(self, line)))
+    assert run(model_path, prompts, out, "--max-chains", "4") == 0
+    assert list(read(out)) == [(i, k) for i in range(3) for k in range(2)]
+    assert written != sorted(written)  # they did finish in another order, or the test shows nothing
+    before = out.stat()
+    assert run(model_path, prompts, out) == 0
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_putting_answers_in_order_keeps_the_link_and_the_mode_of_the_file(model_path, prompts, tmp_path):
+    target, link = tmp_path / "disk" / "target.jsonl", tmp_path / "link.jsonl"
+    target.parent.mkdir()
+    target.touch(mode=0o640)
+    link.symlink_to(target)
+    assert run(model_path, prompts, link, "--max-chains", "4") == 0
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert len(read(target)) == 6
+    assert os.listdir(target.parent) == ["target.jsonl"]
+
+
+def test_a_file_that_is_replaced_stays_locked(model_path, prompts, tmp_path, monkeypatch):
+    """Another process may open the new file as soon as it has the name, while parts are still being removed."""
+    out = tmp_path / "out.jsonl"
+    refused = []
+    rewrite = OutputFile._rewrite
+
+    def tried(self, found):
+        rewrite(self, found)
+        with pytest.raises(ArgumentError, match="is being written by another process"):
+            RecordFile(out)
+        refused.append(True)
+
+    monkeypatch.setattr(OutputFile, "_rewrite", tried)
+    assert run(model_path, prompts, out, "--max-chains", "4") == 0
+    assert refused
+    RecordFile(out).close()
+
+
+@pytest.mark.parametrize("drawn", [0, 2])
+def test_out_of_memory_keeps_the_answers_and_says_what_to_lower(
+    model_path, prompts, tmp_path, uninterrupted, monkeypatch, capsys, drawn
+):
+    """The memory is gone after so many answers, however few chains are tried."""
+    out = tmp_path / "out.jsonl"
+    step = HuggingFaceEngine.step
+
+    def failing(self, state):
+        if out.read_bytes().count(b"\n") >= drawn:
+            raise torch.OutOfMemoryError("as much as there is")
+        return step(self, state)
+
+    monkeypatch.setattr(HuggingFaceEngine, "step", failing)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        assert run(model_path, prompts, out, "--max-chains", "2") == 1
+    printed = capsys.readouterr().err
+    assert "out of memory on cpu: as much as there is" in printed
+    assert "Not one chain fits" in printed
+    if drawn:
+        assert f"2 of 6 answers are in {out}; the same command goes on from there" in printed
+    monkeypatch.undo()
+    assert run(model_path, prompts, out) == 0
+    assert_same(read(out), uninterrupted)
+
+
+def test_a_full_disk_keeps_the_answers_that_fit(model_path, prompts, tmp_path, uninterrupted, monkeypatch, capsys):
+    """After 2 answers and half of the third, the rest of whose write fails as the kernel has it: first short, then not."""
+    out = tmp_path / "out.jsonl"
+    write, calls = os.write, []
+
+    def full(file, data):
+        if not bytes(data).startswith(b'{"prompt_id"') and not calls:
+            return write(file, data)
+        calls.append(len(data))
+        if len(calls) == 3:
+            return write(file, data[: len(data) // 2])
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", full)
+    assert run(model_path, prompts, out) == 1
+    monkeypatch.undo()
+    printed = capsys.readouterr().err
+    assert f"--out {out} cannot be written: [Errno 28]" in printed
+    assert f"2 of 6 answers are in {out}" in printed
+    assert run(model_path, prompts, out) == 0
+    assert_same(read(out), uninterrupted)
+
+
+def test_a_line_of_prompts_may_hold_other_line_breaks(model_path, tmp_path):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"prompt": "w5 \u2028 \x85 w6"}, ensure_ascii=False) + "\r\n", newline="")
+    assert run(model_path, str(path), out) == 0
+    assert {record["prompt"] for record in read(out).values()} == {"w5 \u2028 \x85 w6"}
 
 
 def test_prompts_are_printed_without_a_file(model_path, capsys):
@@ -233,6 +341,26 @@ def test_the_doctor_names_the_backend_of_every_op(capsys):
     assert report["packages"]["torch"]
     assert main(["doctor"]) == 0
     assert "backend of each op" in capsys.readouterr().out
+
+
+@pytest.mark.measured
+def test_the_doctor_says_how_a_model_is_decoded_and_in_how_many_lanes(model_path, capsys):
+    assert main(["doctor", "--json", "--model", str(model_path), "--threads", "1"]) == 0
+    decoding = json.loads(capsys.readouterr().out)["decoding"]
+    assert decoding["attention"] in ("rows", "padded")
+    assert decoding["captured"] is False
+    assert decoding["lanes"].keys() == decoding["step_seconds"].keys() >= {"1", "2", "16"}
+    assert all(seconds > 0 for seconds in decoding["step_seconds"].values())
+    assert decoding["lanes"]["16"] == 1  # more rows are not asked for on a CPU
+    assert main(["doctor", "--model", str(model_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"decoding of {model_path} on cpu, float32" in printed
+    assert "lanes of so many chains" in printed
+
+
+def test_the_doctor_refuses_a_model_that_is_not_there(capsys):
+    assert main(["doctor", "--model", "/nowhere"]) == 2
+    assert "--model /nowhere cannot be loaded" in capsys.readouterr().err
 
 
 def test_bench_prints_its_tables_and_writes_its_results(tmp_path, capsys):

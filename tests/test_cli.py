@@ -251,7 +251,7 @@ def test_out_of_memory_keeps_the_answers_and_says_what_to_lower(
 
 
 def test_a_full_disk_keeps_the_answers_that_fit(model_path, prompts, tmp_path, uninterrupted, monkeypatch, capsys):
-    """After 2 answers and half of the third, the rest of whose write fails as the kernel has it: first short, then not."""
+    """After 2 answers and half of the third: a write that comes out short, then one that fails, as a kernel has it."""
     out = tmp_path / "out.jsonl"
     write, calls = os.write, []
 

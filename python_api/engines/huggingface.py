@@ -223,6 +223,8 @@ class HuggingFaceEngine:
     def plan(self, state: ChainState) -> int:
         """The host's part of the next step. Returns how many positions its attention may have to read.
 
+        Of the flash kernel, which reads each lane's own, this number only chooses how the work is split, and with that
+        the rounding: it gets the same one all along, so that what the host knows when changes nothing.
         Raises ArgumentError on a CPU for positions that the run does not have.
         """
         self._check_running()
@@ -232,6 +234,8 @@ class HuggingFaceEngine:
             if first < 0 or length > self._max_length:
                 raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
         self._steps += 1
+        if self.attention == decode_attention.FLASH and not getattr(self._config, "attn_logit_softcapping", None):
+            return self._slabs.positions
         return min(_round_up(length, self.length_multiple), self._slabs.positions)
 
     def decode(self, state: ChainState, plan: int) -> Sampled:

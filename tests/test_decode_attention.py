@@ -140,7 +140,7 @@ def test_values_may_be_narrower_than_keys(kernel):
     query, position = queries(3, 4, 16), torch.tensor([2, 39, 11], device=DEVICE)
     got = DecodeView(position, 40, kernel).attend(query, keys, values, 0.3, None, None)
     want = by_definition(query, keys, values, position, 40, 0.3, None, None)
-    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-3 if ON_CUDA else 2e-5)  # TF32 there
 
 
 @host_only
@@ -363,6 +363,8 @@ def test_what_runs_is_said_and_may_be_asked_for():
     assert decode_attention.choose(plain, 8, CPU, PADDED) == PADDED
     with pytest.raises(ArgumentError, match="'fastest'; it must be one of 'flash', 'rows', 'padded'"):
         decode_attention.choose(plain, 8, CPU, "fastest")
+    with pytest.raises(ArgumentError, match=r"\['rows'\]; it must be one of"):
+        decode_attention.choose(plain, 8, CPU, ["rows"])
     with pytest.raises(ArgumentError, match="looks at positions on the host"):
         decode_attention.choose(plain, 8, torch.device("meta"), ROWS)
     # No kernel for the host: said, not replaced, since it was asked for.

@@ -50,7 +50,7 @@ def points(grid: str, device: str) -> list[Point]:
         sizes, dtypes = [(2, *SMALL, 4, 16, 200)], (torch.float32,)
     elif device == "cpu":
         sizes = [(4, *SMALL, *UNEQUAL), (8, *SMALL, *EQUAL), (4, *SMALL, *SHORT), (1, *SEVEN, *UNEQUAL)]
-        sizes += [(2, *SEVEN, *EQUAL), (2, *SEVEN, 64, 64, 3072)] if grid == "full" else []
+        sizes += [(2, *SEVEN, *EQUAL), (1, *SEVEN, 32, 64, 3072)] if grid == "full" else []
         dtypes = (torch.float32, torch.bfloat16) if grid == "full" else (torch.float32,)
     else:
         sizes = [(4, *SEVEN, rows, 64, 3072) for rows in (1, 4, 16, 64, 256)]

@@ -214,7 +214,7 @@ def choose(layout, heads: int, device: torch.device, asked: str | None = None) -
     is chosen and a RuntimeWarning says why. asked: take this one. Raises ArgumentError where it is unknown, cannot run
     here or fails the trial.
     """
-    if asked is not None and asked not in KERNELS:
+    if asked is not None and asked not in tuple(KERNELS):
         raise ArgumentError(f"attention is {asked!r}; it must be one of {', '.join(map(repr, KERNELS))}")
     shapes = dict.fromkeys(layout.layers)
     if asked == FLASH or (asked is None and device.type == "cuda" and layout.dtype in _HALF and _flash_fits(shapes)):

@@ -133,7 +133,8 @@ class CompiledForward:
     configs: what the model's modules read their attention implementation from. layers: of the model. backend: of
     torch.compile, in its default mode; True is torch's default.
 
-    The first call compiles, and raises UnsupportedModelError for a model that does not compile as one graph.
+    The first call compiles, and raises UnsupportedModelError for a model that does not compile as one graph. Weights
+    may change at any time; forward hooks that are added or removed count from the next run on.
     """
 
     def __init__(self, model: PreTrainedModel, configs: list, *, layers: int, backend: bool | str = True):
@@ -142,20 +143,26 @@ class CompiledForward:
         known = torch.compiler.list_backends(exclude_tags=())
         if backend is not True and backend not in known:
             raise ArgumentError(f"compile is {backend!r}; torch.compile knows {', '.join(known)}")
-        cache = Cache(layers=[_PassingLayer() for _ in range(layers)])
-
-        def decode(module, input_ids, position_ids):
-            return module(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
-
-        # torch counts recompilations by code object, which engines would otherwise share.
-        own = types.FunctionType(decode.__code__.replace(), decode.__globals__, "decode", None, decode.__closure__)
-        self._decode = torch.compile(own, fullgraph=True, backend="inductor" if backend is True else backend)
+        self._backend = "inductor" if backend is True else backend
+        self._cache = Cache(layers=[_PassingLayer() for _ in range(layers)])
+        self._decode = self._compiled()
         self._model, self._works = model, False
         self._attention = Patches()
         for config in configs:
             self._attention.add(config, "_attn_implementation_internal", NAME)
+        self._hooks: list[tuple] | None = None
         self._stubs: dict[nn.Module, _Stub] = {}
         self._linears: weakref.WeakKeyDictionary[Cache, dict[int, SmallBatchLinear]] = weakref.WeakKeyDictionary()
+
+    def _compiled(self):
+        cache = self._cache
+
+        def decode(module, input_ids, position_ids):
+            return module(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+
+        # torch keeps what it has compiled, and counts how often, by code object, of which all engines would share one.
+        own = types.FunctionType(decode.__code__.replace(), decode.__globals__, "decode", None, decode.__closure__)
+        return torch.compile(own, fullgraph=True, backend=self._backend)
 
     def __call__(self, module: nn.Module, cache: Cache, input_ids: torch.Tensor, position_ids: torch.Tensor):
         """The output of `module` for tokens and positions [rows, 1]. To be called as the module itself would be: in
@@ -190,6 +197,7 @@ class CompiledForward:
     def _linears_of(self, cache: Cache) -> dict[int, SmallBatchLinear]:
         """Those of the run that has this cache, and no longer than it."""
         if cache not in self._linears:
+            self._follow_hooks()
             linears = {}
             for module in self._model.modules():
                 linear = vars(module).get("forward")
@@ -198,6 +206,13 @@ class CompiledForward:
                     linears[stub.index] = linear
             self._linears[cache] = linears
         return self._linears[cache]
+
+    def _follow_hooks(self) -> None:
+        """Compile again where the owner has changed the model's hooks, at which compiled code does not look."""
+        hooks = [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in self._model.modules()]
+        if self._hooks is not None and hooks != self._hooks:
+            self._decode, self._works = self._compiled(), False
+        self._hooks = hooks
 
     @contextmanager
     def _stubbed(self, linears: dict[int, SmallBatchLinear]) -> Iterator[None]:

@@ -135,7 +135,14 @@ def driver_share(seconds: dict[str, float]) -> float | None:
 
 
 def useful_share(report: dict) -> float | None:
+    """Rows that brought an extension or a proposal on, over all that went through the model."""
     return report["useful_lane_steps"] / report["lane_steps"] if report.get("lane_steps") else None
+
+
+def filled_share(report: dict, account: dict[str, int]) -> float | None:
+    """Tokens drawn for extensions and proposals, over steps times lanes: a lane that waits or stands idle counts."""
+    lanes = report.get("steps", 0) * report.get("slots", 0) * report.get("lanes", 0)
+    return (account["extension"] + account["proposal"]) / lanes if lanes else None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 class Progress:
-    """A line on the error stream before each call. rounds: how many there will be, None where nobody knows."""
+    """Lines on the error stream: one before each call. rounds: how many there will be, None where nobody knows."""
 
     def __init__(self, rounds: int | None = None):
         self.started, self.done, self.rounds = time.perf_counter(), 0, rounds
@@ -228,6 +235,9 @@ class Progress:
         return time.perf_counter() - self.started
 
     def __call__(self, text: str) -> None:
+        if text.startswith(" "):  # what came of the call before
+            print(f"[{text.strip()}]", file=sys.stderr, flush=True)
+            return
         self.done += 1
         count = f"{self.done}/{self.rounds}" if self.rounds else f"{self.done}"
         print(f"[{count}, {self.elapsed:.0f} s] {text}", file=sys.stderr, flush=True)

@@ -13,8 +13,9 @@ lanes          of one chain; "default" is what the driver chooses by itself, wit
 wall           seconds an answer took
 over 1 lane    wall time over that with one lane in the same cell; the same of processor time (all threads)
 over plain     the two over plain generation of the same cell
-steps          forward passes of the decoder an answer took, without prefill
-useful         lanes fed for an extension or a proposal, over all lanes fed
+steps          of the driver an answer took, those included that were answered from memory without a forward pass
+useful         rows that went through the model for an extension or a proposal, over all rows that did
+filled         tokens drawn, over steps times lanes: a lane that waits or stands idle counts
 accepted       steps that kept the proposal (in brackets: steps that changed the answer)
 differ         cells in which the answer or the course of the chain is another than with one lane
 
@@ -81,7 +82,8 @@ class Bench:
         for each in lanes:
             self.power(each, 0, 0, 4)
 
-    def cell(self, lanes: list[str], prompt: int, seed: int, say) -> dict:
+    def cell(self, lanes: list[str], prompt: int, seed: int, say, keep=lambda runs: None) -> dict:
+        """keep: called with the runs so far after each of them."""
         order = list(lanes)
         random.Random(f"{prompt} {seed}").shuffle(order)
         runs = {}
@@ -91,11 +93,13 @@ class Bench:
             out = call()
             if any(len(answer) != self.schedule["max_new_tokens"] for answer in out.answers):
                 raise AssertionError(f"{name} ended an answer early")
+            say(f"    {out.wall:.1f} s, {out.report['steps']} steps of {out.report['lanes']} lanes")
             return out
 
         first = run("plain", lambda: self.plain(prompt, seed))
         for each in order:
             runs[each] = run(label(each), lambda each=each: self.power(each, prompt, seed))
+            keep({"plain": first} | runs)
         last = run("plain", lambda: self.plain(prompt, seed))
         first.cpu, first.wall = (first.cpu + last.cpu) / 2, (first.wall + last.wall) / 2
         return {"prompt": prompt, "seed": seed, "runs": {"plain": first} | {each: runs[each] for each in lanes}}
@@ -129,7 +133,8 @@ def summary(cells: list[dict], lanes: str) -> dict:
         "cpu_over_plain": over("plain", "cpu"),
         "forwarded": spread(run.forwarded for run in runs),
         "decode_steps": spread(report["steps"] for report in reports),
-        "useful": common.spread(share for share in map(common.useful_share, reports) if share is not None),
+        "useful": spread(share for share in map(common.useful_share, reports) if share is not None),
+        "filled": spread(common.filled_share(run.report, run.account) for run in runs),
         "acceptance": sum(run.accepted + run.unchanged for run in runs) / steps if steps else None,
         "changed": sum(run.accepted for run in runs) / steps if steps else None,
         "differ": (
@@ -149,9 +154,10 @@ def label(lanes: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    form = "{:>14} | {:>22} | {:>18} {:>18} | {:>20} {:>20} | {:>16} | {:>6} | {:>11} | {:>6}"
-    columns = ("lanes", "seconds", "wall", "processor", "wall", "processor", "steps", "useful", "accepted", "differ")
-    lines = [form.format("", "wall", "over 1 lane", "", "over plain", "", "", "", "", ""), form.format(*columns)]
+    form = "{:>14} | {:>22} | {:>18} {:>18} | {:>20} {:>20} | {:>16} | {:>6} {:>6} | {:>11} | {:>6}"
+    columns = ("lanes", "seconds", "wall", "processor", "wall", "processor", "steps", "useful", "filled")
+    columns += ("accepted", "differ")
+    lines = [form.format("", "wall", "over 1 lane", "", "over plain", *[""] * 6), form.format(*columns)]
     for row in rows:
         name = row["lanes"]
         if name == DEFAULT:
@@ -170,6 +176,7 @@ def table(rows: list[dict]) -> str:
                 shown(row["cpu_over_plain"]) if own else "",
                 shown(row["decode_steps"], 0),
                 useful,
+                f"{row['filled']['median']:.0%}",
                 accepted,
                 differ,
             )
@@ -190,8 +197,13 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
     return [target(name, ratio and ratio["median"], TARGETS["cpu" if device_type == "cpu" else "cuda"])]
 
 
-def document(arguments, one: Subject, cells: list[dict], lanes: list[str], info: dict) -> dict:
-    rows = [summary(cells, each) for each in ("plain", *lanes)]
+def document(arguments, one: Subject, cells: list[dict], lanes: list[str], info: dict, begun: dict) -> dict:
+    """begun: runs of a cell that is not finished, which no row counts."""
+    rows = [summary(cells, each) for each in ("plain", *lanes)] if cells else []
+
+    def plain(runs: dict[str, Timed]) -> dict[str, dict]:
+        return {name: vars(run) for name, run in runs.items()}
+
     return {
         "suite": "latency",
         "labels": {"plain": "plain sampling"} | {each: label(each) for each in lanes},
@@ -201,7 +213,8 @@ def document(arguments, one: Subject, cells: list[dict], lanes: list[str], info:
         "machine": info,
         "table": rows,
         "targets": verdicts(rows, one.device.type),
-        "cells": [cell | {"runs": {name: vars(run) for name, run in cell["runs"].items()}} for cell in cells],
+        "cells": [cell | {"runs": plain(cell["runs"])} for cell in cells],
+        "unfinished": plain(begun),
     }
 
 
@@ -222,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="at most, for each prompt (2)")
     parser.add_argument("--seconds", type=float, default=440.0, help="no cell is begun that would end later (440)")
     parser.add_argument("--quick", action="store_true", help="the setting quick, two prompts: no figure to quote")
-    parser.add_argument("--json", metavar="OUT", help="write every cell and the table to this file after each cell")
+    parser.add_argument("--json", metavar="OUT", help="write every run and the table to this file, after each run")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     arguments = parser.parse_args(argv)
     lanes = arguments.lanes.split(",")
@@ -263,16 +276,20 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     cells: list[dict] = []
+
+    def keep(begun: dict[str, Timed]) -> None:
+        common.write(arguments.json, document(arguments, one, cells, lanes, info, begun))
+
     longest = 0.0
     for seed in range(arguments.seeds):
         for prompt in range(len(one.prompts)):
             begin = say.elapsed
             if cells and begin + longest > arguments.seconds:
                 break
-            cells.append(bench.cell(lanes, prompt, seed, say))
+            cells.append(bench.cell(lanes, prompt, seed, say, keep))
             longest = max(longest, say.elapsed - begin)
-            common.write(arguments.json, document(arguments, one, cells, lanes, info))
-    result = document(arguments, one, cells, lanes, info)
+            keep({})
+    result = document(arguments, one, cells, lanes, info, {})
     print(table(result["table"]))
     print("\n" + common.targets_text(result["targets"]))
     if arguments.json:

@@ -10,7 +10,8 @@ their full length, so that all methods write the same number of tokens. All powe
 answers/s      answers over wall time; tokens/s: their tokens over wall time
 over plain     answers per second over those of plain generation at the same batch (transformers' generate, left-padded)
 forwarded      tokens forwarded an answer
-useful         lanes fed for an extension or a proposal, over all lanes fed; lanes idle while the last answers end
+useful         rows that went through the model for an extension or a proposal, over all rows that did
+filled         tokens drawn, over steps times lanes: a lane that waits counts, and one idle while the last answers end
 driver         the driver's own share of a decode step: all but the model's forward pass (by the host's clock; not where
                steps are replayed from a recording, whose parts `decode` measures)
 accepted       steps that kept the proposal (in brackets: steps that changed the answer)
@@ -37,7 +38,7 @@ LABELS = {
 # (prompts, slots, tokens, blocks, steps, answers of the published algorithm) by kind of device.
 SIZES = {"quick": (6, 4, 12, 3, 2, 1), "cpu": (64, 16, 64, 4, 4, 2), "cuda": (64, 64, 576, 3, 10, 1)}
 # What must hold: useful lane-steps; the driver's share on a CPU; answers per second over the published one's on a GPU.
-TARGETS = {"useful": 0.90, "driver": 0.10, "published": 50.0}
+TARGETS = {"filled": 0.90, "driver": 0.10, "published": 50.0}
 
 
 class Bench:
@@ -112,6 +113,7 @@ def summary(method: str, run: Timed, plain: Timed | None) -> dict:
         "lanes": report.get("lanes"),
         "slots": report.get("slots"),
         "useful": common.useful_share(report),
+        "filled": common.filled_share(report, run.account),
         "driver": common.driver_share(seconds) if report else None,
         "seconds": seconds,
         "decode_steps": report.get("steps"),
@@ -127,10 +129,9 @@ def label(row: dict, slots: int) -> str:
 
 
 def table(rows: list[dict], slots: int) -> str:
-    form = "{:38} {:>7} | {:>9} {:>9} {:>10} | {:>9} | {:>6} {:>6} | {:>11}"
-    lines = [
-        form.format("", "answers", "answers/s", "tokens/s", "over plain", "forwarded", "useful", "driver", "accepted")
-    ]
+    form = "{:38} {:>7} | {:>9} {:>9} {:>10} | {:>9} | {:>6} {:>6} {:>6} | {:>11}"
+    columns = ("answers", "answers/s", "tokens/s", "over plain", "forwarded", "useful", "filled", "driver", "accepted")
+    lines = [form.format("", *columns)]
     for row in rows:
         lines.append(
             form.format(
@@ -141,6 +142,7 @@ def table(rows: list[dict], slots: int) -> str:
                 "" if row["over_plain"] is None else f"{row['over_plain']:.3f}",
                 f"{row['forwarded_per_answer']:.0f}",
                 "" if row["useful"] is None else f"{row['useful']:.0%}",
+                "" if row["filled"] is None else f"{row['filled']:.0%}",
                 "" if row["driver"] is None else f"{row['driver']:.0%}",
                 "" if row["acceptance"] is None else f"{row['acceptance']:.2f} ({row['changed']:.2f})",
             )
@@ -163,7 +165,8 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
     ours, published = by.get("ours"), by.get("published")
     found = []
     if ours:
-        found.append(target("share of lane-steps doing useful work", ours["useful"], TARGETS["useful"], at_most=False))
+        # The stricter of the two shares: on a CPU an idle lane does not go through the model and is not in the other.
+        found.append(target("share of lane-steps doing useful work", ours["filled"], TARGETS["filled"], at_most=False))
         found.append(target("the driver's own share of a step", ours["driver"], TARGETS["driver"]))
     if ours and published and device_type == "cuda":
         ratio = ours["answers_per_s"] / published["answers_per_s"]

@@ -190,13 +190,36 @@ def test_latency_counts_the_cells_that_took_another_course(written):
 
 
 def test_lanes_trade_steps_for_tokens(written):
-    """8 lanes take fewer decode steps than 1 and forward no fewer tokens, over 2 chains of 12 steps."""
+    """8 lanes take fewer steps than 1, draw no fewer tokens and fill less of them, over 2 chains of 12 steps."""
     rows = {row["lanes"]: row for row in written[1]["latency"]["table"]}
     one, eight = rows["1"], rows["8"]
     assert eight["decode_steps"]["median"] < one["decode_steps"]["median"]
     assert eight["forwarded"]["median"] >= one["forwarded"]["median"]
-    assert eight["useful"]["median"] < one["useful"]["median"]
+    assert eight["filled"]["median"] < one["filled"]["median"] == 1.0
+    assert max(row["useful"]["high"] for row in rows.values()) <= 1.0
     assert one["changed"] > 0
+
+
+def test_a_killed_run_keeps_the_cell_it_was_in(tiny, monkeypatch, tmp_path):
+    """Interrupted in the third call, the second number of lanes: plain sampling and the first are in the file."""
+    monkeypatch.setattr(latency, "subject", lambda *a, **k: tiny)
+    calls, call = [], latency.Bench._run
+
+    def interrupted(self, config, prompt, seed):
+        calls.append(config)
+        if len(calls) == 3 + 3:  # three of them warm up
+            raise KeyboardInterrupt
+        return call(self, config, prompt, seed)
+
+    monkeypatch.setattr(latency.Bench, "_run", interrupted)
+    path = tmp_path / "out.json"
+    more = ["--tokens", "4", "--blocks", "1", "--steps", "1", "--lanes", "1,2", "--json", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        latency.main(["--model", "tiny", "--device", "cpu", *more])
+    document = json.loads(path.read_text())
+    assert document["cells"] == document["table"] == []
+    assert len(document["unfinished"]) == 2
+    assert len(document["unfinished"]["plain"]["answers"][0]) == 4
 
 
 def test_no_cell_is_begun_when_the_time_is_over(tiny, monkeypatch, tmp_path):
@@ -258,10 +281,13 @@ def test_shares_of_a_run():
     assert common.driver_share({**seconds, "replay": 1.0}) is None
     assert common.useful_share({"lane_steps": 200, "useful_lane_steps": 190}) == 0.95
     assert common.useful_share({"lane_steps": 0, "useful_lane_steps": 0}) is None
+    report, account = {"steps": 50, "slots": 2, "lanes": 4}, {"extension": 100, "proposal": 200}
+    assert common.filled_share(report, account) == 0.75
+    assert common.filled_share({}, {}) is None
 
 
 def test_throughput_targets_are_those_of_the_device():
-    ours = {"method": "ours", "useful": 0.89, "driver": None, "answers_per_s": 60.0}
+    ours = {"method": "ours", "filled": 0.89, "driver": None, "answers_per_s": 60.0}
     published = {"method": "published", "answers_per_s": 1.0}
     on_cpu, on_gpu = (throughput.verdicts([ours, published], kind) for kind in ("cpu", "cuda"))
     assert [item["met"] for item in on_cpu] == [False, None]

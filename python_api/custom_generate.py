@@ -31,7 +31,8 @@ def power_sample(
     proposal_temperature: float | None = None,
     early_rejection: bool = True,
     free_prefix: bool = True,
-    lanes: int = 1,
+    lanes: int | None = None,
+    cut: str = "uniform",
     compat: str | None = None,
     num_chains: int = 1,
     seed: int | None = None,
@@ -83,6 +84,7 @@ def power_sample(
         early_rejection=early_rejection,
         free_prefix=free_prefix,
         lanes=lanes,
+        cut=cut,
         compat=compat,
     )
     mask = model_kwargs.get("attention_mask")  # padding, the one thing in generate()'s own arguments that matters here

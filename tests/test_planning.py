@@ -166,6 +166,8 @@ def test_steps_are_measured_once():
     assert all(seconds > 0 for seconds in first)
     assert engine.decode_seconds([4, 1]) == first[::-1]
     assert engine._slabs is None
+    assert HuggingFaceEngine(engine.model, self_check=False).decode_seconds([1, 4]) == first
+    assert HuggingFaceEngine(tiny_models.llama(), self_check=False).decode_seconds([1, 4]) != first
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +45,9 @@ _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distin
 # Rows of a step beyond which lanes cannot be nearly free, on a CPU and on a device: the processor is busy by then.
 _MOST_ROWS = (16, 256)
 _TIMED_LENGTH = 64  # positions that the timed steps read
+
+
+_measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
 class HuggingFaceEngine:
@@ -100,7 +104,8 @@ class HuggingFaceEngine:
         self.length_multiple = length_multiple or (_DEVICE_MULTIPLE if on_device else 1)
         self.most_rows = _MOST_ROWS[on_device]
         self.forward_seconds = 0.0  # of the host, in the model and its head, prefill included
-        self._decode_seconds: dict[int, float] = {}
+        # Of engines that decode this model alike, whichever was asked first.
+        self._decode_seconds = _measured.setdefault(model, {}).setdefault((self.device, compile), {})
         self._input_vocab = model.get_input_embeddings().weight.shape[0]
         self._slabs: KvSlabs | None = None
         self._patches: Patches | None = None

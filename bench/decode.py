@@ -12,7 +12,7 @@ The shapes have random weights (bench/shapes.py). Three runs of the driver, as u
        roofline = (weight bytes + lanes * positions * KV bytes a position) / bandwidth
 
    bandwidth is what a copy (read and written) or a sum (read) of a buffer larger than every cache reaches in the same
-   run, whichever is faster. "of roofline" is that time over the step's.
+   run, whichever is faster. "of roofline" is that time over the step's; "replayed" the steps from a recording.
 2. Power sampling with as many lanes as the most of --lanes, under torch.profiler: the time of our kernels by a step.
    Sampling is the mass and the finishing kernel; where the LM head and the draw are one kernel, that is the model's.
    Their share is of a step of the first run.
@@ -152,7 +152,7 @@ class Bench:
         self.plain(lanes, WARM_STEPS + 1)
         with marked_steps(self.subject.device) as marks:
             self.plain(lanes)
-        times = intervals(marks)
+        times, report = intervals(marks), self.subject.sampler.last_run
         if len(times) < 2:
             raise AssertionError(f"{len(marks)} steps are too few to time one")
         model = self.subject.plain
@@ -163,6 +163,7 @@ class Bench:
         return {
             "lanes": lanes,
             "steps": len(times),
+            "replayed": report.replays / report.steps,
             "seconds": seconds,
             "seconds_quartiles": [quarters[0], quarters[2]],
             "weight_bytes": weights,
@@ -212,9 +213,11 @@ class Bench:
 def table(result: dict) -> str:
     found = result["bandwidth"]
     lines = [f"bandwidth: copy {found['copy'] / 1e9:.0f} GB/s, read {found['read'] / 1e9:.0f} GB/s"]
-    form = "{:>5} | {:>9} {:>17} | {:>10} {:>10} | {:>9} {:>11} | {:>9}"
+    form = "{:>5} | {:>9} {:>17} | {:>8} | {:>10} {:>10} | {:>9} {:>11} | {:>9}"
     lines.append(
-        form.format("lanes", "ms a step", "quartiles", "weights GB", "KV GB", "ms bound", "of roofline", "tokens/s")
+        form.format(
+            "lanes", "ms a step", "quartiles", "replayed", "weights GB", "KV GB", "ms bound", "of roofline", "tokens/s"
+        )
     )
     for row in result["table"]:
         low, high = row["seconds_quartiles"]
@@ -223,6 +226,7 @@ def table(result: dict) -> str:
                 row["lanes"],
                 f"{1e3 * row['seconds']:.3f}",
                 f"{1e3 * low:.3f}-{1e3 * high:.3f}",
+                f"{row['replayed']:.0%}",
                 f"{row['weight_bytes'] / 1e9:.3f}",
                 f"{row['kv_bytes'] / 1e9:.3f}",
                 f"{1e3 * row['roofline_seconds']:.3f}",

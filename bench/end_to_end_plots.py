@@ -136,7 +136,7 @@ def account(measured: Measured, folder: Path) -> Path | None:
         note = "forwarded (solid beyond it: recalled)"
     else:
         note = "forwarded"
-    drawn[note] = forwarded[0]
+    drawn = {text: drawn[text] for _, text in (CAUSES | SAVED).values() if text in drawn} | {note: forwarded[0]}
     ax.set_yticks(range(len(measured.runs)), [measured.label(method) for method in measured.runs], fontsize=9)
     ax.set_xlim(0, ax.get_xlim()[1] * 1.06)
     ax.set_xlabel("tokens an answer")

@@ -2,6 +2,7 @@
 
 from power_kernels.api.config import PowerConfig
 from power_kernels.api.custom_generate import power_sample
+from power_kernels.api.distributed import RankLostError, generate_sharded
 from power_kernels.api.engine import Engine, EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.results import PowerResult, TokenAccount
@@ -15,8 +16,10 @@ __all__ = [
     "PowerConfig",
     "PowerResult",
     "PowerSampler",
+    "RankLostError",
     "Sampled",
     "TokenAccount",
     "UnsupportedModelError",
+    "generate_sharded",
     "power_sample",
 ]

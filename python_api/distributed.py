@@ -28,6 +28,7 @@ from power_kernels.api.results import PowerResult
 from power_kernels.api.sampler import PowerSampler
 from power_kernels.errors import ArgumentError
 
+JOINING = timedelta(minutes=10)  # before models are loaded
 PATIENCE = timedelta(hours=6)
 
 
@@ -45,39 +46,36 @@ class Ranks:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.world > 1:
-            self._meet(lambda: dist.broadcast_object_list(values, group=self.group, group_src=0))
+            _meet(lambda: dist.broadcast_object_list(values, group=self.group, group_src=0))
         return values[0]
 
     def gather(self, value) -> list:
         """Every rank's value, on every rank, in the order of ranks."""
         values = [value] * self.world
         if self.world > 1:
-            self._meet(lambda: dist.all_gather_object(values, value, group=self.group))
+            _meet(lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
-    def _meet(self, collective: Callable[[], None]) -> None:
-        """In a thread of its own: this one must see Ctrl-C and SIGTERM, and may leave while others are awaited."""
-        errors: list[BaseException] = []
 
-        def call():
-            try:
-                collective()
-            except BaseException as error:
-                errors.append(error)
+def _meet(collective: Callable[[], object]):
+    """What the call returns, made in a thread of its own: this one must see Ctrl-C and SIGTERM, and may then leave
+    while others are awaited."""
+    returned, errors = [], []
 
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(1)
-        with _explained():
-            if errors:
-                raise errors[0]
+    def call():
+        try:
+            returned.append(collective())
+        except BaseException as error:
+            errors.append(error)
 
-
-@contextmanager
-def _explained() -> Iterator[None]:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1)
     try:
-        yield
+        if errors:
+            raise errors[0]
+        return returned[0]
     except RuntimeError as error:
         raise RankLostError(
             f"another process of this run stopped, as its own output should explain, or did not come in time: {error}"
@@ -100,13 +98,12 @@ def join(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
         yield Ranks()
         return
     made = not dist.is_initialized()
-    with _explained():
-        if made:
-            try:
-                dist.init_process_group("gloo")
-            except ValueError as error:
-                raise ArgumentError(f"WORLD_SIZE is {launched()}, but {error}; start with torchrun") from None
-        group = dist.new_group(backend="gloo", timeout=patience)
+    if made:
+        try:
+            _meet(lambda: dist.init_process_group("gloo", timeout=JOINING))
+        except ValueError as error:
+            raise ArgumentError(f"WORLD_SIZE is {launched()}, but {error}; start with torchrun") from None
+    group = _meet(lambda: dist.new_group(backend="gloo", timeout=patience))
     rank = dist.get_rank()
     try:
         yield Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)), group)

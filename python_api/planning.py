@@ -86,21 +86,16 @@ def lane_gain(lanes: int) -> float:
 
 
 def default_lanes(engine: SizedEngine, config: PowerConfig, slots: int) -> int:
-    """The lanes that answer soonest: seconds of a step at slots * P rows, times the steps that an answer takes then.
+    """The lanes whose proposals are decided soonest: least seconds of a step at slots * P rows, over `lane_gain(P)`.
 
-    A stage of b tokens is extended in b steps, whatever the lanes, and its proposals regenerate half of the answer
-    each, or a quarter where they can be rejected early. Measures steps, and raises as `decode_seconds` does.
+    Not more than a stage has steps, since lanes wait at its end. Measures steps, and raises as `decode_seconds` does.
     """
-    wanted = [p for p in LANES if slots * p <= engine.most_rows]
-    if len(wanted) < 2 or config.mcmc_steps + config.final_steps == 0:
+    most = max(config.mcmc_steps, config.final_steps)
+    allowed = [p for p in LANES if p == 1 or (p <= most and slots * p <= engine.most_rows)]
+    if len(allowed) == 1:
         return 1
-    law = config.law
-    suffix = 0.25 if law.early_rejection else 0.5
-    stages = law.stages
-    per_token = suffix * (law.mcmc_steps * (stages + 1) / 2 + law.final_steps)
-    seconds = engine.decode_seconds([slots * p for p in wanted])
-    steps = [1 + per_token / lane_gain(p) for p in wanted]
-    return min(zip(wanted, seconds, steps, strict=True), key=lambda choice: choice[1] * choice[2])[0]
+    seconds = engine.decode_seconds([slots * p for p in allowed])
+    return min(zip(allowed, seconds, strict=True), key=lambda choice: choice[1] / lane_gain(choice[0]))[0]
 
 
 def _budget(engine: Engine) -> int | None:

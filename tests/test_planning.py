@@ -17,7 +17,7 @@ from tests import tiny_models
 from tests.devices import ON_CUDA
 from tests.toys import Toy, ToyEngine, power_toy
 
-CONFIG = PowerConfig(alpha=2.0, max_new_tokens=32, block_size=8, mcmc_steps=6)
+CONFIG = PowerConfig(alpha=2.0, max_new_tokens=32, block_size=8, mcmc_steps=20)
 
 
 class Sized(ToyEngine):
@@ -81,6 +81,11 @@ def test_rows_beyond_what_the_engine_finds_worth_asking_are_not_measured(free):
     assert engine.asked == [4, 8, 16]
     assert silent(engine, chains=16) == Plan(16, 1)
     assert engine.asked == [4, 8, 16]
+
+
+def test_no_more_lanes_than_a_stage_has_steps(free):
+    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=5)) == Plan(1, 4)
+    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=1, final_steps=9)) == Plan(1, 8)
 
 
 def test_nothing_is_measured_where_lanes_are_given_or_idle(free):

@@ -253,7 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     order = [method for method in METHODS if method in methods] + (["plain"] if "plain" in methods else [])
     say, runs = Progress(len(order)), {}
     for method in order:
-        say(LABELS[method].format(slots=arguments.slots, lanes=arguments.lanes or "default", s="s"))
+        say(
+            LABELS[method].format(
+                slots=arguments.slots, lanes=arguments.lanes or "default", s="s"[arguments.lanes == 1 :]
+            )
+        )
         run = bench.call(method, arguments.seed)
         if any(len(answer) != arguments.tokens for answer in run.answers):
             raise AssertionError(f"{method} ended an answer before {arguments.tokens} tokens")

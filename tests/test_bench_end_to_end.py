@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -323,6 +324,43 @@ def test_marks_are_taken_before_every_step_and_taken_away(tiny):
     assert len(marks) == tiny.sampler.last_run.steps == 8
     assert len(decode.intervals(marks)) == 8 - decode.WARM_STEPS - 1
     assert min(decode.intervals(marks)) > 0
+
+
+def test_steps_on_a_device_are_timed_by_events_that_nothing_waits_for(tiny, monkeypatch):
+    """torch.cuda replaced by what notes its calls: one event a step, and one wait when all is over."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+            self.at = log.count("event")
+
+        def elapsed_time(self, end):
+            return 250.0 * (end.at - self.at)  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: log.append("wait"))
+    with decode.marked_steps(torch.device("cuda", 0)) as marks:
+        tiny.sampler.generate([[3, 4, 5]], PowerConfig(alpha=1.0, max_new_tokens=8, block_size=None, mcmc_steps=0))
+    assert log == ["event"] * 8
+    assert decode.intervals(marks) == [0.25] * (8 - decode.WARM_STEPS - 1)
+    assert log[-1] == "wait"
+    log.clear()
+    common.timed(lambda: log.append("call") or opponents.Run([]), device="cuda:0")
+    assert log == ["wait", "call", "wait"]
+
+
+def test_the_parts_of_a_step_are_told_by_the_names_of_kernels_that_exist():
+    sources = Path(decode.__file__).resolve().parents[1] / "power_kernels" / "triton"
+    kernels = re.findall(r"^def (_\w*kernel)\(", "".join(p.read_text() for p in sources.glob("*.py")), re.MULTILINE)
+    parts = {k: [part for part, names in decode.PARTS.items() if re.search(names, k)] for k in kernels}
+    assert all(len(found) <= 1 for found in parts.values())
+    of_a_step = {"_mass_kernel": "sampling", "_finish_kernel": "sampling", "_head_kernel": "head and draw",
+                 "_mh_advance_kernel": "advance", "_kv_copy_kernel": "KV copies"}  # fmt: skip
+    assert {kernel: parts.get(kernel) for kernel in of_a_step} == {k: [part] for k, part in of_a_step.items()}
 
 
 @pytest.mark.parametrize("bad_step", [decode.WARM_STEPS, decode.WARM_STEPS + 1, None])

@@ -114,6 +114,7 @@ def main(directory: Path) -> dict:
     seen["plan"] = [plan.slots, plan.lanes, engine.decode_seconds([1, 2])]
 
     seen["refused"]["ungathered"] = refusal(HuggingFaceEngine, load("llama", {"lm_head": "colwise"}))
+    seen["refused"]["heads"] = refusal(HuggingFaceEngine, load("one head"))
     other = build("llama")
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("fsdp",))
     norm = other.model.norm

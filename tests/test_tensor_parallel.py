@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from power_kernels.api.engines.tensor_parallel import Ranks
-from tests.tensor_parallel_worker import PROMPTS, answers, build
+from tests import tiny_models
+from tests.tensor_parallel_worker import PROMPTS, VOCAB, answers, build
 
 RANKS = 2
 FAMILIES = ("llama", "qwen2")  # without and with biases that the plan shards
@@ -24,6 +25,7 @@ def seen(tmp_path_factory) -> list[dict]:
     directory = tmp_path_factory.mktemp("tensor_parallel")
     for family in FAMILIES:
         build(family).save_pretrained(directory / family)
+    tiny_models.llama(num_key_value_heads=1, vocab_size=VOCAB).save_pretrained(directory / "one head")
     processes = []
     for rank in range(RANKS):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
@@ -120,6 +122,9 @@ def test_what_is_divided_otherwise_is_refused(seen):
     for rank in seen:
         assert rank["refused"]["ungathered"] == (
             "UnsupportedModelError: LlamaForCausalLM gives 48 logits of 96: its plan does not gather them"
+        )
+        assert rank["refused"]["heads"] == (
+            "UnsupportedModelError: LlamaForCausalLM has 1 key and value heads, which 2 processes cannot divide evenly"
         )
         assert "distributed over fsdp; only one axis, tp" in rank["refused"]["fsdp"]
 

@@ -38,23 +38,30 @@ class Ranks:
         Raises UnsupportedModelError for parameters that are distributed in another way than over the ranks of one
         tensor-parallel group.
         """
-        name, meshes = type(model).__name__, {}
+        name, shared = type(model).__name__, {}
         if "torch.distributed.tensor" in sys.modules:  # else nothing can be a DTensor
             from torch.distributed.tensor import DTensor
 
-            meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
-        if not meshes:
+            shared = {key: p for key, p in model.named_parameters() if isinstance(p, DTensor)}
+        if not shared:
             if (getattr(model, "tp_size", None) or 1) > 1:
                 raise UnsupportedModelError(
                     f"{name} was loaded for several processes, and none of its weights is shared"
                 )
             return None
+        meshes = {p.device_mesh for p in shared.values()}
         axes = {axis for mesh in meshes for axis in (mesh.mesh_dim_names or ("tp",))}
         if len(meshes) > 1 or axes != {"tp"} or next(iter(meshes)).ndim != 1:
             raise UnsupportedModelError(
                 f"{name} has weights distributed over {', '.join(sorted(axes))}; only one axis, tp, is supported"
             )
-        return cls(meshes.pop().get_group(), next(model.parameters()).device)
+        mesh = meshes.pop()
+        heads = getattr(model.config.get_text_config(), "num_key_value_heads", None)
+        if heads is not None and heads % mesh.size() and any(".k_proj." in key for key in shared):
+            raise UnsupportedModelError(
+                f"{name} has {heads} key and value heads, which {mesh.size()} processes cannot divide evenly"
+            )
+        return cls(mesh.get_group(), next(model.parameters()).device)
 
     def check_same(self, **given) -> None:
         """Raise ArgumentError, in every process, where the processes were given different values. All of them must

@@ -368,6 +368,17 @@ class _TableSource(_Source):
 
 
 class _Fast(_Tables):
+    path: list[Answer]
+
+    def extend(self, answer, horizon, stage):
+        self.path.append(super().extend(answer, horizon, stage))
+        return self.path[-1]
+
+    def resolve(self, answer, proposal):
+        outcome, answer = super().resolve(answer, proposal)
+        self.path.append(answer)
+        return outcome, answer
+
     def draw(self, answer, serial, exclude=-1):
         ends, values = self.draw_table(answer, exclude)
         return values[bisect_right(ends, self.position_uniforms(len(answer), serial)[0])]
@@ -377,6 +388,7 @@ class _Fast(_Tables):
 class Run:
     answer: Answer
     outcomes: list[Outcome]
+    path: list[Answer]  # the answer after each extension and after each step
 
 
 def simulate(
@@ -408,7 +420,7 @@ def simulate(
         positions = positions.reshape(len(ids), len(serial), -1).tolist()
         for i, chain_id in enumerate(ids[:, 0].tolist()):
             one = fast(toy.logits, law, alpha=alpha, beta=beta, seed=seed, eos=toy.eos, chain_id=chain_id)
-            one.tables, one.step_rows, one.position_rows = tables, steps[i], positions[i]
+            one.tables, one.step_rows, one.position_rows, one.path = tables, steps[i], positions[i], []
             if starts is None:
                 answer = one.run()
             else:
@@ -416,7 +428,7 @@ def simulate(
                 if x not in started:
                     started[x] = answer_of(one, x)
                 answer = one.steps(started[x], law.max_new_tokens, law.mcmc_steps)
-            runs.append(Run(answer, one.outcomes))
+            runs.append(Run(answer, one.outcomes, one.path))
     return runs
 
 

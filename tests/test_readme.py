@@ -35,6 +35,12 @@ TESTED_AS = {
     "power-kernels bench": "power-kernels bench --quick --ops mh_accept",
     "python bench/ops.py": "python bench/ops.py --quick",
     "python bench/end_to_end.py": "python bench/end_to_end.py --quick --only ours-1",
+    "python bench/end_to_end.py latency": "python bench/end_to_end.py latency --quick --lanes 1,default",
+    "python bench/end_to_end.py throughput": "python bench/end_to_end.py throughput --quick",
+    "make gpu-check OUT=results-decode PLAN=decode": "make --dry-run gpu-check OUT=results-decode PLAN=decode",
+    'power-kernels doctor --model "$(python -m power_kernels.api.demo_model)"': (
+        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.demo_model)"'
+    ),
     "python -m power_kernels.api.paged_demo": "python -m power_kernels.api.paged_demo --tiny",
     "make kernels-report": "python -m power_kernels.triton --quick mh_accept",
     "make gpu-check OUT=results": "make --dry-run gpu-check OUT=results",
@@ -50,6 +56,10 @@ PRINTED = {
     "python -m power_kernels.api.paged_demo": ("shared", "copied"),
     "make kernels-report": ("sm_80", "sm_90", "sm_100", "gfx942", "regs"),
     "make gpu-check OUT=results": ("bench/gpu_check.py --out",),
+    "make gpu-check OUT=results-decode PLAN=decode": ("--plan decode",),
+    "python bench/end_to_end.py latency": ("plain", "default lanes over 1 lane"),
+    "python bench/end_to_end.py throughput": ("answers", "useful"),
+    'power-kernels doctor --model "$(python -m power_kernels.api.demo_model)"': ("attention     rows", "lanes of so many"),
 }
 
 

@@ -5,6 +5,7 @@ Writes what it saw to DIRECTORY/r.json.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ VOCAB = 96  # a multiple of the number of processes, as older releases of transf
 SEED = 5
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [5, 6, 7]]
 CONFIG = PowerConfig(alpha=3.0, max_new_tokens=12, block_size=4, mcmc_steps=4, lanes=2)
+ENTROPY = dataclasses.replace(CONFIG, cut="divergence-entropy")
 
 
 def build(family: str):
@@ -67,6 +69,7 @@ def main(directory: Path) -> dict:
         seen[family] = {
             "answers": answers(engine),
             "without memory": answers(HuggingFaceEngine(model, remember=False)),
+            "cut by entropy": answers(engine, config=ENTROPY),
             "logits": logits.tolist(),
             "heads": [shape[0] for shape in engine._layout.shapes()],
             "ranks": [engine.ranks.rank, engine.ranks.size],
@@ -90,8 +93,11 @@ def main(directory: Path) -> dict:
         torch.full((3,), 2**40 + rank), torch.full((3,), 0.5 + rank), torch.tensor([-torch.inf, torch.nan, rank]),
         torch.full((3,), 1e-40 * (1 + rank)), None, torch.full((3,), rank, dtype=torch.int32),
     ]  # fmt: skip
-    drawn = engine.ranks.drawn(SampleOutput(*values))
-    seen["drawn"] = [None if x is None else [str(x.dtype), x.tolist()] for x in drawn]
+    one_row = [x if x is None else torch.full((1,), rank, dtype=x.dtype) for x in values]
+    one_row[4] = torch.full((1,), float(rank))
+    for name, sent in (("drawn", values), ("drawn alone", one_row)):
+        arrived = engine.ranks.drawn(SampleOutput(*sent))
+        seen[name] = [None if x is None else [str(x.dtype), x.tolist()] for x in arrived]
 
     changed = {
         "seed": {"seed": SEED + rank},

@@ -13,7 +13,7 @@ import torch
 
 from power_kernels.api.engines.tensor_parallel import Ranks
 from tests import tiny_models
-from tests.tensor_parallel_worker import PROMPTS, VOCAB, answers, build
+from tests.tensor_parallel_worker import ENTROPY, PROMPTS, VOCAB, answers, build
 
 RANKS = 2
 FAMILIES = ("llama", "qwen2")  # without and with biases that the plan shards
@@ -53,17 +53,17 @@ def seen(tmp_path_factory) -> list[dict]:
 def test_every_process_draws_the_chains_of_one_process(seen, family):
     """In fp32 the sums over two processes round otherwise, by about 1e-6 here, so a draw may differ from that of one
     process once in many thousand; with this seed none does. Between the processes not a bit may differ."""
-    alone = answers(build(family))
+    alone = {"answers": answers(build(family)), "cut by entropy": answers(build(family), config=ENTROPY)}
+    alone["without memory"] = alone["answers"]
     for rank in seen:
         assert rank[family]["ranks"][1] == RANKS
         assert rank[family]["heads"] == [1] * 4, "two KV heads in all, K and V of two layers"
-        for how in ("answers", "without memory"):
-            assert [a[0] for a in rank[family][how]] == [a[0] for a in alone], how
-            assert [a[2] for a in rank[family][how]] == [a[2] for a in alone], how
-            for got, want in zip(rank[family][how], alone, strict=True):
+        for how, wanted in alone.items():
+            assert [a[0] for a in rank[family][how]] == [a[0] for a in wanted], how
+            assert [a[2] for a in rank[family][how]] == [a[2] for a in wanted], how
+            for got, want in zip(rank[family][how], wanted, strict=True):
                 torch.testing.assert_close(got[1], want[1], rtol=0, atol=2e-4)
-    assert seen[0][family]["answers"] == seen[1][family]["answers"]
-    assert seen[0][family]["without memory"] == seen[1][family]["without memory"]
+            assert rank[family][how] == seen[0][family][how], how
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,7 +87,7 @@ def test_a_rank_with_other_logits_follows_the_first(seen):
 
 
 def test_the_first_rank_s_draws_arrive_bit_for_bit(seen):
-    """int64 beyond int32, infinities, NaN, a subnormal, an absent entropy."""
+    """int64 beyond int32, infinities, NaN, a subnormal, an absent entropy; one row, with an entropy."""
     token, logp, logq, weight, entropy, status = (
         ["torch.int64", [2**40] * 3],
         ["torch.float32", [0.5] * 3],
@@ -98,6 +98,8 @@ def test_the_first_rank_s_draws_arrive_bit_for_bit(seen):
     )
     for rank in seen:
         assert repr(rank["drawn"]) == repr([token, logp, logq, weight, entropy, status])  # NaN is not equal to itself
+        kinds = ("int64", *["float32"] * 4, "int32")
+        assert rank["drawn alone"] == [[f"torch.{kind}", [0]] for kind in kinds]
 
 
 @pytest.mark.parametrize("name", ["seed", "answers", "config", "eos_token_id", "max_length", "prompts"])

@@ -87,13 +87,11 @@ class Ranks:
 
         One broadcast, and nothing that waits for a device.
         """
-        parts = [x.view(torch.int32).view(x.shape[0], -1) for x in mine if x is not None]
-        message = torch.cat(parts, dim=1)
+        parts = [x.reshape(-1).view(torch.int32) for x in mine if x is not None]
+        message = torch.cat(parts)
         distributed.broadcast(message, group_src=0, group=self.group)
-        columns = iter(message.split([part.shape[1] for part in parts], dim=1))
-        return type(mine)(
-            *(None if x is None else next(columns).contiguous().view(x.dtype).view(x.shape) for x in mine)
-        )
+        received = iter(message.split([part.numel() for part in parts]))
+        return type(mine)(*(None if x is None else next(received).clone().view(x.dtype).view(x.shape) for x in mine))
 
     def first(self, value: float) -> float:
         """The first rank's number."""

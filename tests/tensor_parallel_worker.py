@@ -21,7 +21,7 @@ from transformers.distributed import DistributedConfig
 from power_kernels import SampleOutput
 from power_kernels.api import PowerConfig, PowerSampler, planning
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
-from power_kernels.api.engines.tensor_parallel import Ranks
+from power_kernels.api.engines.tensor_parallel import TensorParallelGroup
 from tests import tiny_models
 
 VOCAB = 96  # a multiple of the number of processes, as older releases of transformers ask for
@@ -125,7 +125,7 @@ def main(directory: Path) -> dict:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("fsdp",))
     norm = other.model.norm
     norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Replicate()]))
-    seen["refused"]["fsdp"] = refusal(Ranks.of, other)
+    seen["refused"]["fsdp"] = refusal(TensorParallelGroup.of, other)
     distributed.destroy_process_group()
     return seen
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from power_kernels.api.engines.tensor_parallel import Ranks
+from power_kernels.api.engines.tensor_parallel import TensorParallelGroup
 from tests import tiny_models
 from tests.tensor_parallel_worker import ENTROPY, PROMPTS, VOCAB, answers, build
 
@@ -132,4 +132,4 @@ def test_what_is_divided_otherwise_is_refused(seen):
 
 
 def test_a_model_that_a_process_holds_alone_has_no_ranks():
-    assert Ranks.of(build("llama")) is None
+    assert TensorParallelGroup.of(build("llama")) is None

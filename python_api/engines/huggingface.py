@@ -27,7 +27,7 @@ from power_kernels.api.engines.prefix_memory import PrefixMemory
 from power_kernels.api.engines.ragged_attention import NAME, DecodeView, PrefillView, Probe, Segment, attached
 from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs, RaggedCache, RaggedLayer
 from power_kernels.api.engines.rope import check_rope, pin_rope
-from power_kernels.api.engines.tensor_parallel import Ranks
+from power_kernels.api.engines.tensor_parallel import TensorParallelGroup
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import as_int64
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Status
@@ -92,7 +92,7 @@ class HuggingFaceEngine:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
         _refuse(model)
-        self.ranks = Ranks.of(model)  # the processes that hold the model with this one, or None
+        self.ranks = TensorParallelGroup.of(model)  # the processes that hold the model with this one, or None
         self.model, self.prefill_chunk, self.remember = model, prefill_chunk, remember
         self._config = model.config.get_text_config()
         self._decoder = model.get_decoder()

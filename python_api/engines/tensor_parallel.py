@@ -24,7 +24,7 @@ from power_kernels.errors import ArgumentError
 Drawn = TypeVar("Drawn", bound=NamedTuple)
 
 
-class Ranks:
+class TensorParallelGroup:
     """The processes that hold `model` together. group: theirs. device: where the messages live."""
 
     def __init__(self, group: distributed.ProcessGroup, device: torch.device):
@@ -32,7 +32,7 @@ class Ranks:
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Ranks | None:
+    def of(cls, model: nn.Module) -> TensorParallelGroup | None:
         """None for a model that this process holds alone.
 
         Raises UnsupportedModelError for parameters that are distributed in another way than over the ranks of one

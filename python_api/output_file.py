@@ -129,7 +129,7 @@ class OutputFile(RecordFile):
 
     def count(self) -> int:
         """Records that are there now. Counted, since an interruption may come between a write and its bookkeeping."""
-        return sum(path.read_bytes().count(b"\n") for path in (self.path, *self._parts()))
+        return sum(1 for path in (self.path, *self._parts()) for _ in _whole_lines(path))
 
     def _take_over(self, order: bool = False) -> _Found:
         """Read what is there, into one file where there are parts, or where `order` asks for what is not so yet."""

@@ -55,7 +55,8 @@ class HuggingFaceEngine:
 
     model: any decoder-only `PreTrainedModel` on one device whose layers are full or sliding-window
         attention and go through transformers' attention interface (Llama, Mistral, Qwen2/3, Phi-3, Gemma
-        2/3, OLMo, Granite, Cohere, ...).
+        2/3, OLMo, Granite, Cohere, ...). Or this process's part of one that was loaded by transformers'
+        tensor-parallel plan; then every process makes the same calls (`engines/tensor_parallel.py`).
     prefill_chunk: the most prompt tokens in one forward pass. Prompts are packed behind each other, never padded.
     remember: on a CPU, keep what a run has forwarded and forward no prefix twice (`engines/prefix_memory.py`).
     length_multiple: attention reads this many positions or a multiple of them, so that steps repeat their shapes; None
@@ -63,8 +64,8 @@ class HuggingFaceEngine:
     attention: the kernel that decodes, of `decode_attention.KERNELS`; None takes the best that works here, and the
         attribute `attention` says which that is.
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
-    compile: run decode forward passes under torch.compile (`engines/compiled.py`), which takes a minute or so, here; a
-        string names a backend of torch.compile other than its default.
+    compile: run decode forward passes under torch.compile (`engines/compiled.py`). It compiles here, which takes a
+        minute or so the first time. A string names a backend of torch.compile other than its default.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
     engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, attention

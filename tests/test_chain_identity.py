@@ -27,7 +27,7 @@ import power_kernels as pk
 from power_kernels import reference, rng
 from power_kernels.api import PowerConfig, PowerResult, PowerSampler, Sampled
 from power_kernels.reference import Answer, ReferenceChain
-from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Law, Mode, Outcome, Status
+from power_kernels.state import CUTS, ChainField, ChainState, LaneField, LaneStatus, Law, Mode, Outcome, Status
 from tests.devices import ON_CUDA
 from tests.op_helpers import BACKENDS, FAST, serving
 from tests.toys import Toy, ToyEngine, power_toy
@@ -69,6 +69,13 @@ def two_ends_toy() -> Toy:
 def holes_toy() -> Toy:
     """A third of the logits is -inf, and in a third of the rows one token has all the mass."""
     return Toy(5, 5, seed=12, eos=(0,), impossible=0.33, forced=0.33)
+
+
+def forced_start_toy() -> Toy:
+    """The same, with one possible first token."""
+    toy = holes_toy()
+    toy.table[()] = np.array([-np.inf, -np.inf, 0.25, -np.inf, -np.inf])
+    return toy
 
 
 def longer_toy() -> Toy:
@@ -120,6 +127,20 @@ CASES = {
         4800,
         3250,
         6950,
+    ),
+    "divergence": Case(
+        two_ends_toy, {**POWER, "block_size": None, "mcmc_steps": 6, "cut": "divergence"}, 2300, 0, 9000
+    ),
+    "divergence by entropy": Case(
+        power_toy,
+        {**POWER, "block_size": 2, "mcmc_steps": 3, "final_steps": 3, "cut": "divergence-entropy"},
+        6300,
+        0,
+        10500,
+    ),
+    # The first stage holds nothing but a forced token: Z = 0, and its steps are unchanged.
+    "divergence by entropy, impossible tokens": Case(
+        forced_start_toy, {**POWER, "block_size": 1, "mcmc_steps": 2, "cut": "divergence-entropy"}, 2700, 2000, 1400
     ),
 }
 
@@ -175,6 +196,9 @@ class WatchedChain(ReferenceChain):
 
     def cut(self, answer, u):
         self.start = super().cut(answer, u)
+        if self.law.diverges and answer.cumz[-1] > 0:
+            steps = np.array(answer.cumz[1:-1]) / answer.cumz[-1]
+            self.margin = min([self.margin, *np.abs(steps - u)])
         return self.start
 
     def draw(self, answer, serial, exclude=-1):
@@ -195,10 +219,15 @@ class WatchedChain(ReferenceChain):
         if near < NEAR:
             return super().draw(answer, serial, exclude)
         if (row, step) not in self.rows:
-            weightless = Answer(answer.tokens, answer.logq, (0.0,) * len(answer.cumw))
-            self.rows[row, step] = super().draw(weightless, serial, exclude)
+            zeros = (0.0,) * len(answer.cumw)
+            self.rows[row, step] = super().draw(Answer(answer.tokens, answer.logq, zeros, zeros), serial, exclude)
         drawn = self.rows[row, step]
-        return answer.append(drawn.tokens[-1], drawn.logq[-1], drawn.cumw[-1])
+        return Answer(
+            drawn.tokens,
+            (*answer.logq, drawn.logq[-1]),
+            (*answer.cumw, answer.cumw[-1] + drawn.cumw[-1]),
+            (*answer.cumz, answer.cumz[-1] + drawn.cumz[-1]),
+        )
 
     def status_and_cdf(self, tokens, exclude) -> tuple[Status, list[float]]:
         z = self.next_logits(tokens)
@@ -220,7 +249,7 @@ class WatchedChain(ReferenceChain):
     def rejects(self, answer, proposal, closed, theta):
         if closed:
             self.loop += len(proposal) - self.start
-            against = answer.cumw[len(proposal)] if self.law.karan_du else self.log_n[len(proposal)]
+            against = answer.cumw[len(proposal)] if self.law.karan_du else self.log_cuts(proposal)
             self.margin = min(self.margin, abs(proposal.cumw[-1] - against - theta))
         return super().rejects(answer, proposal, closed, theta)
 
@@ -316,9 +345,11 @@ def count(results: Results, outcome: Outcome) -> int:
 
 def voided_tokens(results: Results, unhurried: Results) -> int:
     """Tokens that voided lanes forwarded: what was forwarded for proposals above the same chains on one lane."""
-    extra = [r.cost.proposal - unhurried[key].cost.proposal for key, r in results.items()]
-    assert min(extra) >= 0
-    return sum(extra)
+    for key, r in results.items():
+        cost, alone = r.cost, unhurried[key].cost
+        assert cost.voided == cost.proposal - alone.proposal, key
+        assert (cost.accepted, cost.rejected, alone.voided) == (alone.accepted, alone.rejected, 0), key
+    return sum(r.cost.voided for r in results.values())
 
 
 def assert_reference(results: Results, expected: dict, *, exact_weights: bool = False) -> None:
@@ -331,6 +362,7 @@ def assert_reference(results: Results, expected: dict, *, exact_weights: bool = 
             continue
         assert r.tokens == list(want.good.tokens), key
         assert r.outcomes == want.outcomes, key
+        assert r.left == [want.left[serial + 1] for serial in range(r.steps)], key
         assert r.status is want.status, key
         if want.status is Status.OK:
             assert r.finish == ("eos" if want.ends_with_eos(want.good) else "length"), key
@@ -345,9 +377,10 @@ def assert_reference(results: Results, expected: dict, *, exact_weights: bool = 
 def assert_identical(results: Results, others: Results) -> None:
     for key, r in results.items():
         want = others[key]
-        assert (r.tokens, r.outcomes, r.log_weights, r.token_logp, r.finish, r.status) == (
+        assert (r.tokens, r.outcomes, r.left, r.log_weights, r.token_logp, r.finish, r.status) == (
             want.tokens,
             want.outcomes,
+            want.left,
             want.log_weights,
             want.token_logp,
             want.finish,
@@ -451,7 +484,7 @@ def test_tokens_forwarded_and_saved_add_up_to_a_loop_without_shortcuts(name):
             elif not early:
                 assert cost.proposal == want.drawn
     saved = [r.cost for r in one_lane(name, True, True, 128).values()]
-    moves = CASES[name].unchanged > 0
+    moves = CASES[name].unchanged > 0 and not CASES[name].make().law.diverges
     assert (sum(c.saved_prefix for c in saved) > 0) == moves
     if CASES[name].toy is open_toy:
         assert sum(c.saved_early for c in saved) > 0
@@ -532,10 +565,23 @@ class UnderstatingEngine(ToyEngine):
 
 
 class UnderstatedChain(WatchedChain):
-    def draw(self, answer, serial, exclude=-1):
-        drawn = super().draw(answer, serial, exclude)
-        logq = np.float32(drawn.logq[-1]) - np.float32(UnderstatingEngine.BY)
-        return Answer(drawn.tokens, (*drawn.logq[:-1], float(logq)), drawn.cumw)
+    def with_token(self, answer, z, token):
+        plain = super().with_token(answer, z, token)
+        logq = float(np.float32(plain.logq[-1]) - np.float32(UnderstatingEngine.BY))
+        return answer.append(token, logq, plain.cumw[-1] - answer.cumw[-1], self.cut_weight(z))
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_excluded_token_that_is_drawn_all_the_same_is_an_unchanged_step_of_a_divergence_cut(lanes):
+    """1024 chains; at least 600 tokens drawn so. Exact arithmetic never gets here either."""
+    toy, case = holes_toy(), CASES["impossible tokens"]
+    config = replace(case.make(lanes=lanes), cut="divergence")
+    engine = UnderstatingEngine(toy)
+    results = drive(engine, config)
+    assert_reference(results, watched_chains(toy, replace(config, early_rejection=False), CHAINS, UnderstatedChain))
+    assert engine.kept >= 600
+    assert count(results, Outcome.ACCEPTED) >= 600
+    assert count(results, Outcome.UNCHANGED) >= 600
 
 
 @pytest.mark.parametrize("how", [{}, {"lanes": 3}, {"free": False}, {"lanes": 2, "early": False, "free": False}])
@@ -557,7 +603,9 @@ def test_an_excluded_token_that_is_drawn_all_the_same_is_kept_and_the_walk_goes_
 # The other backends
 
 
-@pytest.mark.parametrize("name", ["blocks that do not divide", "impossible tokens", "the published code"])
+@pytest.mark.parametrize(
+    "name", ["blocks that do not divide", "impossible tokens", "the published code", "divergence by entropy"]
+)
 def test_the_reference_operators_give_the_reference_chain_bit_for_bit(name):
     """64 chains on two lanes, weights included."""
     case = CASES[name]
@@ -567,9 +615,9 @@ def test_the_reference_operators_give_the_reference_chain_bit_for_bit(name):
     assert count(results, Outcome.ACCEPTED) >= case.accepted * 64 / CHAINS
 
 
-def test_the_triton_operators_give_the_reference_chain():
+@pytest.mark.parametrize("name", ["a block longer than the answer", "divergence by entropy, impossible tokens"])
+def test_the_triton_operators_give_the_reference_chain(name):
     """4 chains on two lanes under the interpreter, with 3 acceptances and 2 unchanged steps at least."""
-    name = "a block longer than the answer"
     with pk.use_backend("triton"):
         results = drive(ToyEngine(CASES[name].toy()), CASES[name].make(lanes=2), chains=4)
     assert_reference(results, expected_chains(name))
@@ -618,12 +666,15 @@ def made_up(generator: np.random.Generator, state: ChainState, vocab: int) -> Sa
     # The ends of `leave_probability`: 0, -0, above 0 from rounding, below float64's resolution at 1, certain.
     logq = generator.choice([0.0, -0.0, 1e-8, -1e-20, -1e-9, -0.05, -0.3, -1.0, -20.0, -800.0, -np.inf], size=rows)
     weight = -0.5 * np.abs(generator.normal(size=rows))
+    # of its own generator: the other numbers are what they were without it
+    entropy = generator.spawn(1)[0].choice([0.0, -1e-8, 1e-20, 0.3, 1.0, 11.0], size=rows)
     for values, poison in ((weight, np.nan), (weight, np.inf), (logq, np.nan)):
         values[generator.random(rows) < 0.001] = poison
     odds = {Status.OK: 0.8, Status.PENDING: 0.195, Status.NAN: 0.002, Status.POS_INF: 0.001, Status.NO_MASS: 0.002}
     status = generator.choice([int(s) for s in odds], p=list(odds.values()), size=rows)
-    floats = (torch.from_numpy(values.astype(np.float32)) for values in (logq, weight))
-    return Sampled(torch.from_numpy(token), *floats, torch.from_numpy(status.astype(np.int32)))
+    logq, weight, entropy = (torch.from_numpy(values.astype(np.float32)) for values in (logq, weight, entropy))
+    token, status = torch.from_numpy(token), torch.from_numpy(status.astype(np.int32))
+    return Sampled(token, logq, weight, status, entropy=entropy)
 
 
 def copied(state: ChainState) -> ChainState:
@@ -640,11 +691,18 @@ def poisoned(chains: int, lanes: int, law: Law, junk: int) -> ChainState:
 
 
 def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> None:
-    """Every tensor, bitwise, wherever it means something. theta: the relative error allowed to lane_theta."""
+    """Every tensor, bitwise, wherever it means something.
+
+    theta: the relative error allowed to what exp and log make, lane_theta and (ten times it) the sums of 1 - q.
+    """
 
     def same(name: str, row: int, begin: int, end: int) -> None:
         a, b = (getattr(state, name)[row, begin:end].numpy() for state in (got, want))
         assert a.tobytes() == b.tobytes(), (name, row, a, b)
+
+    def close(name: str, row: int, begin: int, end: int) -> None:
+        a, b = (getattr(state, name)[row, begin:end] for state in (got, want))
+        assert torch.allclose(a, b, rtol=10 * theta, atol=0), (name, row, a, b)
 
     for name in ("field", "outcome", "cost", "lane_field", "input_id", "position", "exclude"):
         a, b = getattr(got, name), getattr(want, name)
@@ -658,6 +716,10 @@ def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> Non
         same("token", c, 0, n)
         same("logq", c, 0, n)
         same("cumw", c, 0, n + 1)
+        close("cumz", c, 0, n + 1)
+        opened = int(want.field[c, ChainField.OPENED])
+        same("left", c, 1, opened)
+        same("forwarded", c, 1, opened)
     for lane, row in enumerate(want.lane_field.tolist()):
         if row[LaneField.STATUS] == LaneStatus.IDLE:
             continue
@@ -665,6 +727,7 @@ def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> Non
         same("lane_token", lane, div, pos)
         same("lane_logq", lane, div, pos)
         same("lane_cumw", lane, div + 1, pos + 1)
+        close("lane_cumz", lane, div + 1, pos + 1)
         same("counter", lane, 0, 4)
         if row[LaneField.SERIAL] > 0:
             assert torch.isclose(got.lane_theta[lane], want.lane_theta[lane], rtol=theta, atol=0)
@@ -693,7 +756,8 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
         sampled = made_up(generator, before, 6)
         for name, state in states.items():
             with pk.use_backend(name):
-                pk.mh_advance(state, law, log_n, key, eos, sampled.token, sampled.logq, sampled.weight, sampled.status)
+                drawn = sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy
+                pk.mh_advance(state, law, log_n, key, eos, *drawn)
         # The interpreter's log is NumPy's, which may round the other way; a GPU's errs by up to an ulp, and theta is
         # a sum that may cancel.
         assert_same_state(states[backend], want, theta=(1e-13 if ON_CUDA else 1e-15) if backend == "triton" else 0.0)
@@ -732,12 +796,85 @@ def test_a_weight_or_logq_that_is_no_number_stops_its_chain(backend):
     assert state.lane_field[:, LaneField.POSITION].tolist() == appended
 
 
+ENTROPIES = [  # what a cut that weighs by entropy must say of it; the others do not read it
+    (np.nan, Status.NAN),
+    (np.inf, Status.POS_INF),
+    (-np.inf, Status.OK),  # not above 0, as rounding may leave it: taken for 0
+    (-1e-8, Status.OK),
+    (0.0, Status.OK),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_an_entropy_that_is_no_number_stops_the_chain_that_reads_it(cut, backend):
+    law = Law(7, 3, 4, 3, cut=cut)
+    state = ChainState.allocate(len(ENTROPIES), 1, law)
+    for slot in range(state.chains):
+        state.admit(slot, [3], chain_id=slot, prompt_id=0)
+    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    rows = state.chains
+    entropy = torch.tensor([h for h, _ in ENTROPIES])
+    logq, weight = torch.full((rows,), -0.5), torch.full((rows,), -0.25)
+    with serving(backend):
+        for given in (Status.PENDING, Status.OK):
+            status = torch.full((rows,), int(given), dtype=torch.int32)
+            pk.mh_advance(state, law, *common, torch.ones(rows, dtype=torch.int64), logq, weight, status, entropy)
+    want = [status if law.needs_entropy else Status.OK for _, status in ENTROPIES]
+    assert state.field[:, ChainField.FAULT].tolist() == want
+    if law.diverges:
+        kept = [i for i, status in enumerate(want) if status is Status.OK]
+        assert state.lane_cumz[kept, 1].tolist() == pytest.approx(
+            [0.0 if law.needs_entropy else -np.expm1(-0.5)] * len(kept), rel=1e-14
+        )
+
+
+def test_a_retired_slot_is_left_as_it_is_and_harms_no_other():
+    """Two chains of three lanes for 40 launches, one retired after 10, against the same two without that."""
+    law = Law(7, 3, 40, 3, cut="divergence")  # more steps than launches
+    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    retired, both = (ChainState.allocate(2, 3, law) for _ in range(2))
+    for state in (retired, both):
+        for slot in range(2):
+            state.admit(slot, [3, 1], chain_id=slot, prompt_id=0)
+    generator = np.random.default_rng(3)
+    for launch in range(40):
+        drawn = made_up(generator, both, 6)
+        sampled = drawn.token, drawn.logq, drawn.weight, drawn.status, drawn.entropy
+        if launch == 10:
+            assert retired.field[0, ChainField.MODE] == Mode.PROPOSE, "it was not in the middle of its steps"
+            retired.retire(0)
+            left = copied(retired)
+        for state in (retired, both):
+            pk.mh_advance(state, law, *common, *sampled)
+        if launch >= 10:
+            assert retired.field[0].tolist() == left.field[0].tolist()
+            for name in ("token", "logq", "cumw", "cumz", "outcome", "left", "forwarded", "cost"):
+                assert torch.equal(getattr(retired, name)[0], getattr(left, name)[0]), name
+            assert (retired.lane_field[:3] == 0).all()
+            assert retired.input_id[:3].tolist() == retired.position[:3].tolist() == [0, 0, 0]
+            assert retired.exclude[:3].tolist() == [-1, -1, -1]
+            assert retired.commit_range[0, 3] <= retired.commit_range[0, 2]
+            assert (retired.open_range[:3, 3] <= retired.open_range[:3, 2]).all()
+    for name in ChainState.__dataclass_fields__:
+        first, second = (getattr(state, name) for state in (retired, both))
+        rows = slice(1, 2) if len(first) == 2 else slice(3, 6)
+        assert torch.equal(first[rows], second[rows]), name
+    assert both.field[1, ChainField.OPENED] > 3
+
+
 LAWS = {
     "one lane": (Law(7, 3, 4, 3), 1, (0,)),
     "four lanes": (Law(7, 3, 4, 3), 4, (0, 4)),
     "prefix forwarded, three lanes": (Law(7, 2, 4, 2, True, False), 3, (0,)),
     "no shortcut, two lanes": (Law(7, 7, 6, 0, False, False), 2, ()),
     "no early rejection, seven lanes": (Law(7, 4, 5, 1, False, True), 7, (5,)),
+    "divergence, four lanes": (Law(7, 3, 4, 3, cut="divergence"), 4, (0, 4)),
+    "divergence by entropy, no early rejection, three lanes": (
+        Law(7, 2, 4, 2, early_rejection=False, cut="divergence-entropy"),
+        3,
+        (0,),
+    ),
     "published code, two lanes": (Law(7, 3, 4, 2, False, True, True), 2, (0,)),
     "published code, prefix forwarded, three lanes": (Law(7, 2, 3, 0, False, False, True), 3, (0,)),
 }
@@ -755,7 +892,12 @@ def test_compiled_code_advances_every_tensor_as_the_reference_does(name):
     assert tally.finished >= 75
 
 
-SLOW = ["four lanes", "no shortcut, two lanes", "published code, prefix forwarded, three lanes"]
+SLOW = [
+    "four lanes",
+    "divergence by entropy, no early rejection, three lanes",
+    "no shortcut, two lanes",
+    "published code, prefix forwarded, three lanes",
+]
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -134,6 +134,13 @@ def test_the_law_of_a_config_has_its_stages_and_steps(given, block, stages, step
     assert (law.block_size, law.stages, law.max_steps) == (block, stages, steps)
 
 
+@pytest.mark.parametrize("cut", ["divergence", "divergence-entropy"])
+def test_a_divergence_cut_reaches_the_law_and_compat_refuses_it(cut):
+    assert PowerConfig(cut=cut).law.cut == cut
+    with pytest.raises(ArgumentError, match=f"^cut is '{cut}' with compat='karan-du'.*allowed: 'uniform'"):
+        PowerConfig(cut=cut, compat="karan-du", early_rejection=False)
+
+
 def test_switches_reach_the_law_one_by_one():
     default = PowerConfig().law
     assert (default.early_rejection, default.free_prefix, default.karan_du) == (True, True, False)

@@ -60,6 +60,18 @@ CONFIGS = {
         alpha=2.0, temperature=0.8, max_new_tokens=4, block_size=2, mcmc_steps=1, final_steps=1
     ),
     "beta equals alpha": PowerConfig(alpha=2.0, max_new_tokens=4, block_size=3, mcmc_steps=2),
+    "divergence": PowerConfig(
+        alpha=2.0, temperature=0.8, max_new_tokens=4, block_size=None, mcmc_steps=2, cut="divergence"
+    ),
+    "divergence by entropy": PowerConfig(
+        alpha=2.0,
+        temperature=0.8,
+        max_new_tokens=4,
+        block_size=2,
+        mcmc_steps=1,
+        final_steps=1,
+        cut="divergence-entropy",
+    ),
 }
 # lanes: prefetched proposals of the same chain. slots: chains of a batch; 90 does not divide the number of chains.
 CASES = [
@@ -69,6 +81,8 @@ CASES = [
     ("stages and final steps", 2, dict(lanes=1), 256),
     ("stages and final steps", 1, dict(lanes=2, early_rejection=False), 90),
     ("beta equals alpha", 2, dict(lanes=3), 128),
+    ("divergence", 2, dict(lanes=2), 256),
+    ("divergence by entropy", 2, dict(lanes=2), 256),
 ]
 
 
@@ -83,7 +97,10 @@ def test_the_logits_are_far_from_flat_and_depend_on_the_past():
 
 @pytest.mark.parametrize(("name", "layers", "how", "slots"), CASES)
 def test_answers_of_the_driver_follow_the_exact_law(name, layers, how, slots):
-    """8192 chains, chi-square over every answer that can occur, p >= 1e-5; 4000 acceptances, 2000 unchanged steps."""
+    """8192 chains, chi-square over every answer that can occur, p >= 1e-5; 4000 acceptances, 2000 unchanged steps.
+
+    Under a divergence cut no step is unchanged.
+    """
     config = PowerConfig(**{**CONFIGS[name].__dict__, **how})
     engine = HuggingFaceEngine(model(layers))
     assert engine.eos_token_ids == ENDS
@@ -92,7 +109,10 @@ def test_answers_of_the_driver_follow_the_exact_law(name, layers, how, slots):
     p = chi_square((tuple(r.tokens) for r in results), law)
     assert p >= P_VALUE
     assert sum(r.accepted for r in results) >= 4000
-    assert sum(r.unchanged for r in results) >= 2000
+    if config.cut == "uniform":
+        assert sum(r.unchanged for r in results) >= 2000
+    else:
+        assert sum(r.unchanged for r in results) == 0
 
 
 def test_the_test_has_power():
@@ -102,19 +122,22 @@ def test_the_test_has_power():
         [PROMPT], config, num_chains=CHAINS, seed=SEED, max_chains=256
     )
     answers = [tuple(r.tokens) for r in results]
-    for wrong in (dict(mcmc_steps=0), dict(mcmc_steps=1), dict(temperature=0.5)):
+    for wrong in (dict(mcmc_steps=0), dict(mcmc_steps=1), dict(temperature=0.5), dict(cut="divergence")):
         other = PowerConfig(**{**config.__dict__, **wrong})
         p = chi_square(answers, output_law(table(1), other.law, other.alpha, other.beta))
         assert p < P_VALUE
 
 
-@pytest.mark.parametrize(("lanes", "slots"), [(1, 128), (2, 50)])
-def test_chains_of_the_driver_are_those_of_the_reference(lanes, slots):
+@pytest.mark.parametrize(
+    ("name", "lanes", "slots"),
+    [("stages and final steps", 1, 128), ("stages and final steps", 2, 50), ("divergence by entropy", 2, 128)],
+)
+def test_chains_of_the_driver_are_those_of_the_reference(name, lanes, slots):
     """512 chains against `ReferenceChain` on the float64 logits, token for token and step for step.
 
     float32 logits move the CDFs by some 1e-6, so that one chain in ten thousand may differ: at most 2 of 512 here.
     """
-    config = PowerConfig(**{**CONFIGS["stages and final steps"].__dict__, "lanes": lanes})
+    config = PowerConfig(**{**CONFIGS[name].__dict__, "lanes": lanes})
     results = PowerSampler(HuggingFaceEngine(model(2))).generate(
         [PROMPT], config, num_chains=512, seed=SEED, max_chains=slots
     )

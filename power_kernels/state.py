@@ -84,7 +84,7 @@ class Outcome(IntEnum):
     """Entries of `ChainState.outcome` int8 [C, S+1], by serial (entry 0, the extension, is not used)."""
 
     REJECTED = 0
-    UNCHANGED = 1  # the walk kept every token: a step that changed nothing and cost nothing
+    UNCHANGED = 1  # every token was kept, by the walk or because no other can be drawn: a step that changed nothing
     ACCEPTED = 2
 
 

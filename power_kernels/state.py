@@ -20,6 +20,9 @@ from power_kernels.rng import MAX_PROMPT_ID
 
 _INT32_MAX = 2**31 - 1
 
+# Lanes a chain that the triton backend compiles for; the others take any number.
+MAX_LANES = 16
+
 
 def _check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
     if isinstance(value, bool) or not isinstance(value, int):

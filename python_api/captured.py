@@ -7,11 +7,14 @@ fills caches; the second is recorded; from then on it is replayed.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
+
+from power_kernels.api.memory import is_out_of_memory
 
 
 class Recording(Protocol):
@@ -26,11 +29,14 @@ class Recording(Protocol):
         ...
 
 
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # libraries keep a workspace for every stream that they saw
+
+
 class CudaGraphs:
     """Recordings as CUDA graphs. They replay one after the other, so they share their memory."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.pool = torch.cuda.graph_pool_handle()
 
     def new(self) -> Recording:
@@ -39,11 +45,23 @@ class CudaGraphs:
 
 class _CudaGraph:
     def __init__(self, graphs: CudaGraphs):
-        self.graphs, self.graph = graphs, torch.cuda.CUDAGraph()
+        self.device, self.pool, self.graph = graphs.device, graphs.pool, torch.cuda.CUDAGraph()
 
     def capture(self, launch: Callable[[], None]) -> None:
-        with torch.cuda.device(self.graphs.device), torch.cuda.graph(self.graph, pool=self.graphs.pool):
-            launch()
+        if self.device not in _streams:
+            _streams[self.device] = torch.cuda.Stream(self.device)
+        stream = _streams[self.device]
+        # The outer context brings the caller's stream back where torch's own, which ends with the recording, fails to.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            recording = torch.cuda.graph(self.graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
+            try:
+                with recording:
+                    launch()
+            except BaseException:
+                # A release of torch before 2.12 goes on allocating for a recording that failed.
+                with contextlib.suppress(AttributeError, RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -55,36 +73,34 @@ def recorder(device: torch.device):
 
 
 class CapturedSteps:
-    """The recordings of one run, by key."""
+    """The recordings of one run, by key. work: False once a step could not be recorded."""
 
     def __init__(self, graphs):
-        self._graphs = graphs
+        self._graphs, self.work = graphs, True
         self._recordings: dict[Hashable, Recording | None] = {}
-        self.replays = 0
 
-    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
-        """Do `launch`, from its recording where there is one."""
-        if self._graphs is None or key not in self._recordings:
+    def run(self, key: Hashable, launch: Callable[[], None]) -> bool:
+        """Do `launch`, from its recording where there is one. Returns whether it was replayed."""
+        if not self.work or key not in self._recordings:
             self._recordings[key] = None
             launch()
-            return
-        recording = self._recordings[key]
-        if recording is None:
+            return False
+        if self._recordings[key] is None:
             recording = self._graphs.new()
             try:
                 recording.capture(launch)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except Exception as error:
+                if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+                    raise
                 # A model that waits for its device somewhere, as eager mixtures of experts do.
                 warnings.warn(
                     f"the decode step cannot be recorded as a graph and runs as it is: {error}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                self._graphs = None
+                self.work = False
                 launch()
-                return
+                return False
             self._recordings[key] = recording
-        recording.replay()
-        self.replays += 1
+        self._recordings[key].replay()
+        return True

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a new run may take on `device`, or None where nobody says."""
@@ -20,10 +22,16 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or on a CPU, could not allocate. A CPU's allocator has no exception of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    """Whether memory ran out, on a GPU or on a CPU. Allocators, libraries and drivers each have words of their own for
+    it, and a recording that fails for it may end with another error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _OUT_OF_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _available() -> int | None:

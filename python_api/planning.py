@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from power_kernels.api.config import PowerConfig
 from power_kernels.api.engine import Engine, SizedEngine
-from power_kernels.api.memory import free_bytes
+from power_kernels.api.memory import free_bytes, is_out_of_memory
 from power_kernels.errors import ArgumentError
 
 LANES = (1, 2, 4, 8, 16)  # what the driver chooses from
@@ -55,8 +55,7 @@ def plan_run(engine: Engine, config: PowerConfig, *, chains: int, max_length: in
         )
     slots = _most(chains, lambda n: fits(n, 1))
     if config.lanes is None:
-        wanted = default_lanes(engine, config, slots)
-        lanes = max(p for p in LANES if p <= wanted and (p == 1 or fits(slots, p)))
+        lanes = default_lanes(engine, config, slots, most=_most(max(LANES), lambda p: fits(slots, p)))
     else:
         lanes = _most(config.lanes, lambda p: fits(slots, p))
         if lanes < config.lanes:
@@ -85,16 +84,22 @@ def lane_gain(lanes: int) -> float:
     return (1 - 0.75**lanes) / 0.25
 
 
-def default_lanes(engine: SizedEngine, config: PowerConfig, slots: int) -> int:
+def default_lanes(engine: SizedEngine, config: PowerConfig, slots: int, most: int = max(LANES)) -> int:
     """The lanes whose proposals are decided soonest: least seconds of a step at slots * P rows, over `lane_gain(P)`.
 
-    Not more than a stage has steps, since lanes wait at its end. Measures steps, and raises as `decode_seconds` does.
+    At most `most`, and not more than a stage has steps, since lanes wait at its end. Measures steps, and raises as
+    `decode_seconds` does.
     """
-    most = max(config.mcmc_steps, config.final_steps)
+    most = min(most, max(config.mcmc_steps, config.final_steps))
     allowed = [p for p in LANES if p == 1 or (p <= most and slots * p <= engine.most_rows)]
     if len(allowed) == 1:
         return 1
-    seconds = engine.decode_seconds([slots * p for p in allowed])
+    try:
+        seconds = engine.decode_seconds([slots * p for p in allowed])
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1  # what cannot even be tried is not to be had
     return min(zip(allowed, seconds, strict=True), key=lambda choice: choice[1] / lane_gain(choice[0]))[0]
 
 

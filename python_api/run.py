@@ -62,7 +62,8 @@ class RunReport:
 
 
 class Run:
-    """jobs: what is left to draw, in order. eos: token ids. capture: replay steps where the engine can."""
+    """jobs: what is left to draw, in order. max_length: positions of the call's longest prompt and its answer. eos:
+    token ids. capture: replay steps where the engine can."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Run:
         config: PowerConfig,
         plan: Plan,
         *,
+        max_length: int,
         seed: int,
         eos: list[int],
         capture: bool,
@@ -85,10 +87,9 @@ class Run:
         self.report, self.seconds = report, report.seconds
         self.waiting = deque(jobs)
         self.seed = seed
-        self.max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
+        self.max_length = max_length
         self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
         self.can_end_early = bool(eos)
-        self.needs_entropy = config.cut == "divergence-entropy"
         device = engine.device
         self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
@@ -128,6 +129,7 @@ class Run:
         finally:
             spent = sum(self.seconds.values()) - known
             self.seconds["other"] += time.perf_counter() - started - spent
+            self.recordings = None  # whoever keeps an exception would keep their memory
             self.engine.end()
 
     def begin(self) -> None:
@@ -140,17 +142,17 @@ class Run:
                 alpha=self.alpha,
                 beta=config.beta,
                 seed=self.seed,
-                entropy=self.needs_entropy,
+                entropy=self.law.needs_entropy,
             )
             self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
+            self.views: dict[int, ChainState] = {}
+            self.poll = Poll(self.engine.device, plan.slots)
+            self.recordings = CapturedSteps(self.graphs) if self.graphs is not None else None
         except EngineBusyError:
             raise
         except BaseException:
             self.engine.end()
             raise
-        self.views: dict[int, ChainState] = {}
-        self.poll = Poll(self.engine.device, plan.slots)
-        self.steps = CapturedSteps(self.graphs) if self.graphs is not None else None
 
     # -- a step
 
@@ -158,7 +160,7 @@ class Run:
         """Feed every lane of the active slots once."""
         report, clock = self.report, time.perf_counter
         report.steps += 1
-        if self.steps is None:
+        if self.recordings is None:
             state = self.view(len(self.prefill_cost))
             forward, start = self.forward_seconds(), clock()
             sampled = self.engine.step(state)
@@ -174,9 +176,9 @@ class Run:
             report.lane_steps += state.chains * state.lanes
             start = clock()
             plan = self.engine.plan(state)
-            self.steps.run((state.chains, plan), lambda: self.launch(state, plan))
+            report.replays += self.recordings.run((state.chains, plan), lambda: self.launch(state, plan))
             self.seconds["replay"] += clock() - start
-            report.replays = self.steps.replays
+            report.captured = self.recordings.work
 
     def launch(self, state: ChainState, plan) -> None:
         """A whole step, for a recording: nothing here may depend on what is in a tensor."""
@@ -201,7 +203,7 @@ class Run:
         pk.mh_advance(
             state, self.law, self.log_n, self.seed_tensor, self.eos,
             sampled.token, sampled.logq, sampled.weight, sampled.status,
-            *([sampled.entropy] if self.needs_entropy else []),
+            *([sampled.entropy] if self.law.needs_entropy else []),
         )  # fmt: skip
 
     def view(self, chains: int) -> ChainState:
@@ -238,7 +240,7 @@ class Run:
         values = torch.zeros(rows, dtype=torch.float32, device=device)
         token = torch.zeros(rows, dtype=torch.int64, device=device)
         pending = torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device)
-        return Sampled(token, values, values, pending, entropy=values if self.needs_entropy else None)
+        return Sampled(token, values, values, pending, entropy=values if self.law.needs_entropy else None)
 
     def retire(self, slot: int) -> PowerResult:
         last = len(self.prefill_cost) - 1

@@ -6,12 +6,14 @@ and its own Metropolis-Hastings step. The law of the chain lives in `power_kerne
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from power_kernels import backend_for
 from power_kernels.api import captured
 from power_kernels.api.config import PowerConfig
 from power_kernels.api.engine import CapturableEngine, Engine
@@ -23,6 +25,7 @@ from power_kernels.api.results import PowerResult
 from power_kernels.api.run import Job, Run, RunReport
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import MAX_PROMPT_ID
+from power_kernels.state import MAX_LANES
 
 
 class GenerationInterrupted(KeyboardInterrupt):
@@ -48,7 +51,8 @@ class PowerSampler:
 
     model: a transformers causal LM, or any `Engine`. tokenizer: needed for prompts that are strings, and for `.text`.
     capture: replay each decode step as one CUDA graph; None does so on every CUDA device, with an engine that can.
-        Raises ArgumentError where True cannot be had.
+        Raises ArgumentError where True cannot be had. A recorded step keeps the parameters and hooks that the model had
+        then: whoever replaces some while a stream is open must pass False.
 
     `last_run` is a `RunReport` of the call that began last: what it did so far, in how many slots and lanes.
     """
@@ -95,11 +99,13 @@ class PowerSampler:
         into memory, GenerationInterrupted on Ctrl-C and GenerationError when anything fails after the first answer;
         the last two carry the finished answers.
         """
-        jobs = _shared(self._jobs(prompts, num_chains, prompt_ids), share)
+        everything = self._jobs(prompts, num_chains, prompt_ids)
+        jobs = _shared(everything, share)
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
         results: list[PowerResult | None] = [None] * len(jobs)
         try:
-            for result in self._stream(jobs, config, seed, eos_token_id, max_chains, progress, len(jobs)):
+            longest = _longest(everything)
+            for result in self._stream(jobs, longest, config, seed, eos_token_id, max_chains, progress, len(jobs)):
                 results[order[result.prompt_id, result.chain_id]] = result
         except KeyboardInterrupt:
             raise GenerationInterrupted([r for r in results if r is not None]) from None
@@ -132,7 +138,7 @@ class PowerSampler:
         left = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
         wanted = _shared(left, share)
         total = len(jobs) - len(left) + len(wanted)  # of the bar: what was there, and this share
-        return self._stream(wanted, config, seed, eos_token_id, max_chains, progress, total)
+        return self._stream(wanted, _longest(jobs), config, seed, eos_token_id, max_chains, progress, total)
 
     # -- input
 
@@ -182,7 +188,9 @@ class PowerSampler:
 
     # -- the run
 
-    def _stream(self, jobs, config, seed, eos_token_id, max_chains, progress, total) -> Iterator[PowerResult]:
+    def _stream(self, jobs, longest: Job, config, seed, eos_token_id, max_chains, progress, total):
+        """longest: of all jobs of the call. A run's length fixes its rotary regime, so it must not depend on which part
+        of the answers this process draws, or finds left."""
         config = PowerConfig() if config is None else config
         if not isinstance(config, PowerConfig):
             raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
@@ -193,27 +201,26 @@ class PowerSampler:
             self._ranks.check_same(answers=jobs, config=config, seed=seed, eos_token_id=eos, max_chains=max_chains)
         if not jobs:
             return iter(())
-        limit = self.engine.max_context
-        longest = max(jobs, key=lambda job: len(job.prompt))
-        if limit is not None and len(longest.prompt) + config.max_new_tokens > limit:
+        if config.lanes is not None and config.lanes > MAX_LANES and backend_for(self.engine.device) == "triton":
+            raise ArgumentError(f"lanes is {config.lanes}; on {self.engine.device} it must lie in [1, {MAX_LANES}]")
+        limit, max_length = self.engine.max_context, len(longest.prompt) + config.max_new_tokens
+        if limit is not None and max_length > limit:
             raise ArgumentError(
                 f"prompt {longest.prompt_id} has {len(longest.prompt)} tokens and max_new_tokens is "
                 f"{config.max_new_tokens}; together they must not exceed the model's context of {limit}"
             )
-        return self._results(
-            jobs, config, seed, eos, max_chains, ProgressBar(total, total - len(jobs)) if progress else None
-        )
+        bar = ProgressBar(total, total - len(jobs)) if progress else None
+        return self._results(jobs, max_length, config, seed, eos, max_chains, bar)
 
-    def _results(self, jobs: list[Job], config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
+    def _results(self, jobs: list[Job], max_length, config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
         """Runs until every answer is drawn: one, and another in less memory each time that memory runs out."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
-        max_length = max(len(job.prompt) for job in jobs) + config.max_new_tokens
         try:
             plan = plan_run(self.engine, config, chains=min(max_chains, len(jobs)), max_length=max_length)
             report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
             while left:
                 run = Run(
-                    self.engine, list(left.values()), config, plan,
+                    self.engine, list(left.values()), config, plan, max_length=max_length,
                     seed=seed, eos=eos, capture=self.capture, tokenizer=self.tokenizer, report=report,
                 )  # fmt: skip
                 try:
@@ -228,8 +235,11 @@ class PowerSampler:
                     message = str(error)
                 else:
                     break
+                finally:
+                    self.capture = self.capture and report.captured  # a step that cannot be recorded is not tried again
                 # Out of the handler, which holds the frames of the run and with them its tensors.
                 del run
+                gc.collect()
                 if self.engine.device.type == "cuda":
                     torch.cuda.empty_cache()
                 warnings.warn(
@@ -255,6 +265,10 @@ def _check_capture(capture: bool | None, engine: Engine) -> bool:
             "that can be captured"
         )
     return able if capture is None else capture
+
+
+def _longest(jobs: list[Job]) -> Job:
+    return max(jobs, key=lambda job: len(job.prompt))
 
 
 def _shared(jobs: list[Job], share: tuple[int, int]) -> list[Job]:

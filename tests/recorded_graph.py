@@ -19,6 +19,7 @@ _LOOKS = {
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten.equal.default,
+    torch.ops.aten.lift_fresh.default,  # a value of the host's that becomes a tensor
 }
 
 

@@ -6,6 +6,8 @@ tests/test_cuda.py does the same with real ones.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -110,6 +112,7 @@ def test_a_step_that_looks_at_a_tensor_is_run_as_it_is_and_said_so(recorded):
         got, run = draw(model, capture=True, max_chains=2)
     assert [chain(r) for r in got] == [chain(r) for r in plain]
     assert run.replays == 0
+    assert run.captured is False
 
 
 def test_a_recording_notices_a_tensor_that_is_looked_at():
@@ -141,3 +144,48 @@ def test_an_engine_that_cannot_be_captured_is_not(recorded):
     assert PowerSampler(ToyEngine(power_toy())).capture is False
     with pytest.raises(ArgumentError, match="capture is True with ToyEngine"):
         PowerSampler(ToyEngine(power_toy()), capture=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_runs_out_while_recording_is_not_taken_for_a_step_that_cannot_be_recorded(
+    error, recorded, monkeypatch
+):
+    """The run begins again in less, and records."""
+    plain, _ = draw(tiny_models.llama(), capture=False, max_chains=2)
+    capture, failures = RecordedGraph.capture, []
+
+    def fails_once(self, launch):
+        if not failures:
+            failures.append(error)
+            try:
+                raise error
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        capture(self, launch)
+
+    monkeypatch.setattr(RecordedGraph, "capture", fails_once)
+    with pytest.warns(RuntimeWarning, match="out of memory with 2 chains"):
+        got, run = draw(tiny_models.llama(), capture=True, max_chains=2)
+    assert [r.tokens for r in got] == [r.tokens for r in plain]
+    assert (run.restarts, run.slots, run.captured) == (1, 1, True)
+    assert run.replays > 0
+
+
+def test_a_step_that_cannot_be_recorded_is_tried_once_a_sampler(recorded):
+    model = tiny_models.llama()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: bool((args[0] > 0).any()) and None)
+    sampler = PowerSampler(HuggingFaceEngine(model, remember=False, attention="padded", self_check=False), capture=True)
+    with pytest.warns(RuntimeWarning, match="cannot be recorded"):
+        first = sampler.generate([[5, 6]], CONFIG, seed=3, eos_token_id=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = sampler.generate([[5, 6]], CONFIG, seed=3, eos_token_id=[])
+    assert [chain(r) for r in first] == [chain(r) for r in again]
+    assert len(recorded.made) == 1

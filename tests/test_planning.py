@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, memory, planning
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, memory, planning, run
 from power_kernels.api.planning import Plan, lane_gain, plan_run
 from power_kernels.api.sampler import GenerationError
 from power_kernels.errors import ArgumentError
@@ -107,8 +107,18 @@ def test_more_lanes_are_worth_less_each(free):
 
 
 def test_lanes_that_nobody_asked_for_shrink_to_the_memory_in_silence(free):
-    free(650)  # 0.9 of it: 585 bytes, five rows and a chain's own
-    assert silent(Sized()) == Plan(1, 4)
+    """And no step is tried that would not fit."""
+    free(650)  # 0.9 of it: 585 bytes, four rows and a chain's own
+    engine = Sized()
+    assert silent(engine) == Plan(1, 4)
+    assert max(engine.asked) == 4
+
+
+def test_steps_that_cannot_be_tried_for_want_of_memory_mean_one_lane(free):
+    def seconds(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert silent(Sized(seconds)) == Plan(1, 1)
 
 
 def test_lanes_that_were_asked_for_shrink_with_a_warning(free):
@@ -179,6 +189,38 @@ def test_steps_are_measured_once():
 # Running out of memory
 
 
+@pytest.mark.parametrize("part", ["share", "skip", "restart"])
+def test_a_part_of_the_answers_is_drawn_as_the_whole_is_where_the_rotary_regime_depends_on_the_longest(
+    part, monkeypatch
+):
+    """Phi-3's longrope: the short prompt alone would stay below the length at which the factors change."""
+    limit = tiny_models.LONGROPE_ORIGINAL
+    prompts = [[7 + i % 50 for i in range(limit - 2)], [5, 6, 7]]
+    config = PowerConfig(alpha=2.0, max_new_tokens=8, block_size=4, mcmc_steps=4, lanes=2)
+    sampler = PowerSampler(HuggingFaceEngine(tiny_models.phi3(), self_check=False))
+    arguments = dict(seed=3, eos_token_id=[], max_chains=1)
+    whole = sampler.generate(prompts, config, **arguments)
+    if part == "share":
+        (second,) = sampler.generate(prompts, config, share=(1, 2), **arguments)
+    elif part == "skip":
+        (second,) = sampler.stream(prompts, config, skip={(0, 0)}, **arguments)
+    else:
+        step = run.Run.step
+
+        def failing(self):
+            if not self.waiting and not self.report.restarts:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step(self)
+
+        monkeypatch.setattr(run.Run, "step", failing)
+        with pytest.warns(RuntimeWarning, match="out of memory"):
+            second = sampler.generate(prompts, config, **arguments)[1]
+    assert second.tokens == whole[1].tokens
+    assert second.log_weights == pytest.approx(whole[1].log_weights, abs=1e-4)
+    (other,) = sampler.generate(prompts[1:], config, prompt_ids=[1], **arguments)
+    assert other.log_weights != pytest.approx(whole[1].log_weights, abs=1e-2)  # or this shows nothing
+
+
 class Failing(Sized):
     """Has no memory for a step of more than `most` rows, from its step number `after` on."""
 
@@ -242,12 +284,12 @@ def test_the_report_says_what_the_run_did(free):
     sampler = PowerSampler(engine)
     assert sampler.last_run is None
     results = sampler.generate([[5], [6]], TOY_CONFIG, num_chains=10, max_chains=4)
-    run = sampler.last_run
-    assert (run.slots, run.lanes, run.captured, run.replays, run.restarts) == (4, 2, False, 0, 0)
-    assert run.useful_lane_steps == sum(r.cost.extension + r.cost.proposal for r in results) == engine.forwarded
-    assert run.useful_lane_steps <= run.lane_steps <= 8 * run.steps
-    assert all(seconds >= 0 for seconds in run.seconds.values())
-    assert run.seconds["forward"] > 0 < run.seconds["advance"]
+    report = sampler.last_run
+    assert (report.slots, report.lanes, report.captured, report.replays, report.restarts) == (4, 2, False, 0, 0)
+    assert report.useful_lane_steps == sum(r.cost.extension + r.cost.proposal for r in results) == engine.forwarded
+    assert report.useful_lane_steps <= report.lane_steps <= 8 * report.steps
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.seconds["forward"] > 0 < report.seconds["advance"]
 
 
 def test_a_batch_of_many_chains_wastes_few_rows(free):

@@ -22,6 +22,7 @@ from power_kernels.errors import ArgumentError
 from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
+    MAX_LANES,
     ChainField,
     ChainState,
     Cost,
@@ -176,7 +177,6 @@ def mh_accept_out(
 ADVANCE = {"BLOCK": 128, "num_warps": 4}
 # ptxas would rather spill than give up a step of occupancy, of which one program a chain has no use. NVIDIA only.
 REGISTERS = 128
-MAX_LANES = 16  # a chain: what is compiled and checked offline
 
 _MODE = tl.constexpr(int(ChainField.MODE))
 _LENGTH = tl.constexpr(int(ChainField.LENGTH))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels
+from power_kernels.api import captured
 from power_kernels.api.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines import decode_attention
 from power_kernels.api.engines.compiled import CompiledForward
@@ -44,7 +45,7 @@ _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distin
 
 # Rows of a step beyond which lanes cannot be nearly free, on a CPU and on a device: the processor is busy by then.
 _MOST_ROWS = (16, 256)
-_TIMED_LENGTH = 64  # positions that the timed steps read
+_TIMED_LENGTH = (64, 512)  # positions that each row of a timed step reads, likewise
 
 
 _measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
@@ -105,8 +106,6 @@ class HuggingFaceEngine:
         self.length_multiple = length_multiple or (_DEVICE_MULTIPLE if on_device else 1)
         self.most_rows = _MOST_ROWS[on_device]
         self.forward_seconds = 0.0  # of the host, in the model and its head, prefill included
-        # Of engines that decode this model alike, whichever was asked first.
-        self._decode_seconds = _measured.setdefault(model, {}).setdefault((self.device, compile), {})
         self._input_vocab = model.get_input_embeddings().weight.shape[0]
         self._slabs: KvSlabs | None = None
         self._patches: Patches | None = None
@@ -115,8 +114,13 @@ class HuggingFaceEngine:
         _check_windows(self._config, self._windows)
         if self.ranks is not None:
             self.ranks.check_logits(model, self.vocab_size)
-        heads = self._config.num_attention_heads
+        heads = self._config.num_attention_heads // (1 if self.ranks is None else self.ranks.size)
+        if attention is None and on_device and getattr(self._config, "attn_logit_softcapping", None):
+            attention = decode_attention.PADDED  # the flash kernel has no soft cap
         self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
+        # Of engines that decode this model alike, whichever was asked first.
+        alike = self.device, self.dtype, self.attention, compile, torch.get_num_threads()
+        self._decode_seconds = _measured.setdefault(model, {}).setdefault(alike, {})
         self._head = self._find_head()
         self._compiled = None
         if compile is not False:
@@ -240,9 +244,9 @@ class HuggingFaceEngine:
             if first < 0 or length > self._max_length:
                 raise ArgumentError(f"positions span [{first}, {length}), the run [0, {self._max_length})")
         self._steps += 1
-        if self.attention == decode_attention.FLASH and not getattr(self._config, "attn_logit_softcapping", None):
+        if self.attention == decode_attention.FLASH:
             return self._slabs.positions
-        return min(_round_up(length, self.length_multiple), self._slabs.positions)
+        return min(_bucket(length, self.length_multiple), self._slabs.positions)
 
     def decode(self, state: ChainState, plan: int) -> Sampled:
         """Launch the step that was planned: forward, draw, wipe what rows with bad logits wrote. May be recorded."""
@@ -334,27 +338,39 @@ class HuggingFaceEngine:
         return total
 
     def decode_seconds(self, rows: Sequence[int]) -> list[float]:
-        """Seconds of a decode step of each number of rows, the least of four. Measured once for each number."""
+        """Seconds of the forward pass of a step of each number of rows, the least of four; replayed where the driver's
+        steps are. Measured once for each number."""
         new = sorted(set(rows) - set(self._decode_seconds))
         if new:
-            length = min(_TIMED_LENGTH, self.max_context or _TIMED_LENGTH)
-            self.begin(chains=new[-1], lanes=1, max_length=length, alpha=1.0, beta=1.0, seed=0)
+            length = _TIMED_LENGTH[self.device.type != "cpu"]
+            length = min(length, self.max_context or length)
+            self.begin(chains=1, lanes=new[-1], max_length=length, alpha=1.0, beta=1.0, seed=0)
             try:
+                steps = [self._step_to_time(count, length) for count in new]
                 # In turns, so that what else the machine does meets all of them.
-                rounds = [[self._timed_step(count, length) for count in new] for _ in range(4)]
+                rounds = [[_seconds(step, self.device) for step in steps] for _ in range(4)]
                 for count, seconds in zip(new, zip(*rounds, strict=True), strict=True):
                     self._decode_seconds[count] = self._agreed(min(seconds))
             finally:
                 self.end()
         return [self._decode_seconds[count] for count in rows]
 
-    def _timed_step(self, rows: int, length: int) -> float:
-        tokens, positions = [0] * rows, [length - 1] * rows
-        _wait_for(self.device)
-        start = time.perf_counter()
-        self._decode_rows(tokens, positions)
-        _wait_for(self.device)
-        return time.perf_counter() - start
+    def _step_to_time(self, rows: int, length: int) -> Callable[[], None]:
+        """A forward pass of so many rows at the end of their slabs, run once; recorded where the driver would do so."""
+        position = torch.full((rows, 1), length - 1, device=self.device)
+        tokens = torch.zeros_like(position)
+        graphs = captured.recorder(self.device)
+        kernel = self.attention if graphs is None else decode_attention.recordable(self.attention)
+
+        def step() -> None:
+            self._logits(self._output(DecodeView(position[:, 0], length, kernel), tokens, position))
+
+        step()
+        if graphs is None:
+            return step
+        steps = captured.CapturedSteps(graphs)
+        steps.run(rows, step)
+        return lambda: steps.run(rows, step)
 
     def _positions(self, max_length: int) -> int:
         return _round_up(max_length, self.length_multiple)
@@ -628,8 +644,9 @@ class _LengthBound:
 
     With M = max(position + 1, BASE + LENGTH) over chains and lanes, one step raises M by at most one: a
     lane that runs moves on by one, and a lane that opens starts inside its chain's answer. So the bound is
-    an old M plus the steps since; M itself is fetched now and then by a copy that nobody waits for. On a
-    CPU looking is free and there is no bound.
+    an old M plus the steps since. M is copied every _LOOK_EVERY steps, and used as many steps later, when it has long
+    been there: at a fixed step, for what is launched must not depend on how fast the copy was. On a CPU looking is free
+    and there is no bound.
     """
 
     def __init__(self, device: torch.device):
@@ -648,10 +665,10 @@ class _LengthBound:
         """The bound for the step that feeds `state`, or None where the exact value is free to read."""
         if self._on_host:
             return None
-        if self._in_flight and self._arrived():
-            self.bound = min(self.bound, int(self._value) + self._since)
-            self._in_flight = False
-        if self._asynchronous and not self._in_flight and self._since >= _LOOK_EVERY:
+        if self._asynchronous and self._since >= _LOOK_EVERY:
+            if self._in_flight:
+                self._wait()
+                self.bound = min(self.bound, int(self._value) + self._since)
             fields = state.field
             answers = fields[:, ChainField.BASE] + fields[:, ChainField.LENGTH]
             self._start_copy(torch.maximum(state.position.max() + 1, answers.max().to(torch.int64)))
@@ -666,8 +683,8 @@ class _LengthBound:
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(longest.device))  # the model's device need not be the current one
 
-    def _arrived(self) -> bool:
-        return self._event.query()
+    def _wait(self) -> None:
+        self._event.synchronize()
 
 
 class _RecorderLayer(RaggedLayer):
@@ -714,9 +731,23 @@ def _nothing_drawn(device: torch.device, entropy: bool) -> power_kernels.SampleO
     return power_kernels.SampleOutput(token, value, value, value, value if entropy else None, status)
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
+
+
+def _bucket(length: int, multiple: int) -> int:
+    """A bound above `length` that few lengths have their own of: four to an octave, multiples of `multiple`."""
+    if multiple > 1:
+        multiple = max(multiple, 1 << max(0, (length - 1).bit_length() - 3))
+    return _round_up(length, multiple)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -15,6 +15,7 @@ group uses, so that nobody's clock runs out while another one is computing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,14 @@ def _meet(collective: Callable[[], object]):
 
 def launched() -> int:
     """Processes that a launcher says there are (WORLD_SIZE), or that the process group has."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else _from_environment("WORLD_SIZE", 1, least=1)
+
+
+def _from_environment(name: str, default: int, least: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise ArgumentError(f"{name} is {value!r} in the environment; it must be an integer of at least {least}")
+    return int(value)
 
 
 @contextmanager
@@ -106,7 +114,7 @@ def join(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     group = _meet(lambda: dist.new_group(backend="gloo", timeout=patience))
     rank = dist.get_rank()
     try:
-        yield Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)), group)
+        yield Ranks(rank, dist.get_world_size(), _from_environment("LOCAL_RANK", rank, least=0), group)
     finally:
         dist.destroy_process_group(None if made else group)
 
@@ -131,14 +139,22 @@ def generate_sharded(
     other arguments of `generate`.
 
     Raises what `generate` raises, on the rank where it happens (let it end the process, so that the others notice),
-    RankLostError when another rank stops or is late, and ArgumentError when the ranks were given different work.
+    RankLostError when another rank stops or is late, and on every rank ArgumentError when they were given different
+    prompts (do not divide them before) or other different work.
     """
+    rows = sampler._token_rows(prompts)
+    texts = hashlib.sha256(repr(rows).encode()).hexdigest()
+    # repr leaves out the middle of a long tensor, and tells an array from the list that it stands for.
+    options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
     work = repr((config, num_chains, seed, sorted(options.items())))
     with join(patience) as ranks:
-        if len(set(ranks.gather(work))) > 1:
+        all_texts, all_work = map(set, zip(*ranks.gather((texts, work)), strict=True))
+        if len(all_texts) > 1:
+            raise ArgumentError("the ranks were given different prompts; each must be given the whole list")
+        if len(all_work) > 1:
             raise ArgumentError("the ranks were given different configs, seeds, num_chains or options")
         mine = sampler.generate(
-            prompts,
+            rows,
             config,
             num_chains=num_chains,
             seed=seed,
@@ -147,7 +163,4 @@ def generate_sharded(
             **options,
         )
         shares = ranks.gather(mine)
-    total = sum(map(len, shares))
-    if [len(share) for share in shares] != [len(range(rank, total, len(shares))) for rank in range(len(shares))]:
-        raise ArgumentError(f"the ranks were given different prompts: they drew {list(map(len, shares))} answers")
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]

@@ -135,10 +135,17 @@ def test_every_rank_gets_the_list_that_one_process_draws(tmp_path, ranks, group)
 
 def test_alone_it_is_generate():
     assert generate_sharded(sampler(), PROMPTS, CONFIG, **WORK) == expected()
+    ids = torch.tensor(WORK["prompt_ids"])
+    assert generate_sharded(sampler(), PROMPTS, CONFIG, **{**WORK, "prompt_ids": ids}) == expected()
 
 
 def differing(rank, what):
-    prompts = PROMPTS[:1] if rank and what == "prompts" else PROMPTS
+    prompts = PROMPTS
+    if what == "prompts":  # of the same shape, as of a data set that the caller has divided
+        prompts = [[5], [6]] if rank == 0 else [[6], [7]]
+    elif what == "tensors":
+        prompts = torch.full((600, 2), 5)
+        prompts[300, 1] += rank  # in the middle, which the printed form of a tensor leaves out
     try:
         generate_sharded(sampler(), prompts, CONFIG, seed=rank if what == "seed" else 0, num_chains=2)
     except ArgumentError as error:
@@ -149,7 +156,8 @@ def differing(rank, what):
     ("what", "message"),
     [
         ("seed", "the ranks were given different configs, seeds, num_chains or options"),
-        ("prompts", "the ranks were given different prompts: they drew [3, 1] answers"),
+        ("prompts", "the ranks were given different prompts; each must be given the whole list"),
+        ("tensors", "the ranks were given different prompts; each must be given the whole list"),
     ],
 )
 def test_ranks_with_different_work_are_told_so(tmp_path, what, message):
@@ -225,6 +233,13 @@ def test_a_world_without_an_address_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ArgumentError, match=r"WORLD_SIZE is 2, but .*; start with torchrun"), join():
         pass
+
+
+@pytest.mark.parametrize("value", ["", "two", "0", "-1"])
+def test_a_world_size_that_is_no_number_is_named(monkeypatch, capsys, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    assert command(["generate", "--model", "/nowhere", "--prompt", "w5"]) == 2
+    assert f"WORLD_SIZE is {value!r} in the environment; it must be an integer" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------------------------------------

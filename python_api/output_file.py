@@ -9,19 +9,19 @@ Whoever opens the file takes over the parts that are there, of however many proc
 records are put into prompt-major order: a new file, `<file>.tmp`, is written, synchronised and put in the place of the
 old one, so that at every moment all that was finished is in the file or its parts.
 
-A line is in the hands of the kernel when `write` returns, and no signal can take it back. It is on the disk at most a
-second of answers later: a power cut may take the answers that came within a second of the one before.
+A line is on the disk when `write` returns: no signal and no power cut can take it back. A synchronisation takes
+milliseconds, an answer seconds to minutes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,17 +61,17 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
 class RecordFile:
     """A file that one process at a time appends records to."""
 
-    SYNC_SECONDS = 1.0
-
     def __init__(self, path: str | os.PathLike):
         self.path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+        missing = [place for place in (self.path, *self.path.parents) if not place.exists()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"--out {self.path} cannot be written: {error}") from None
-        self.created = not self.path.exists()
+        self.created = self.path in missing
         self.file = _open_locked(self.path)
-        self.synced = time.monotonic()
+        for place in missing:  # a file that is synchronised may still lose its name
+            _sync_folder(place.parent)
 
     @property
     def identity(self) -> int:
@@ -79,14 +79,12 @@ class RecordFile:
         return os.fstat(self.file).st_ino
 
     def write(self, line: dict) -> None:
-        """Append one record, with one call unless the disk is full."""
+        """Append one record, with one call unless the disk is full, and wait until it is on the disk."""
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         written = os.write(self.file, data)
         while written < len(data):
             written += os.write(self.file, data[written:])
-        if time.monotonic() - self.synced >= self.SYNC_SECONDS:
-            os.fsync(self.file)
-            self.synced = time.monotonic()
+        os.fsync(self.file)
 
     def close(self) -> None:
         if self.file < 0:
@@ -94,7 +92,7 @@ class RecordFile:
         file, self.file = self.file, -1
         try:
             if os.fstat(file).st_size:
-                os.fsync(file)
+                os.fsync(file)  # an interruption may have come between a record and its synchronisation
             elif self.created:  # bad input stopped the run before its first answer
                 self.path.unlink(missing_ok=True)
         finally:
@@ -200,8 +198,8 @@ class OutputFile(RecordFile):
             os.close(new)
             self.temporary.unlink(missing_ok=True)
             raise
-        os.close(self.file)
-        self.file = new
+        old, self.file = self.file, new  # first: an interruption must not leave a closed descriptor here
+        os.close(old)
         _sync_folder(self.path.parent)
         for path in parts:
             path.unlink()
@@ -253,9 +251,12 @@ def _open_locked(path: Path) -> int:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes a renaming in this folder last."""
+    """Makes the names in this folder last."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # said by file systems, of other machines mostly, that have no such call
+            raise
     finally:
         os.close(folder)

@@ -224,6 +224,52 @@ def test_a_file_that_is_replaced_stays_locked(model_path, prompts, tmp_path, mon
     RecordFile(out).close()
 
 
+def test_an_interruption_in_the_exchange_of_descriptors_leaves_an_open_one(tmp_path, monkeypatch):
+    """Ctrl-C as the call that closes the old file returns; the file is then closed as after any interruption."""
+    (tmp_path / "out.jsonl.part-1").write_text(json.dumps({"prompt_id": 0, "chain_id": 0, "digest": "d"}) + "\n")
+    output = OutputFile.__new__(OutputFile)
+    close, opened = os.close, []
+
+    def interrupted(file):
+        close(file)
+        if file == opened[0]:
+            opened[0] = None
+            raise KeyboardInterrupt
+
+    def rewrite(self, found):
+        opened.append(self.file)
+        monkeypatch.setattr(os, "close", interrupted)
+        _rewrite(self, found)
+
+    _rewrite = OutputFile._rewrite
+    monkeypatch.setattr(OutputFile, "_rewrite", rewrite)
+    with pytest.raises(KeyboardInterrupt):
+        output.__init__(tmp_path / "out.jsonl", {(0, 0): "d"})
+    assert opened == [None]
+    assert output.file == -1
+    assert read(tmp_path / "out.jsonl").keys() == {(0, 0)}
+    RecordFile(tmp_path / "out.jsonl").close()  # nobody holds it
+
+
+def test_an_answer_that_is_written_is_on_the_disk(tmp_path, monkeypatch):
+    """The file after each record, and the names of the file and of its new folders before the first."""
+    synced = []
+    fsync = os.fsync
+
+    def noted(file):
+        fsync(file)
+        synced.append((os.readlink(f"/proc/self/fd/{file}"), os.fstat(file).st_size))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    out = tmp_path / "new" / "folder" / "out.jsonl"
+    file = RecordFile(out)
+    assert {name for name, _ in synced} == {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "folder")}
+    for i in range(3):
+        file.write({"prompt_id": i})
+        assert synced[-1] == (str(out), out.stat().st_size)
+    file.close()
+
+
 @pytest.mark.parametrize("drawn", [0, 2])
 def test_out_of_memory_keeps_the_answers_and_says_what_to_lower(
     model_path, prompts, tmp_path, uninterrupted, monkeypatch, capsys, drawn

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(arguments: argparse.Namespace) -> int:
     from power_kernels.api import doctor
 
+    generate.check_model_arguments(arguments)
     data = doctor.report()
     if arguments.model:
         data["decoding"] = doctor.decoding(generate.load_sampler(arguments), arguments.model)

@@ -40,6 +40,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
 
 
+def check_model_arguments(arguments: argparse.Namespace) -> None:
+    """What can be said of `add_model_arguments` before a model is loaded. Raises ArgumentError."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ArgumentError(f"--threads is {arguments.threads}; it must be at least 1")
+    if arguments.model is None:  # `doctor` alone
+        given = {"--device": arguments.device, "--threads": arguments.threads}
+        given["--dtype"] = None if arguments.dtype == "auto" else arguments.dtype
+        for option, value in given.items():
+            if value is not None:
+                raise ArgumentError(f"{option} is {value} without --model, which it is about")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -81,6 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises ArgumentError for bad input.
     """
     # What needs no model is looked at before one is loaded.
+    check_model_arguments(arguments)
+    for option, value in (("--num-chains", arguments.num_chains), ("--max-chains", arguments.max_chains)):
+        if value < 1:
+            raise ArgumentError(f"{option} is {value}; it must be at least 1")
+    if not -(2**63) <= arguments.seed < 2**64:
+        raise ArgumentError(f"--seed is {arguments.seed}; it must have 64 bits")
     config = _config(arguments)
     prompts = _read_prompts(arguments)
     if launched() > 1 and not arguments.out:
@@ -245,6 +263,11 @@ def _config(arguments: argparse.Namespace) -> PowerConfig:
 
 def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
     if arguments.prompt:
+        for text in arguments.prompt:
+            if not text:
+                raise ArgumentError("--prompt is empty; a prompt needs at least one token")
+            if not _is_unicode(text):
+                raise ArgumentError(f"--prompt {text!r} is not UTF-8 text")
         return [{"prompt": text} for text in arguments.prompt]
     try:
         lines = Path(arguments.prompts).read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks
@@ -256,7 +279,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
             continue
         try:
             prompt = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(f"--prompts {arguments.prompts} line {number} is not JSON: {error}") from None
         kinds = {"prompt": str, "messages": list, "tokens": list}
         given = [k for k, kind in kinds.items() if isinstance(prompt, dict) and isinstance(prompt.get(k), kind)]
@@ -265,10 +288,26 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
                 f"--prompts {arguments.prompts} line {number} must be an object with one of prompt (text), messages "
                 "(list) and tokens (list), not empty"
             )
+        if given == ["tokens"] and not all(type(token) is int and token >= 0 for token in prompt["tokens"]):
+            raise ArgumentError(f"--prompts {arguments.prompts} line {number} holds tokens that are not token ids")
+        if not _is_unicode(json.dumps(prompt, ensure_ascii=False)):
+            raise ArgumentError(
+                f"--prompts {arguments.prompts} line {number} holds half of a surrogate pair (\\ud800 to \\udfff), "
+                "which is no character"
+            )
         prompts.append(prompt)
     if not prompts:
         raise ArgumentError(f"--prompts {arguments.prompts} holds no prompts")
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    """False where a half of a surrogate pair stands alone: JSON and command lines can hold it, UTF-8 and models not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _device(given: str | None, ranks: Ranks) -> str:
@@ -293,7 +332,7 @@ def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> P
 
 
 def _load(arguments: argparse.Namespace, device: str):
-    if arguments.threads:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
         if device.startswith("cuda:"):
@@ -311,7 +350,10 @@ def _tokens(index: int, prompt: dict, tokenizer, chat: bool) -> list[int]:
     if "tokens" in prompt:
         return prompt["tokens"]
     if "messages" not in prompt and not chat:
-        return tokenizer(prompt["prompt"]).input_ids
+        try:
+            return tokenizer(prompt["prompt"]).input_ids
+        except Exception as error:  # tokenizers, too, come with the model
+            raise ArgumentError(f"prompt {index} is refused by the tokenizer of the model: {error}") from error
     messages = prompt["messages"] if "messages" in prompt else [{"role": "user", "content": prompt["prompt"]}]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from power_kernels import use_backend
-from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api import PowerConfig, PowerSampler, generate
 from power_kernels.api.cli import main
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.generate import INTERRUPTED
@@ -344,7 +344,6 @@ def test_prompts_are_printed_without_a_file(model_path, capsys):
         (["--block-size", "-2"], "block_size is -2"),
         (["--temperature", "2.0"], "early_rejection is True with temperature 2.0"),
         (["--max-new-tokens", "256"], "must not exceed the model's context of 256"),
-        (["--num-chains", "0"], "num_chains is 0"),
         (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
         (["--device", "cuda:99"], "cannot be loaded on cuda:99"),
         (["--chat"], "prompt 0 does not fit the chat template"),
@@ -354,6 +353,50 @@ def test_bad_options_exit_with_2_and_name_the_option(model_path, prompts, tmp_pa
     assert run(model_path, prompts, tmp_path / "none.jsonl", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-chains", "0"], "--num-chains is 0; it must be at least 1"),
+        (["--max-chains", "0"], "--max-chains is 0; it must be at least 1"),
+        (["--threads", "-1"], "--threads is -1; it must be at least 1"),
+        (["--threads", "0"], "--threads is 0; it must be at least 1"),
+        (["--seed", str(2**64)], f"--seed is {2**64}; it must have 64 bits"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "w1 \udcff"], "is not UTF-8 text"),  # how a command line's byte 0xff is read
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(options, message, capsys):
+    assert main(["generate", "--model", "/nowhere", "--prompt", "w1", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "w1 \\ud800"}', "line 2 holds half of a surrogate pair"),
+        ('{"prompt": "w1", "id": "\\udfff"}', "line 2 holds half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2 holds half of a surrogate pair"),
+        ('{"tokens": ["1"]}', "line 2 holds tokens that are not token ids"),
+        ('{"tokens": [true]}', "line 2 holds tokens that are not token ids"),
+        ('{"tokens": [-1]}', "line 2 holds tokens that are not token ids"),
+        ("[" * 100_000, "line 2 is not JSON"),
+    ],
+)
+def test_a_line_of_prompts_that_no_model_could_take_is_refused_before_one_is_loaded(tmp_path, capsys, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w1", "id": "\\ud83d\\ude00"}\n' + line + "\n")  # a whole pair is a character
+    assert run("/nowhere", str(path), tmp_path / "none.jsonl") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_tokenizer_refuses_is_named():
+    def tokenizer(text):
+        raise TypeError("no such text")
+
+    with pytest.raises(ArgumentError, match="prompt 3 is refused by the tokenizer of the model: no such text"):
+        generate._tokens(3, {"prompt": "w1"}, tokenizer, chat=False)
 
 
 @pytest.mark.parametrize(
@@ -402,6 +445,20 @@ def test_the_doctor_says_how_a_model_is_decoded_and_in_how_many_lanes(model_path
     printed = capsys.readouterr().out
     assert f"decoding of {model_path} on cpu, float32" in printed
     assert "lanes of so many chains" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda"], "--device is cuda without --model"),
+        (["--dtype", "float16"], "--dtype is float16 without --model"),
+        (["--threads", "2"], "--threads is 2 without --model"),
+        (["--threads", "-1", "--model", "/nowhere"], "--threads is -1; it must be at least 1"),
+    ],
+)
+def test_the_doctor_refuses_options_that_it_would_not_follow(options, message, capsys):
+    assert main(["doctor", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_doctor_refuses_a_model_that_is_not_there(capsys):

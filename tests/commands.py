@@ -86,6 +86,7 @@ def start(target, *arguments, log: Path, environment: dict[str, str] | None = No
 
 def _child(target, arguments, log, environment):
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

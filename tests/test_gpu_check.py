@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_check
-from bench.gpu_check import ABSENT, FAILED, LATE, PASSED, REFUSED, Check, Result, Stage
+from bench.gpu_check import ABSENT, FAILED, LATE, PARTLY, PASSED, REFUSED, Check, Result, Stage
 from power_kernels.api.bench.run import SUITES, add_arguments
 from power_kernels.ops import dispatch
 
@@ -162,10 +162,11 @@ def test_the_stages_of_a_plan_fit_nine_minutes(plan):
     assert sum(stage.seconds for stage in gpu_check.PLANS[plan]) <= gpu_check.BUDGET <= 540
 
 
-def test_what_shows_mistakes_must_pass_and_figures_need_not():
+def test_what_shows_mistakes_must_pass_and_figures_of_kernels_need_not():
     every = [stage for stages in gpu_check.PLANS.values() for stage in stages]
     assert len({stage.name for stage in every}) == len(every)
-    assert {s.name for s in every if s.must_pass} == {"kernels", "tests", "sanitizer"}
+    answers = {s.name for name, stages in gpu_check.PLANS.items() if name != "kernels" for s in stages}
+    assert {s.name for s in every if s.must_pass} == {"kernels", "tests", "sanitizer"} | answers
     assert {s.name for s in gpu_check.STAGES if s.must_pass} == {"kernels", "tests", "sanitizer"}
 
 
@@ -373,15 +374,45 @@ def test_a_stage_of_whole_answers_runs_in_miniature_on_the_host(check):
 
 def test_a_stage_over_its_time_tells_what_it_missed_and_where_the_rest_is(check, monkeypatch):
     def killed(name, arguments, seconds, **environment):
-        document = {"targets": [{"target": "as fast as light", "met": False}, {"target": "as sound", "met": None}]}
+        document = {
+            "table": [{"lanes": 1}],
+            "targets": [{"target": "as fast as light", "met": False}, {"target": "as sound", "met": None}],
+        }
         Path(arguments[-1]).write_text(json.dumps(document))
         return gpu_check.Finished(None, 5.0, "[3, 5 s] the third call\n")
 
     monkeypatch.setattr(check, "python", killed)
     result = gpu_check.end_to_end("it", "latency")(check, 5)
-    assert result.status == LATE
+    assert result.status == PARTLY
     assert result.lines[0] == "Missed: as fast as light."
     assert any("it.json" in line for line in result.lines)
+
+
+@pytest.mark.parametrize(
+    ("code", "table", "status", "failed"),
+    [
+        (0, [{}], PASSED, False),
+        (1, [{}], FAILED, True),  # a crash, whatever was measured before it
+        (None, [{}], PARTLY, False),
+        (None, [], LATE, True),
+        (None, [{"not_measured": "short of memory"}], LATE, True),
+        (None, None, LATE, True),  # killed before it wrote anything
+    ],
+)
+def test_a_plan_of_whole_answers_fails_where_a_stage_crashed_or_measured_nothing(
+    check, monkeypatch, code, table, status, failed
+):
+    (check.out / "it.json").write_text(json.dumps({"table": [{}]}))  # of an earlier run: counts for nothing
+
+    def ended(name, arguments, seconds, **environment):
+        if table is not None:
+            Path(arguments[-1]).write_text(json.dumps({"table": table}))
+        return gpu_check.Finished(code, 5.0, "what it printed\n")
+
+    monkeypatch.setattr(check, "python", ended)
+    gpu_check.run_stages(check, (gpu_check.end_to_end_stage("it", 5, "latency"),))
+    assert statuses(check) == {"it": status}
+    assert check.failed() is failed
 
 
 # ---- the tests' stage

@@ -74,9 +74,10 @@ class Measured:
     @property
     def machine(self) -> str:
         m = self.data["machine"]
-        where = m.get("gpu") or f"{m['cpu']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}"
+        threads = m.get("threads")  # the oldest results tell neither threads nor date
+        where = m.get("gpu") or m["cpu"] + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")
         model = self.data.get("model", "SmolLM2-135M-Instruct, float32").split(";")[0]
-        return f"{model}; {where}, torch {m['torch']}, {m['date'][:10]}"
+        return f"{model}; {where}, torch {m['torch']}" + (f", {m['date'][:10]}" if "date" in m else "")
 
     @property
     def schedule(self) -> str:
@@ -162,7 +163,7 @@ class Bin:
         return self.accepted / self.count
 
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
+        """Wilson's 95 % binomial interval of the rate, as if proposals were independent; those of a chain are not."""
         z, n, p = 1.96, self.count, self.rate
         middle, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -182,23 +183,22 @@ def binned(values: list[tuple[float, bool]], most: float, bins: int = BINS) -> l
 def proposals(measured: Measured) -> list[tuple[int, int, bool]]:
     """(position where it left the answer, horizon of its stage, accepted) of every proposal that was another answer.
 
-    The answers ran to their horizon. Lanes make the same chain, so one number of lanes is taken.
+    The answers ran to their horizon. Methods of one suite draw the same chains (in lanes, or as the first rows of a
+    batch), so the one that took most steps is taken, that no proposal counts twice.
     """
     setting = measured.setting
     own = [m for m, runs in measured.runs.items() if any(run.get("left") and run["steps"] for run in runs)]
-    if measured.suite == "latency":
-        own = own[:1]
-    elif measured.suite == "cost":
-        own = [method for method in own if method.startswith("ours")]
+    if not own:
+        return []
+    method = max(own, key=lambda m: sum(run["steps"] for run in measured.runs[m]))
     found = []
-    block = -(-setting["tokens"] // setting["blocks"]) if own else 0
-    for method in own:
-        for run in measured.runs[method]:
-            for outcomes, left in zip(run["outcomes"], run["left"], strict=True):
-                for step, (outcome, position) in enumerate(zip(outcomes, left, strict=True)):
-                    if outcome != UNCHANGED:
-                        horizon = min((step // setting["steps"] + 1) * block, setting["tokens"])
-                        found.append((position, horizon, outcome == ACCEPTED))
+    block = -(-setting["tokens"] // setting["blocks"])
+    for run in measured.runs[method]:
+        for outcomes, left in zip(run["outcomes"], run["left"], strict=True):
+            for step, (outcome, position) in enumerate(zip(outcomes, left, strict=True)):
+                if outcome != UNCHANGED:
+                    horizon = min((step // setting["steps"] + 1) * block, setting["tokens"])
+                    found.append((position, horizon, outcome == ACCEPTED))
     return found
 
 
@@ -232,7 +232,7 @@ def cuts(measured: Measured, folder: Path) -> Path | None:
         count.set(xlabel=text, xlim=(0, measured.setting["tokens"]))
         for ax in (rate, count):
             plain(ax, "y")
-    axes[0, 0].set(ylabel="share accepted (95 %)", ylim=(-0.03, 1.03))
+    axes[0, 0].set(ylabel="share accepted (95 % binomial)", ylim=(-0.03, 1.03))
     axes[1, 0].set_ylabel("proposals")
     axes[1, 0].yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 1].text(0.98, changed / len(found) + 0.02, "all", transform=axes[0, 1].get_yaxis_transform(), ha="right")
@@ -281,7 +281,8 @@ def latency(measured: Measured, folder: Path) -> Path | None:
     if measured.suite != "latency":
         return None
     cells = measured.data["cells"]
-    fixed = sorted(int(name) for name in measured.runs if name.isdecimal())
+    short = {row["lanes"] for row in measured.data.get("table", ()) if "not_measured" in row}
+    fixed = sorted(int(name) for name in measured.runs if name.isdecimal() and name not in short)
     references = [("plain", "over plain generation by the same engine")]
     if "1" in measured.runs:
         references.insert(0, ("1", "over one lane"))
@@ -292,7 +293,7 @@ def latency(measured: Measured, folder: Path) -> Path | None:
             ratios = {
                 name: [cell["runs"][name][clock] / cell["runs"][reference][clock] for cell in cells]
                 for name in measured.runs
-                if name != "plain"
+                if name != "plain" and name not in short
             }
             medians = [statistics.median(ratios[str(p)]) for p in fixed]
             ax.plot(fixed, medians, "o-", color=colour, markersize=7, label=words)
@@ -319,7 +320,9 @@ def latency(measured: Measured, folder: Path) -> Path | None:
 def throughput(measured: Measured, folder: Path) -> Path | None:
     if measured.suite != "throughput":
         return None
-    rows = measured.data["table"]
+    rows = [row for row in measured.data["table"] if "not_measured" not in row]
+    if not rows:
+        return None
     fig, ax = _bars(len(rows), measured, f"Answers per second ({measured.schedule})", width=9.0)
     plain_rate = next((row["answers_per_s"] for row in rows if row["method"] == "plain"), None)
     for y, row in enumerate(rows):
@@ -334,9 +337,9 @@ def throughput(measured: Measured, folder: Path) -> Path | None:
 
 
 def decode(measured: Measured, folder: Path) -> Path | None:
-    if measured.suite != "decode" or not measured.data["table"]:
+    rows = [row for row in measured.data["table"] if "not_measured" not in row] if measured.suite == "decode" else []
+    if not rows:
         return None
-    rows = measured.data["table"]
     lanes = [row["lanes"] for row in rows]
     fig, (left, right) = figure(2, measured.machine, f"A decode step, {measured.setting['context']} tokens before it")
     left.plot(lanes, [row["seconds"] for row in rows], "o-", color=BLUE, label="step")

@@ -66,6 +66,13 @@ def test_proposals_are_counted_once_with_the_horizon_of_their_stage(tmp_path):
     assert found == [(3, 4, False), (0, 4, True), (7, 8, False)]
 
 
+def test_a_batch_holds_the_single_chains_so_only_its_proposals_count(tmp_path):
+    """ours-1 is the first row of ours-16: three proposals that left the answer in each of its two rows, not nine."""
+    batch = run(steps=8, outcomes=[[0, 2, 1, 0], [2, 2, 2, 1]], left=[[3, 0, -1, 7], [1, 2, 5, -1]])
+    found = plots.proposals(measured(tmp_path, "cost", {"ours-1": run(), "lanes-1": run(), "ours-16": batch}))
+    assert found == [(3, 4, False), (0, 4, True), (7, 8, False), (1, 4, True), (2, 4, True), (5, 8, True)]
+
+
 def test_bins_hold_every_proposal_and_their_intervals_are_wilsons():
     values = [(0, True), (1, False), (7, True), (8, True)]  # 8 of 8: the whole answer is written again
     bins = plots.binned(values, most=8, bins=4)
@@ -74,6 +81,28 @@ def test_bins_hold_every_proposal_and_their_intervals_are_wilsons():
     # Wilson's interval of 0 and of 5 of 10, from his formula by hand.
     for accepted, expected in ((0, (0.0, 0.2775)), (5, (0.2366, 0.7634))):
         assert plots.Bin(0, 1, 10, accepted).interval() == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["end_to_end", "end_to_end_one_chain"])
+def test_the_kept_results_of_whole_answers_are_drawn(tmp_path, name):
+    """They are older than the places of proposals and the driver's report: the account alone."""
+    source = Path(command.__file__).parent / "results" / "cpu" / f"{name}.json"
+    assert [path.name for path in command.draw(source, tmp_path)] == ["cost_account.png"]
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    reason = {"not_measured": "memory did not hold it"}
+    step = {"lanes": 1, "seconds": 1e-3, "roofline_seconds": 1e-3, "of_roofline": 1.0}
+    table = [step, {"lanes": 64, **reason}]
+    found = measured(tmp_path, "decode", {}, table=table, shape="tiny", cells=[])
+    assert plots.decode(found, tmp_path).exists()
+    found.data["table"] = table[1:]
+    assert plots.decode(found, tmp_path) is None
+    ours, plain = {"method": "ours", **reason}, {"method": "plain", "answers_per_s": 2.0}
+    found = measured(tmp_path, "throughput", {}, table=[plain, ours])
+    assert plots.throughput(found, tmp_path).exists()
+    found = measured(tmp_path, "latency", {"plain": run(), "1": run(), "8": run()}, table=[{"lanes": "8", **reason}])
+    assert plots.latency(found, tmp_path).exists()
 
 
 def test_everything_that_was_measured_is_drawn(tmp_path):

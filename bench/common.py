@@ -123,6 +123,19 @@ def run_report(sampler) -> dict:
     return asdict(sampler.last_run)
 
 
+def shortfall(report: dict, slots: int, lanes: int | None) -> str | None:
+    """Why a call is not the one that was asked for; None: it is.
+
+    Where memory is short the driver warns and runs fewer chains at once, or fewer lanes. lanes: None leaves them to it.
+    """
+    lanes = report["lanes"] if lanes is None else lanes
+    if (report["slots"], report["lanes"], report["restarts"]) == (slots, lanes, 0):
+        return None
+    again = f", after {report['restarts']} that ran out of memory" if report["restarts"] else ""
+    ran = f"{report['slots']} x {report['lanes']} lanes ran{again}"
+    return f"memory did not hold {slots} x {lanes} lanes at once ({ran})"
+
+
 def driver_share(seconds: dict[str, float]) -> float | None:
     """The driver's own share of the decode steps: everything but the model's forward pass and prefill.
 
@@ -165,6 +178,11 @@ def target(name: str, value: float | None, bound: float, *, at_most: bool = True
     """One thing that must hold; met is None where it was not measured."""
     met = None if value is None else value <= bound if at_most else value >= bound
     return {"target": name, "value": value, "bound": bound, "at_most": at_most, "met": met}
+
+
+def missed(found: list[dict]) -> bool:
+    """Whether a target was measured and does not hold: what `--check` asks. What was not measured is not missed."""
+    return any(item["met"] is False for item in found)
 
 
 def targets_text(found: list[dict]) -> str:

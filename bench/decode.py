@@ -15,9 +15,12 @@ The shapes have random weights (bench/shapes.py). Three runs of the driver, as u
    run, whichever is faster. "of roofline" is that time over the step's; "replayed" the steps from a recording.
 2. Power sampling with as many lanes as the most of --lanes, under torch.profiler: the time of our kernels by a step.
    Sampling is the mass and the finishing kernel; where the LM head and the draw are one kernel, that is the model's.
-   Their share is of a step of the first run.
+   What torch's own kernels do to wipe bad rows and to look at the chains (scrub, poll) is in no part. The parts' share
+   is of a step of the first run.
 3. Power sampling with every synchronisation an error (torch.cuda.set_sync_debug_mode) inside of a step, from the fourth
    step on: between two looks at the chains nothing may wait. A run that waits ends with the error's text.
+
+Where memory does not hold that many lanes at once the driver runs fewer: then the point is not measured, and says so.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import statistics
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import common
 import torch
@@ -125,6 +129,11 @@ def intervals(marks: list) -> list[float]:
     return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
 
 
+def lanes_of(rows: int) -> int:
+    """Lanes of each chain where there are `rows` in all: up to four."""
+    return next(p for p in (4, 2, 1) if rows % p == 0)
+
+
 class Bench:
     """Runs of one model."""
 
@@ -139,19 +148,25 @@ class Bench:
         self.subject.sampler.generate([self.prompt] * lanes, config, eos_token_id=[], max_chains=lanes)
 
     def power(self, rows: int) -> None:
-        """Up to four lanes a chain, `rows` lanes in all."""
-        lanes = next(p for p in (4, 2, 1) if rows % p == 0)
+        """`rows` lanes in all."""
+        lanes = lanes_of(rows)
         config = self.config(
             alpha=4.0, max_new_tokens=self.tokens, block_size=-(-self.tokens // 2), mcmc_steps=4, lanes=lanes
         )
         chains = rows // lanes
         self.subject.sampler.generate([self.prompt] * chains, config, eos_token_id=[], max_chains=chains)
 
+    def short(self, slots: int, lanes: int) -> str | None:
+        """Why the last run is not one of so many chains and lanes at once; None: it is."""
+        return common.shortfall(asdict(self.subject.sampler.last_run), slots, lanes)
+
     def step(self, lanes: int, fastest: float) -> dict:
         """One row of the table. fastest: bytes per second."""
         self.plain(lanes, WARM_STEPS + 1)
         with marked_steps(self.subject.device) as marks:
             self.plain(lanes)
+        if reason := self.short(lanes, 1):
+            return {"lanes": lanes, "not_measured": reason}
         times, report = intervals(marks), self.subject.sampler.last_run
         if len(times) < 2:
             raise AssertionError(f"{len(marks)} steps are too few to time one")
@@ -182,6 +197,8 @@ class Bench:
             self.power(rows)
             if on_device:
                 torch.cuda.synchronize()
+        if reason := self.short(rows // lanes_of(rows), lanes_of(rows)):
+            return {"lanes": rows, "not_measured": reason}
         steps = self.subject.sampler.last_run.steps
         micro: Counter[str] = Counter()
         for event in profile.key_averages():
@@ -192,7 +209,8 @@ class Bench:
         return {"lanes": rows, "steps": steps, "seconds": {part: micro[part] / steps / 1e6 for part in PARTS}}
 
     def waits(self, rows: int) -> str | None:
-        """Run with every wait inside of a step an error; None where nothing waited, else what did."""
+        """Run with every wait inside of a step an error; None where nothing waited, else what did, or why the run was
+        none of `rows` lanes."""
         self.power(rows)
         try:
             with marked_steps(self.subject.device, error_on_sync=True) as marks:
@@ -201,6 +219,8 @@ class Bench:
             if "synchroniz" not in str(error):
                 raise
             return str(error).splitlines()[0]
+        if reason := self.short(rows // lanes_of(rows), lanes_of(rows)):
+            return f"{NOT_MEASURED}: {reason}"
         if len(marks) <= WARM_STEPS:
             raise AssertionError(f"{len(marks)} steps show nothing")
         return None
@@ -220,6 +240,9 @@ def table(result: dict) -> str:
         )
     )
     for row in result["table"]:
+        if "not_measured" in row:
+            lines.append(f"{row['lanes']:>5} | {NOT_MEASURED}: {row['not_measured']}")
+            continue
         low, high = row["seconds_quartiles"]
         lines.append(
             form.format(
@@ -235,23 +258,37 @@ def table(result: dict) -> str:
             )
         )
     if parts := result["parts"]:
-        step = next(row["seconds"] for row in result["table"] if row["lanes"] == parts["lanes"])
-        text = ", ".join(f"{part} {1e6 * s:.0f} us ({s / step:.1%})" for part, s in parts["seconds"].items() if s)
+        if reason := parts.get("not_measured"):
+            text = f"{NOT_MEASURED}: {reason}"
+        else:
+            step = step_of(result)
+            text = ", ".join(
+                f"{part} {1e6 * s:.0f} us" + (f" ({s / step:.1%})" if step else "")
+                for part, s in parts["seconds"].items()
+                if s
+            )
         lines.append(f"power sampling, {parts['lanes']} lanes: {text}")
-    lines.append(
-        {
-            "none": "nothing waits for the device inside of a step",
-            NOT_MEASURED: f"waits inside of a step: {NOT_MEASURED} (only a CUDA device can be waited for)",
-        }.get(result["waits"], f"A STEP WAITS: {result['waits']}")
-    )
+    waits = result["waits"]
+    if waits == "none":
+        lines.append("nothing waits for the device inside of a step")
+    elif waits == NOT_MEASURED:
+        lines.append(f"waits inside of a step: {NOT_MEASURED} (only a CUDA device can be waited for)")
+    else:
+        what = "waits inside of a step" if waits.startswith(NOT_MEASURED) else "A STEP WAITS"
+        lines.append(f"{what}: {waits}")
     return "\n".join(lines)
 
 
+def step_of(result: dict) -> float | None:
+    """Seconds of a step with as many lanes as the parts were taken with; None where it was not measured."""
+    return next(row.get("seconds") for row in result["table"] if row["lanes"] == result["parts"]["lanes"])
+
+
 def overhead(result: dict) -> float | None:
-    """Sampling, advance and KV copies over a step."""
-    if not result["parts"]:
+    """Sampling, advance and KV copies over a step; None where one of them was not measured."""
+    parts = result["parts"]
+    if not parts or "not_measured" in parts or (step := step_of(result)) is None:
         return None
-    step = next(row["seconds"] for row in result["table"] if row["lanes"] == result["parts"]["lanes"])
     return sum(result["parts"]["seconds"][part] for part in OVERHEAD) / step
 
 
@@ -262,11 +299,21 @@ def verdicts(result: dict) -> list[dict]:
     last = result["table"][-1] if result["table"] else None
     found = []
     if last and result["shape"].startswith("qwen") and last["lanes"] == 64:
-        found.append(target("share of the roofline, 64 lanes", last["of_roofline"], TARGETS["roofline"], at_most=False))
+        found.append(
+            target("share of the roofline, 64 lanes", last.get("of_roofline"), TARGETS["roofline"], at_most=False)
+        )
     found.append(target("sampling, advance and KV copies over a step", overhead(result), TARGETS["overhead"]))
-    waits = {"none": 0, NOT_MEASURED: None}.get(result["waits"], 1)
+    waits = None if result["waits"].startswith(NOT_MEASURED) else int(result["waits"] != "none")
     found.append(target("waits between two looks at the chains", waits, 0))
     return found
+
+
+def caveat(result: dict) -> str:
+    """What the share of sampling, advance and KV copies leaves out; printed beside its verdict."""
+    left_out = ["torch's kernels that wipe bad rows and look at the chains (scrub, poll) are in no part"]
+    if (result["parts"] or {}).get("seconds", {}).get("head and draw"):
+        left_out.insert(0, "the draw is in the LM head's kernel and counts as the model's")
+    return f"     (sampling, advance and KV copies: {'; '.join(left_out)})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--entropy", type=float, default=ENTROPY, help=f"nats, of random weights ({ENTROPY})")
     parser.add_argument("--quick", action="store_true", help="the CPU's sizes")
     parser.add_argument("--json", metavar="OUT", help="write everything to this file as it comes")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a measured target is missed")
     arguments = parser.parse_args(argv)
     try:
         device = device_of(arguments.device)
@@ -335,9 +382,10 @@ def main(argv: list[str] | None = None) -> int:
     print(table(result))
     if result["targets"]:
         print("\n" + common.targets_text(result["targets"]))
+        print(caveat(result))
     if arguments.json:
         print(f"written to {arguments.json}")
-    return 1 if arguments.check and not all(item["met"] for item in result["targets"]) else 0
+    return 1 if arguments.check and common.missed(result["targets"]) else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ The number of lanes never changes a chain, as far as the model's own logits are 
 product sums in another order for another number of rows, and where a uniform number lies within such an error of a
 boundary (1e-6 in float32, some 1e-2 in bfloat16) the draw goes the other way. From there on the chains differ, which
 is another sample of the same law. Cells that differ are compared like the others.
+
+Where memory does not hold the lanes that were asked for, the driver runs fewer, and that row is not measured. To choose
+its default the driver measures decode steps in the first call of a model and device. That call is in the warm-up, so
+this cost, which a user pays once, is in no figure.
 """
 
 from __future__ import annotations
@@ -113,6 +117,11 @@ def differs(run: Timed, other: Timed) -> bool:
 def summary(cells: list[dict], lanes: str) -> dict:
     """One row of the table. lanes: a number, "default", or "plain"."""
     runs = [cell["runs"][lanes] for cell in cells]
+    reports = [run.report for run in runs]
+    chosen = dict(Counter(report["lanes"] for report in reports))
+    asked = None if lanes == DEFAULT else 1 if lanes == "plain" else int(lanes)
+    if short := [reason for report in reports if (reason := common.shortfall(report, 1, asked))]:
+        return {"lanes": lanes, "chosen": chosen, "cells": len(cells), "not_measured": short[0]}
     steps = sum(run.steps for run in runs)
 
     def over(other: str, clock: str) -> dict | None:
@@ -120,10 +129,9 @@ def summary(cells: list[dict], lanes: str) -> dict:
             return None
         return spread(getattr(cell["runs"][lanes], clock) / getattr(cell["runs"][other], clock) for cell in cells)
 
-    reports = [run.report for run in runs]
     return {
         "lanes": lanes,
-        "chosen": dict(Counter(report["lanes"] for report in reports)),
+        "chosen": chosen,
         "cells": len(cells),
         "wall": spread(run.wall for run in runs),
         "cpu": spread(run.cpu for run in runs),
@@ -162,6 +170,9 @@ def table(rows: list[dict]) -> str:
         name = row["lanes"]
         if name == DEFAULT:
             name += f" ({', '.join(map(str, sorted(row['chosen'])))})"
+        if "not_measured" in row:
+            lines.append(f"{name:>14} | {common.NOT_MEASURED}: {row['not_measured']}")
+            continue
         own = row["lanes"] != "plain"
         accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.2f} ({row['changed']:.2f})"
         useful = "" if row["useful"] is None else f"{row['useful']['median']:.0%}"
@@ -191,9 +202,9 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
     if row is None:
         return []
     if device_type == "cpu":
-        ratio, name = row["wall_over_one"], "wall time, default lanes over 1 lane"
+        ratio, name = row.get("wall_over_one"), "wall time, default lanes over 1 lane"
     else:
-        ratio, name = row["wall_over_plain"], "wall time, default lanes over plain generation of the same engine"
+        ratio, name = row.get("wall_over_plain"), "wall time, default lanes over plain generation of the same engine"
     return [target(name, ratio and ratio["median"], TARGETS["cpu" if device_type == "cpu" else "cuda"])]
 
 
@@ -236,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=440.0, help="no cell is begun that would end later (440)")
     parser.add_argument("--quick", action="store_true", help="the setting quick, two prompts: no figure to quote")
     parser.add_argument("--json", metavar="OUT", help="write every run and the table to this file, after each run")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a measured target is missed")
     arguments = parser.parse_args(argv)
     lanes = arguments.lanes.split(",")
     for each in lanes:
@@ -294,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + common.targets_text(result["targets"]))
     if arguments.json:
         print(f"written to {arguments.json}")
-    return 1 if arguments.check and not all(item["met"] for item in result["targets"]) else 0
+    return 1 if arguments.check and common.missed(result["targets"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Many prompts through a fixed number of slots: answers per second, and what the lanes do meanwhile.
 
-    python bench/end_to_end.py throughput                     SmolLM2, 64 prompts, 16 slots, T = 64: 8 minutes
+    python bench/end_to_end.py throughput                     SmolLM2, 64 prompts, 16 slots, T = 64: 7 minutes
     python bench/end_to_end.py throughput --model qwen2.5-7b --device cuda --slots 64
 
 Plain generation comes first and last and its mean is taken; in between our engine's plain sampling, power sampling
@@ -15,6 +15,10 @@ filled         tokens drawn, over steps times lanes: a lane that waits counts, a
 driver         the driver's own share of a decode step: all but the model's forward pass (by the host's clock; not where
                steps are replayed from a recording, whose parts `decode` measures)
 accepted       steps that kept the proposal (in brackets: steps that changed the answer)
+
+Where memory does not hold as many slots and lanes at once as were asked for, the driver runs fewer, and the method is
+not measured. With --lanes 0 the driver measures decode steps in the first call of a model and device. That call is in
+the warm-up, so this cost, which a user pays once, is in no figure.
 """
 
 from __future__ import annotations
@@ -94,11 +98,16 @@ def _add(total: opponents.Run, run: opponents.Run) -> None:
         setattr(total, name, getattr(total, name) + value)
 
 
-def summary(method: str, run: Timed, plain: Timed | None) -> dict:
-    """One row of the table; plain: the run of plain generation, None where it did not run."""
+def summary(method: str, run: Timed, plain: Timed | None, slots: int, lanes: int | None) -> dict:
+    """One row of the table; plain: the run of plain generation, None where it did not run.
+
+    slots and lanes are those that were asked for (lanes: None for the driver's choice).
+    """
     answers = len(run.answers)
     rate = answers / run.wall
     report = run.report
+    if report and (reason := common.shortfall(report, slots, lanes)):
+        return {"method": method, "slots": report["slots"], "lanes": report["lanes"], "not_measured": reason}
     seconds = report.get("seconds", {})
     return {
         "method": method,
@@ -124,7 +133,8 @@ def summary(method: str, run: Timed, plain: Timed | None) -> dict:
 
 
 def label(row: dict, slots: int) -> str:
-    lanes = row["lanes"]
+    """slots: plain generation's batch; the driver's own runs are called by what ran."""
+    lanes, slots = row["lanes"], row["slots"] or slots
     return LABELS[row["method"]].format(slots=slots, lanes=lanes, s="" if lanes == 1 else "s")
 
 
@@ -133,6 +143,9 @@ def table(rows: list[dict], slots: int) -> str:
     columns = ("answers", "answers/s", "tokens/s", "over plain", "forwarded", "useful", "filled", "driver", "accepted")
     lines = [form.format("", *columns)]
     for row in rows:
+        if "not_measured" in row:
+            lines.append(f"{label(row, slots):38} {NOT_MEASURED}: {row['not_measured']}")
+            continue
         lines.append(
             form.format(
                 label(row, slots),
@@ -148,7 +161,7 @@ def table(rows: list[dict], slots: int) -> str:
             )
         )
     for row in rows:
-        if row["seconds"]:
+        if row.get("seconds"):
             steps = row["decode_steps"]
             parts = ", ".join(
                 f"{phase} {1e3 * value / steps:.2f}"
@@ -166,10 +179,11 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
     found = []
     if ours:
         # The stricter of the two shares: on a CPU an idle lane does not go through the model and is not in the other.
-        found.append(target("share of lane-steps doing useful work", ours["filled"], TARGETS["filled"], at_most=False))
-        found.append(target("the driver's own share of a step", ours["driver"], TARGETS["driver"]))
+        filled, driver = ours.get("filled"), ours.get("driver")
+        found.append(target("share of lane-steps doing useful work", filled, TARGETS["filled"], at_most=False))
+        found.append(target("the driver's own share of a step", driver, TARGETS["driver"]))
     if ours and published and device_type == "cuda":
-        ratio = ours["answers_per_s"] / published["answers_per_s"]
+        ratio = None if "not_measured" in ours else ours["answers_per_s"] / published["answers_per_s"]
         found.append(
             target("answers per second over the published algorithm", ratio, TARGETS["published"], at_most=False)
         )
@@ -177,7 +191,8 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
 
 
 def document(arguments, one: Subject, runs: dict[str, Timed], info: dict) -> dict:
-    rows = [summary(method, run, runs.get("plain")) for method, run in runs.items()]
+    slots, lanes = min(arguments.slots, len(one.prompts)), {"engine": 1, "ours": arguments.lanes or None}
+    rows = [summary(method, run, runs.get("plain"), slots, lanes.get(method)) for method, run in runs.items()]
     return {
         "suite": "throughput",
         "labels": {row["method"]: label(row, arguments.slots) for row in rows},
@@ -212,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(METHODS), help=f"of {','.join(METHODS)}")
     parser.add_argument("--quick", action="store_true", help="six prompts, 12 tokens: no figure to quote")
     parser.add_argument("--json", metavar="OUT", help="write the runs and the table to this file after each run")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a measured target is missed")
     arguments = parser.parse_args(argv)
     try:
         device = device_of(arguments.device)
@@ -272,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + common.targets_text(result["targets"]))
     if arguments.json:
         print(f"written to {arguments.json}")
-    return 1 if arguments.check and not all(item["met"] for item in result["targets"]) else 0
+    return 1 if arguments.check and common.missed(result["targets"]) else 0
 
 
 _PLACES = {"prompts": 0, "slots": 1, "tokens": 2, "blocks": 3, "steps": 4, "published": 5}

@@ -160,6 +160,71 @@ def test_prompts_are_different_and_as_many_as_promised():
     assert common.many_questions(3) == common.many_questions(64)[:3]
 
 
+# ---- what was not run as it was asked for
+
+
+@pytest.fixture
+def short_of_memory(tiny, monkeypatch):
+    """Memory for two chains of one lane, whatever is asked for."""
+    monkeypatch.setattr(tiny.sampler.engine, "run_bytes", lambda *, chains, lanes, max_length: chains * lanes)
+    monkeypatch.setattr("power_kernels.api.planning._budget", lambda engine: 2)
+    return tiny
+
+
+def test_a_call_that_ran_otherwise_than_asked_is_told():
+    report = {"slots": 4, "lanes": 2, "restarts": 0}
+    assert common.shortfall(report, 4, 2) is None
+    assert common.shortfall(report, 4, None) is None
+    assert "did not hold 4 x 4 lanes at once (4 x 2 lanes ran)" in common.shortfall(report, 4, 4)
+    assert "4 x 2 lanes ran" in common.shortfall(report, 8, None)
+    assert "ran out of memory" in common.shortfall({**report, "restarts": 1}, 4, 2)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_step_of_fewer_lanes_is_not_measured(short_of_memory):
+    bench = decode.Bench(short_of_memory, context=6, tokens=8)
+    table = [bench.step(rows, 1e9) for rows in (2, 4)]
+    assert table[0]["seconds"] > 0
+    assert table[1] == {"lanes": 4, "not_measured": "memory did not hold 4 x 1 lanes at once (2 x 1 lanes ran)"}
+    parts = bench.parts(4)
+    assert "1 x 2 lanes ran" in parts["not_measured"]
+    result = {
+        "machine": {"device_type": "cuda"}, "bandwidth": {"copy": 1e9, "read": 1e9}, "waits": "not measured: why",
+        "table": [table[0], {**table[1], "lanes": 64}], "parts": {**parts, "lanes": 64}, "shape": "qwen2.5-7b",
+    }  # fmt: skip
+    found = decode.verdicts(result)
+    assert [item["met"] for item in found] == [None, None, None]
+    assert not common.missed(found)
+    said = decode.table(result)
+    assert "64 | not measured: memory did not hold" in said
+    assert "STEP WAITS" not in said
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_throughput_of_fewer_slots_is_not_measured(short_of_memory, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(throughput, "subject", lambda *a, **k: short_of_memory)
+    monkeypatch.setattr(short_of_memory, "prompts", [[3, 4, 5], [6, 7], [8, 9]])
+    sizes = ["--tokens", "4", "--blocks", "1", "--steps", "1", "--slots", "3", "--only", "plain,ours"]
+    path = tmp_path / "out.json"
+    assert throughput.main(["--model", "tiny", "--device", "cpu", *sizes, "--check", "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 slots, 1 lane" in said
+    assert "not measured: memory did not hold 3 x 1 lanes at once (2 x 1 lanes ran)" in said
+    document = json.loads(path.read_text())
+    assert {item["met"] for item in document["targets"]} == {None}
+    assert document["table"][0]["answers_per_s"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_latency_of_fewer_lanes_is_not_measured(short_of_memory, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "subject", lambda *a, **k: short_of_memory)
+    more = ["--tokens", "4", "--blocks", "1", "--steps", "1", "--lanes", "2,4", "--seconds", "0"]
+    assert latency.main(["--model", "tiny", "--device", "cpu", *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r" +4 \| not measured: memory did not hold 1 x 4 lanes at once", line) for line in lines)
+    assert any(re.match(r" +2 \| +\d", line) for line in lines)
+
+
 # ---- latency
 
 
@@ -234,7 +299,7 @@ def test_no_cell_is_begun_when_the_time_is_over(tiny, monkeypatch, tmp_path):
 def test_a_ratio_to_what_did_not_run_is_not_measured(tiny, monkeypatch, capsys):
     monkeypatch.setattr(latency, "subject", lambda *a, **k: tiny)
     more = ["--tokens", "4", "--blocks", "1", "--steps", "1", "--lanes", "2,default", "--seconds", "0"]
-    latency.main(["--model", "tiny", "--device", "cpu", *more, "--check"])
+    assert latency.main(["--model", "tiny", "--device", "cpu", *more, "--check"]) == 0  # and not missed
     assert "default lanes over 1 lane: not measured (at most 0.7)" in capsys.readouterr().out
 
 
@@ -294,6 +359,10 @@ def test_throughput_targets_are_those_of_the_device():
     assert [item["met"] for item in on_cpu] == [False, None]
     assert [item["met"] for item in on_gpu] == [False, None, True]
     assert "not measured" in common.targets_text(on_gpu)
+    assert not common.missed(
+        on_gpu[1:]
+    )  # replayed steps have no driver's share, which --check must not hold against them
+    assert common.missed(on_gpu)
 
 
 # ---- decode
@@ -404,6 +473,10 @@ def test_decode_targets_are_those_of_the_7b_at_64_lanes():
         (pytest.approx(0.029), True),
         (0, True),
     ]
+    assert "counts as the model's" in decode.caveat(result)
+    apart = {**parts, "seconds": {**parts["seconds"], "head and draw": 0.0}}
+    for other in (None, apart, {"lanes": 64, "not_measured": "why"}):
+        assert "counts as the model's" not in decode.caveat(result | {"parts": other})
     result |= {"shape": "phi-3.5-mini", "waits": "called a synchronizing CUDA operation"}
     assert [item["met"] for item in decode.verdicts(result)] == [True, False]
     assert decode.verdicts(result | {"machine": {"device_type": "cpu"}}) == []

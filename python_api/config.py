@@ -24,8 +24,9 @@ class PowerConfig:
     temperature: of the proposals, 1/beta; None is 1/alpha.
     cut: the law of the place where a proposal leaves the answer (exact, section 3.6). "uniform": cut anywhere, and
         leave where the suffix first differs. "divergence": leave at a token with probability proportional to 1 - q of
-        it, so that no step repeats the answer. "divergence-entropy": that times the entropy of the token's row, a cut
-        that prefers the places where the model was undecided. free_prefix says nothing under the last two.
+        it, so that no step repeats the answer where another is possible. "divergence-entropy": that times the entropy
+        of the token's row, a cut that prefers the places where the model was undecided. free_prefix says nothing under
+        the last two.
     early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
     lanes: proposals of one chain that run side by side (exact, section 3.5). None: the driver chooses; the chains are

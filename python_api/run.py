@@ -176,35 +176,29 @@ class Run:
             report.lane_steps += state.chains * state.lanes
             start = clock()
             plan = self.engine.plan(state)
-            report.replays += self.recordings.run((state.chains, plan), lambda: self.launch(state, plan))
+            key, launch = (state.chains, plan), lambda: self.advance(state, self.engine.decode(state, plan))
+            report.replays += self.recordings.run(key, launch)
             self.seconds["replay"] += clock() - start
             report.captured = self.recordings.work
 
-    def launch(self, state: ChainState, plan) -> None:
-        """A whole step, for a recording: nothing here may depend on what is in a tensor."""
-        sampled = self.engine.decode(state, plan)
-        self.run_advance(state, sampled)
-        self.engine.transfer(state.commit_range, state.open_range)
-
     def advance(self, state: ChainState, sampled: Sampled) -> None:
-        """Hand the draws to the chains, and move the KV that their decisions ask for."""
+        """Hand the draws to the chains, and move the KV that their decisions ask for.
+
+        Part of every recording: but for `recalled`, which only a CPU has, nothing here looks at a tensor.
+        """
         clock = time.perf_counter
         if sampled.recalled is not None:
             for slot, tokens in enumerate(sampled.recalled.view(state.chains, -1).sum(1).tolist()):
                 self.recalled[slot] += tokens
         start = clock()
-        self.run_advance(state, sampled)
+        pk.mh_advance(
+            state, self.law, self.log_n, self.seed_tensor, self.eos,
+            sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy,
+        )  # fmt: skip
         advanced = clock()
         self.engine.transfer(state.commit_range, state.open_range)
         self.seconds["advance"] += advanced - start
         self.seconds["transfer"] += clock() - advanced
-
-    def run_advance(self, state: ChainState, sampled: Sampled) -> None:
-        pk.mh_advance(
-            state, self.law, self.log_n, self.seed_tensor, self.eos,
-            sampled.token, sampled.logq, sampled.weight, sampled.status,
-            *([sampled.entropy] if self.law.needs_entropy else []),
-        )  # fmt: skip
 
     def view(self, chains: int) -> ChainState:
         """The state of the first slots; always the same tensors, as a recording needs them."""

@@ -323,6 +323,41 @@ def test_replayed_runs_make_the_chains_of_steps_that_run_as_they_are(dtype, lane
         assert (ours.tokens, ours.log_weights, ours.outcomes) == (theirs.tokens, theirs.log_weights, theirs.outcomes)
 
 
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_and_leaves_the_device_as_it_was():
+    """A model that waits for its device: the same chains, and afterwards streams, allocator and generator are sound."""
+    model = tiny_models.llama()
+    config = PowerConfig(alpha=2.0, max_new_tokens=16, block_size=8, mcmc_steps=3, lanes=1)
+    arguments = dict(seed=3, max_chains=2)
+    plain = PowerSampler(model, capture=False).generate([[4, 5, 6], [7, 8]], config, **arguments)
+    stream = torch.cuda.current_stream()
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+    sampler = PowerSampler(model)
+    with pytest.warns(RuntimeWarning, match="cannot be recorded"):
+        waiting = sampler.generate([[4, 5, 6], [7, 8]], config, **arguments)
+    hook.remove()
+    assert not sampler.capture
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    torch.rand(8, device=DEVICE)
+    again = PowerSampler(model)
+    replayed = again.generate([[4, 5, 6], [7, 8]], config, **arguments)
+    assert again.last_run.replays > 0
+    for chains in (waiting, replayed):
+        assert [(r.tokens, r.log_weights) for r in chains] == [(r.tokens, r.log_weights) for r in plain]
+
+
+@pytest.mark.measured
+def test_lanes_are_measured_on_recorded_steps_and_a_run_closed_early_leaves_the_engine_free():
+    engine = HuggingFaceEngine(tiny_models.llama())
+    assert all(seconds > 0 for seconds in engine.decode_seconds([1, 2, 64]))
+    sampler = PowerSampler(engine)
+    config = PowerConfig(alpha=2.0, max_new_tokens=16, block_size=8, mcmc_steps=8)
+    stream = sampler.stream([[4, 5, 6]], config, num_chains=6, max_chains=2, seed=1)
+    next(stream)
+    stream.close()
+    assert len(sampler.generate([[4, 5, 6]], config, seed=1)) == 1
+
+
 def test_the_driver_gives_the_same_chains_whatever_the_slots():
     """Toy-sized: the model's own logits must not depend on the batch, so weights are compared to 1e-4 nats."""
     config = PowerConfig(alpha=2.0, max_new_tokens=12, block_size=6, mcmc_steps=3)

@@ -43,7 +43,9 @@ TESTED_AS = {
     "python bench/ops.py": "python bench/ops.py --quick",
     "python bench/end_to_end.py": "python bench/end_to_end.py --quick --only ours-1",
     "python bench/end_to_end.py latency": "python bench/end_to_end.py latency --quick --lanes 1,default",
-    "python bench/end_to_end.py throughput": "python bench/end_to_end.py throughput --quick --prompts 3 --slots 2 --tokens 6",
+    "python bench/end_to_end.py throughput": (
+        "python bench/end_to_end.py throughput --quick --prompts 3 --slots 2 --tokens 6"
+    ),
     "make gpu-check OUT=results-decode PLAN=decode": "make --dry-run gpu-check OUT=results-decode PLAN=decode",
     'power-kernels doctor --model "$(python -m power_kernels.api.demo_model)"': (
         'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.demo_model)"'

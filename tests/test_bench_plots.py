@@ -83,11 +83,19 @@ def test_bins_hold_every_proposal_and_their_intervals_are_wilsons():
         assert plots.Bin(0, 1, 10, accepted).interval() == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["end_to_end", "end_to_end_one_chain"])
+KEPT = {
+    # Older than the places of proposals and the driver's report: the account alone.
+    "end_to_end": ["cost_account.png"],
+    "end_to_end_one_chain": ["cost_account.png", "cost_cuts.png", "cost_phases.png"],
+    "latency": ["latency_account.png", "latency_cuts.png", "latency_phases.png", "latency.png"],
+    "throughput": ["throughput_account.png", "throughput_cuts.png", "throughput_phases.png", "throughput.png"],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_the_kept_results_of_whole_answers_are_drawn(tmp_path, name):
-    """They are older than the places of proposals and the driver's report: the account alone."""
     source = Path(command.__file__).parent / "results" / "cpu" / f"{name}.json"
-    assert [path.name for path in command.draw(source, tmp_path)] == ["cost_account.png"]
+    assert [path.name for path in command.draw(source, tmp_path)] == KEPT[name]
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):

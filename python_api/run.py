@@ -20,7 +20,7 @@ from power_kernels import nvtx, reference
 from power_kernels.api import captured
 from power_kernels.api.captured import CapturedSteps
 from power_kernels.api.config import PowerConfig
-from power_kernels.api.engine import CapturableEngine, Engine, EngineBusyError, Sampled
+from power_kernels.api.engine import Engine, EngineBusyError, Sampled
 from power_kernels.api.planning import Plan
 from power_kernels.api.poll import Poll
 from power_kernels.api.results import PowerResult, read_result
@@ -63,7 +63,7 @@ class RunReport:
 
 class Run:
     """jobs: what is left to draw, in order. max_length: positions of the call's longest prompt and its answer. eos:
-    token ids. capture: replay steps where the engine can."""
+    token ids. capture: replay steps, of a CapturableEngine."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Run:
         self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
-        self.graphs = captured.recorder(device) if capture and isinstance(engine, CapturableEngine) else None
+        self.graphs = captured.recorder(device) if capture else None
         # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
         self.prefill_cost: list[int] = []
         self.recalled: list[int] = []

@@ -365,8 +365,8 @@ class HuggingFaceEngine:
         def step() -> None:
             self._logits(self._output(DecodeView(position[:, 0], length, kernel), tokens, position))
 
-        step()
         if graphs is None:
+            step()
             return step
         steps = captured.CapturedSteps(graphs)
         steps.run(rows, step)

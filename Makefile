@@ -10,7 +10,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint 
 .PHONY: demo test lint bench doctor kernels-report gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
-	$(PY) -m power_kernels.api.demo
+	$(PY) -m power_kernels.api.commands.demo
 
 test: $(READY)  ## the whole test suite
 	$(PY) -m pytest -q -n 2 tests

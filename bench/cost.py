@@ -58,7 +58,8 @@ class Bench:
 
     def __init__(self, arguments):
         # Here, not above: the opponents and their tests need nothing of ours.
-        from power_kernels.api import PowerConfig, PowerSampler, demo_model
+        from power_kernels.api import PowerConfig, PowerSampler
+        from power_kernels.api.commands import demo_model
 
         self.arguments = arguments
         directory = demo_model.ensure_model()

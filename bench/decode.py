@@ -93,7 +93,7 @@ def marked_steps(device: torch.device, *, error_on_sync: bool = False):
 
     error_on_sync: a step after the first WARM_STEPS that waits for the device raises RuntimeError.
     """
-    from power_kernels.api.run import Run
+    from power_kernels.api.driver.run import Run
 
     original, marks = Run.step, []
 

@@ -204,7 +204,8 @@ def subject(
 ) -> Subject:
     """The model `name` of MODELS with `prompts` prompts: of SmolLM2 the questions, as chats; of a shape random tokens,
     96 to 159 of them (a tiny one: 8 to 15)."""
-    from power_kernels.api import PowerSampler, demo_model
+    from power_kernels.api import PowerSampler
+    from power_kernels.api.commands import demo_model
 
     if name == SMOLLM2:
         directory = demo_model.ensure_model()

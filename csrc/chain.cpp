@@ -1,5 +1,5 @@
 // The chain (DESIGN sections 3, 5.4 and 5.5): mh_accept, for stacks that keep their own chains, and mh_advance, one
-// decode step of the whole law for every lane. power_kernels/reference_ops/chain.py is the specification; the arithmetic here
+// decode step of the whole law for every lane. power_kernels/reference/chain.py is the specification; the arithmetic here
 // is the same float64 operations in the same order, so that the two agree bit for bit.
 
 #include "rng.h"

@@ -1,6 +1,6 @@
 // Block tables with reference counts (DESIGN section 5.7): block_table_fork, _extend, _commit and _rollback on the
 // state of power_kernels/block_tables.py, and kv_copy_blocks, which is kv_copy_ranges within one pool.
-// power_kernels/reference_ops/paged_kv.py is the specification; every entry written here equals its.
+// power_kernels/reference/paged_kv.py is the specification; every entry written here equals its.
 //
 // Bytes: 4 to 12 an entry of the rows that change. All of it is bookkeeping in row order on one thread.
 

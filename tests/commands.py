@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from power_kernels.api import output_file
-from power_kernels.api.cli import main
+from power_kernels.api.commands import output_file
+from power_kernels.api.commands.cli import main
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 
 VOCAB = 32

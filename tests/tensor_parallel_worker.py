@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from power_kernels import SampleOutput
-from power_kernels.api import PowerConfig, PowerSampler, planning
+from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.driver import planning
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
-from power_kernels.api.engines.tensor_parallel import TensorParallelGroup
+from power_kernels.api.engines.huggingface.tensor_parallel import TensorParallelGroup
 from tests import tiny_models
 
 VOCAB = 96  # a multiple of the number of processes, as older releases of transformers ask for

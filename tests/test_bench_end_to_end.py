@@ -22,7 +22,7 @@ import shapes  # noqa: E402
 import throughput  # noqa: E402
 
 from power_kernels.api import PowerConfig  # noqa: E402
-from power_kernels.api.run import Run  # noqa: E402
+from power_kernels.api.driver.run import Run  # noqa: E402
 
 CPU = torch.device("cpu")
 # Next-token entropy of the tiny model: at 3 of at most 5.3 nats its proposals leave the answer, and some are accepted.
@@ -167,7 +167,7 @@ def test_prompts_are_different_and_as_many_as_promised():
 def short_of_memory(tiny, monkeypatch):
     """Memory for two chains of one lane, whatever is asked for."""
     monkeypatch.setattr(tiny.sampler.engine, "run_bytes", lambda *, chains, lanes, max_length: chains * lanes)
-    monkeypatch.setattr("power_kernels.api.planning._budget", lambda engine: 2)
+    monkeypatch.setattr("power_kernels.api.driver.planning._budget", lambda engine: 2)
     return tiny
 
 

@@ -18,7 +18,7 @@ import torch
 from power_kernels.api.bench import harness, report, run
 from power_kernels.api.bench.harness import Workload, measure, peak_memory, rounds
 from power_kernels.api.bench.limits import limits_table, verdicts
-from power_kernels.api.cli import main
+from power_kernels.api.commands.cli import main
 from tests.op_helpers import serving
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ import warnings
 import pytest
 import torch
 
-from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, captured
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
+from power_kernels.api.driver import captured
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import Outcome
 from tests import tiny_models

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from power_kernels import use_backend
-from power_kernels.api import PowerConfig, PowerSampler, generate
-from power_kernels.api.cli import main
+from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.commands import generate
+from power_kernels.api.commands.cli import main
+from power_kernels.api.commands.generate import INTERRUPTED
+from power_kernels.api.commands.output_file import OutputFile, RecordFile
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
-from power_kernels.api.generate import INTERRUPTED
-from power_kernels.api.output_file import OutputFile, RecordFile
 from power_kernels.errors import ArgumentError
 from tests.tiny_models import mamba
 
@@ -122,7 +123,7 @@ def test_an_interrupted_run_keeps_its_answers_and_goes_on(model_path, prompts, t
     """The real command, Ctrl-C between answers; every other moment and signal is in test_interrupts.py."""
     out = tmp_path / "part.jsonl"
     command = [
-        sys.executable, "-m", "power_kernels.api.cli", "generate", "--model", model_path, "--prompts", prompts,
+        sys.executable, "-m", "power_kernels.api.commands.cli", "generate", "--model", model_path, "--prompts", prompts,
         "--out", str(out), *OPTIONS, "--max-chains", "1",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

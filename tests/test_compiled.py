@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.engine import UnsupportedModelError
-from power_kernels.api.engines import compiled
-from power_kernels.api.engines.cpu_linear import SmallBatchLinear
-from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.driver.engine import UnsupportedModelError
+from power_kernels.api.engines.huggingface import HuggingFaceEngine, compiled
+from power_kernels.api.engines.huggingface.cpu_linear import SmallBatchLinear
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests import tiny_models
 from tests.devices import ON_CUDA

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
-from power_kernels.api.engines.cpu_linear import DOUBLED_ROWS, PACKED_ROWS, speed_up
-from power_kernels.api.engines.patches import Patches
+from power_kernels.api.engines.huggingface.cpu_linear import DOUBLED_ROWS, PACKED_ROWS, speed_up
+from power_kernels.api.engines.huggingface.patches import Patches
 from tests.tiny_models import llama
 
 # Both sides of each switch, and an empty batch.

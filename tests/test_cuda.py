@@ -10,8 +10,9 @@ import torch
 
 import power_kernels as pk
 from power_kernels import nvtx, reference
-from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, captured
-from power_kernels.api.poll import Poll
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
+from power_kernels.api.driver import captured
+from power_kernels.api.driver.poll import Poll
 from power_kernels.errors import ArgumentTypeError
 from power_kernels.ops import dispatch
 from power_kernels.state import ChainField, Law, Mode, Outcome, Status

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from power_kernels.api.engines import decode_attention
-from power_kernels.api.engines.decode_attention import FLASH, KERNELS, PADDED, ROWS, DecodeView
-from power_kernels.api.engines.huggingface import HuggingFaceEngine
-from power_kernels.api.engines.ragged_cache import KvLayout
+from power_kernels.api.engines.huggingface import HuggingFaceEngine, decode_attention
+from power_kernels.api.engines.huggingface.decode_attention import FLASH, KERNELS, PADDED, ROWS, DecodeView
+from power_kernels.api.engines.huggingface.ragged_cache import KvLayout
 from power_kernels.errors import ArgumentError
 from tests import tiny_models
 from tests.devices import DEVICE, ON_CUDA, host_only

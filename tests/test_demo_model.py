@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from power_kernels.api import demo, demo_model
+from power_kernels.api.commands import demo, demo_model
 
 
 @pytest.fixture

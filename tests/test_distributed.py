@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from power_kernels.api import PowerConfig, PowerSampler, generate
-from power_kernels.api.distributed import RankLostError, Ranks, generate_sharded, join
+from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.commands import generate
+from power_kernels.api.driver.distributed import RankLostError, Ranks, generate_sharded, join
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests.commands import command, environment, free_port, joined, markov_model, save, start
 from tests.toys import ToyEngine, power_toy
@@ -290,7 +291,7 @@ def test_ranks_with_other_prompts_or_another_file_are_refused(model_path, tmp_pa
 
 
 def test_a_file_that_another_run_writes_ends_every_rank(model_path, tmp_path):
-    from power_kernels.api.output_file import RecordFile
+    from power_kernels.api.commands.output_file import RecordFile
 
     holder = RecordFile(tmp_path / "out")
     statuses, logs = commands(tmp_path, *[words(model_path, tmp_path / "out")] * 2)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from power_kernels import rng
-from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler, run
-from power_kernels.api.poll import Poll
+from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler
+from power_kernels.api.driver import run
+from power_kernels.api.driver.poll import Poll
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.reference import ReferenceChain
 from power_kernels.state import Outcome, Status

@@ -17,13 +17,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import power_kernels as pk
-from power_kernels.api.engine import Engine, UnsupportedModelError
-from power_kernels.api.engines import lm_head
-from power_kernels.api.engines.decode_attention import FLASH, PADDED
-from power_kernels.api.engines.huggingface import HuggingFaceEngine, _LengthBound
-from power_kernels.api.engines.patches import Patches
-from power_kernels.api.engines.ragged_cache import KvLayout, KvSlabs
-from power_kernels.api.engines.rope import pin_rope
+from power_kernels.api.driver.engine import Engine, UnsupportedModelError
+from power_kernels.api.engines.huggingface import HuggingFaceEngine, lm_head
+from power_kernels.api.engines.huggingface.decode_attention import FLASH, PADDED
+from power_kernels.api.engines.huggingface.length_bound import LengthBound
+from power_kernels.api.engines.huggingface.patches import Patches
+from power_kernels.api.engines.huggingface.ragged_cache import KvLayout, KvSlabs
+from power_kernels.api.engines.huggingface.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import ChainState, LaneField, LaneStatus, Law, Status
 from tests import tiny_models
@@ -616,7 +616,7 @@ def test_layers_of_different_shapes_have_slabs_of_their_own():
 def test_the_host_s_bound_is_never_below_the_longest_position(seed):
     """Answers grow by at most one a step and chains end at any time; what is copied is used 16 steps later."""
 
-    class Copying(_LengthBound):
+    class Copying(LengthBound):
         def __init__(self):
             super().__init__(torch.device("meta"))
             self._asynchronous = True

@@ -50,7 +50,7 @@ def test_an_install_with_a_compiler_has_the_extension(tmp_path):
     assert path.startswith(str(target))
     assert backend == "cpp"
     options = ["bench", "--quick", "--device", "cpu", "--ops", "mh_accept"]
-    bench = f"from power_kernels.api.cli import main; main({options})"
+    bench = f"from power_kernels.api.commands.cli import main; main({options})"
     assert "decisions/s" in python(bench, tmp_path, PYTHONPATH=str(target))
 
 
@@ -76,12 +76,12 @@ def test_an_install_without_the_extension_works_and_says_so(tmp_path, reason):
     path, backend = python(SAMPLE, tmp_path, PYTHONPATH=str(target)).split()
     assert path.startswith(str(target))
     assert backend == "reference"
-    doctor = "from power_kernels.api.cli import main; main(['doctor'])"
+    doctor = "from power_kernels.api.commands.cli import main; main(['doctor'])"
     assert "was not built" in python(doctor, tmp_path, PYTHONPATH=str(target))
 
 
 def test_a_machine_without_triton_works_and_says_so(tmp_path):
     hide = "import sys; sys.modules['triton'] = None\n"
     python(hide + SAMPLE, tmp_path, TRITON_INTERPRET="0")
-    doctor = hide + "from power_kernels.api.cli import main; main(['doctor'])"
+    doctor = hide + "from power_kernels.api.commands.cli import main; main(['doctor'])"
     assert "the triton backend cannot be imported" in python(doctor, tmp_path, TRITON_INTERPRET="0")

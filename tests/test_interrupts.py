@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from power_kernels.api.generate import INTERRUPTED
+from power_kernels.api.commands.generate import INTERRUPTED
 from tests.commands import command, environment, free_port, joined, keys, markov_model, records, save, start
 
 # In order: an answer begun, half written, whole; then the last answer is there and the file is put in order.
@@ -152,7 +152,7 @@ def test_torchrun_ends_the_ranks_when_one_is_killed_and_the_run_goes_on(folder, 
     longer = ["--max-chains", "1", "--mcmc-steps", "40"]
     alone = start(command, arguments(folder, whole, *longer), log=log)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    line = [*launcher, str(free_port()), "-m", "power_kernels.api.cli", *arguments(folder, out, *longer)]
+    line = [*launcher, str(free_port()), "-m", "power_kernels.api.commands.cli", *arguments(folder, out, *longer)]
     torchrun = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: keys(out.with_name("out.jsonl.part-1")) or torchrun.poll() is not None)
     os.kill(worker(torchrun.pid, rank=1), signal.SIGKILL)

@@ -13,7 +13,7 @@ import torch
 
 import power_kernels as pk
 from power_kernels import reference
-from power_kernels.reference_ops.lm_head import head_logits
+from power_kernels.reference.lm_head import head_logits
 from power_kernels.state import Status
 from tests.devices import host_only
 from tests.op_helpers import (

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels.api import doctor
+from power_kernels.api.commands import doctor
 from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
 from power_kernels.ops import dispatch
 from power_kernels.ops.checks import LOGIT_DTYPES
@@ -622,9 +622,9 @@ def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says
     built, package = extension(), tmp_path / "power_kernels"
     ignored = shutil.ignore_patterns("__pycache__", "_C*")
     shutil.copytree(built.parent, package, ignore=ignored)
-    shutil.copytree(Path(doctor.__file__).parent, package / "api", ignore=ignored)
+    shutil.copytree(Path(doctor.__file__).parents[1], package / "api", ignore=ignored)
     (package / built.name).write_bytes(built.read_bytes().replace(b",LENGTH=1,", b",LENGTH=9,"))
-    code = "import power_kernels, sys; print(power_kernels.__file__); from power_kernels.api.cli import main; main()"
+    code = "import power_kernels as pk; print(pk.__file__); from power_kernels.api.commands.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code, "doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels.api import PowerConfig, PowerSampler, UnsupportedModelError, paged_demo
-from power_kernels.api.engines.paged import OutOfBlocksError, PagedEngine
-from power_kernels.api.engines.ragged_attention import NAME
+from power_kernels.api import PowerConfig, PowerSampler, UnsupportedModelError
+from power_kernels.api.commands import paged_demo
+from power_kernels.api.engines.huggingface.paged import OutOfBlocksError, PagedEngine
+from power_kernels.api.engines.huggingface.ragged_attention import NAME
 from tests import tiny_models
 from tests.devices import DEVICE
 from tests.test_paged_kv import audit

@@ -3,7 +3,7 @@
 import pytest
 
 from power_kernels.api import EngineBusyError, HuggingFaceEngine, PowerConfig, PowerSampler
-from power_kernels.api.engines.patches import Patches
+from power_kernels.api.engines.huggingface.patches import Patches
 from tests.tiny_models import llama
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, memory, planning, run
-from power_kernels.api.planning import Plan, lane_gain, plan_run
-from power_kernels.api.sampler import GenerationError
+from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
+from power_kernels.api.driver import memory, planning, run
+from power_kernels.api.driver.planning import Plan, lane_gain, plan_run
+from power_kernels.api.driver.sampler import GenerationError
 from power_kernels.errors import ArgumentError
 from tests import tiny_models
 from tests.devices import ON_CUDA

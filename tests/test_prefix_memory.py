@@ -9,9 +9,8 @@ import torch
 import transformers
 
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.engines import prefix_memory
-from power_kernels.api.engines.huggingface import HuggingFaceEngine
-from power_kernels.api.engines.lm_head import LmHead
+from power_kernels.api.engines.huggingface import HuggingFaceEngine, prefix_memory
+from power_kernels.api.engines.huggingface.lm_head import LmHead
 from power_kernels.state import LaneField, LaneStatus
 from tests import tiny_models
 

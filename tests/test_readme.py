@@ -47,10 +47,10 @@ TESTED_AS = {
         "python bench/end_to_end.py throughput --quick --prompts 3 --slots 2 --tokens 6"
     ),
     "make gpu-check OUT=results-decode PLAN=decode": "make --dry-run gpu-check OUT=results-decode PLAN=decode",
-    'power-kernels doctor --model "$(python -m power_kernels.api.demo_model)"': (
-        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.demo_model)"'
+    'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (
+        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.commands.demo_model)"'
     ),
-    "python -m power_kernels.api.paged_demo": "python -m power_kernels.api.paged_demo --tiny",
+    "python -m power_kernels.api.commands.paged_demo": "python -m power_kernels.api.commands.paged_demo --tiny",
     "make kernels-report": "python -m power_kernels.triton --quick mh_accept",
     "make gpu-check OUT=results": "make --dry-run gpu-check OUT=results",
 }
@@ -62,13 +62,16 @@ PRINTED = {
     "python bench/ops.py": ("decisions/s", "logsumexp", "compile", "eager", "limits"),
     "power-kernels bench": ("decisions/s", "eager"),
     "python bench/end_to_end.py": ("plain generate", "power_kernels, 1 chain"),
-    "python -m power_kernels.api.paged_demo": ("shared", "copied"),
+    "python -m power_kernels.api.commands.paged_demo": ("shared", "copied"),
     "make kernels-report": ("sm_80", "sm_90", "sm_100", "gfx942", "regs"),
     "make gpu-check OUT=results": ("bench/gpu_check.py --out",),
     "make gpu-check OUT=results-decode PLAN=decode": ("--plan decode",),
     "python bench/end_to_end.py latency": ("plain", "default lanes over 1 lane"),
     "python bench/end_to_end.py throughput": ("answers", "useful"),
-    'power-kernels doctor --model "$(python -m power_kernels.api.demo_model)"': ("attention", "lanes of so many"),
+    'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (
+        "attention",
+        "lanes of so many",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from power_kernels.api.engines.tensor_parallel import TensorParallelGroup
+from power_kernels.api.engines.huggingface.tensor_parallel import TensorParallelGroup
 from tests import tiny_models
 from tests.tensor_parallel_worker import ENTROPY, PROMPTS, VOCAB, answers, build
 

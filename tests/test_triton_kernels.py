@@ -11,8 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from power_kernels import reference as ref  # noqa: E402
-from power_kernels import reference_ops, rng  # noqa: E402
+from power_kernels import reference, rng  # noqa: E402
 from power_kernels.errors import ArgumentError  # noqa: E402
 from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
 from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
@@ -87,7 +86,7 @@ def check_sample(logits, alpha, beta, counter, exclude=None, tolerance=2e-6):
     """Quantities within `tolerance` (relative to max(1, value)) of float64; tokens equal, boundaries apart."""
     rows = logits.shape[0]
     got = sample(sampling, logits, alpha, beta, counter, exclude)
-    want = sample(reference_ops, logits, alpha, beta, counter, exclude)
+    want = sample(reference, logits, alpha, beta, counter, exclude)
     assert got["status"].tolist() == want["status"].tolist()
     u = rng.uniforms(counter.cpu().numpy().view(np.uint32), SEED)[:, 0]
     betas = np.broadcast_to(beta, rows)
@@ -102,8 +101,8 @@ def check_sample(logits, alpha, beta, counter, exclude=None, tolerance=2e-6):
         if token != int(want["token"][i]):
             left_out = -1 if exclude is None else int(exclude[i])
             assert boundary_distance(logits[i], betas[i], u[i], left_out, token) < 1e-6
-        q = ref.token_quantities(z, token, float(np.float32(alphas[i])), float(np.float32(betas[i])))
-        for key, value in (("logp", q.logp), ("logq", q.logq), ("weight", q.weight), ("entropy", ref.entropy(z))):
+        q = reference.token_quantities(z, token, float(np.float32(alphas[i])), float(np.float32(betas[i])))
+        for key, value in (("logp", q.logp), ("logq", q.logq), ("weight", q.weight), ("entropy", reference.entropy(z))):
             bound = tolerance * max(abs(value), 1.0) * (max(alphas[i], betas[i]) if key == "weight" else 1.0)
             assert abs(float(got[key][i]) - value) <= bound, (key, i, float(got[key][i]), value)
     return got, want
@@ -201,7 +200,7 @@ def test_nearly_deterministic_rows_keep_their_digits():
     got, _ = check_sample(logits, 4.0, 4.0, make_counters(3))
     for i, token in enumerate((7, 2099, 0)):
         assert int(got["token"][i]) == token
-        want = ref.token_quantities(logits[i].double().cpu().numpy(), token, 4.0, 4.0)
+        want = reference.token_quantities(logits[i].double().cpu().numpy(), token, 4.0, 4.0)
         assert float(got["logp"][i]) == pytest.approx(want.logp, rel=1e-5)
         assert float(got["weight"][i]) == pytest.approx(want.weight, rel=1e-5)
         assert want.logp < 0.0
@@ -363,7 +362,7 @@ def score(module, logits, tokens, alpha, beta, entropy=True):
 
 def check_score(logits, tokens, alpha, beta):
     got = score(scoring, logits, tokens, alpha, beta)
-    want = score(reference_ops, logits, tokens, alpha, beta)
+    want = score(reference, logits, tokens, alpha, beta)
     assert got["status"].tolist() == want["status"].tolist()
     for key in ("logp", "logq", "weight", "entropy"):
         np.testing.assert_allclose(got[key].numpy(), want[key].numpy(), rtol=1e-5, atol=1e-5, err_msg=key)
@@ -412,7 +411,7 @@ def accept(module, w_cur, w_prop, n_cur, n_prop, log_u):
 
 
 def check_accept(*args):
-    got, want = accept(chain, *args), accept(reference_ops, *args)
+    got, want = accept(chain, *args), accept(reference, *args)
     assert got[2].tolist() == want[2].tolist()
     assert got[0].tolist() == want[0].tolist()
     np.testing.assert_allclose(got[1].numpy(), want[1].numpy(), rtol=1e-12, atol=1e-12)
@@ -508,7 +507,7 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
     chains, base, eos = 2, 7, 49
     g = torch.Generator().manual_seed(lanes)
     ours, theirs = (ChainState.allocate(chains, lanes, law, DEVICE) for _ in range(2))
-    common = (on(ref.log_table(law.max_new_tokens)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
+    common = (on(reference.log_table(law.max_new_tokens)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
     constants = law.constants()
     for state in (ours, theirs):
         for c in range(chains):
@@ -518,7 +517,7 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
         sampled = random_samples(theirs, g, eos, hostile=0.01)
         before = theirs.lane_field.clone()
         chain.mh_advance(*ours.tensors(), *common, *sampled, *constants)
-        reference_ops.mh_advance(*theirs.tensors(), *common, *sampled, *constants)
+        reference.mh_advance(*theirs.tensors(), *common, *sampled, *constants)
         for f in fields(ChainState):
             got, want = getattr(ours, f.name), getattr(theirs, f.name)
             if f.name in ("lane_theta", "cumz", "lane_cumz"):  # exp and log are the library's
@@ -541,7 +540,7 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
 
 def test_more_lanes_than_are_compiled_offline_are_refused():
     law = Law(4, 4, 1)
-    common = (on(ref.log_table(4)), on([SEED], torch.int64), on([1], torch.int64))
+    common = (on(reference.log_table(4)), on([SEED], torch.int64), on([1], torch.int64))
     for lanes in (chain.MAX_LANES, chain.MAX_LANES + 1):
         state = ChainState.allocate(2, lanes, law, DEVICE)
         sampled = (

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import power_kernels as pk
-from power_kernels.api.engine import EngineBusyError, Sampled
+from power_kernels.api.driver.engine import EngineBusyError, Sampled
 from power_kernels.rng import as_int64
 from power_kernels.state import LaneField, LaneStatus
 from tests.devices import DEVICE

@@ -1,6 +1,6 @@
 """The operator library: registration, backends, dispatch (DESIGN section 5).
 
-    CUDA, ROCm -> power_kernels.triton     CPU -> csrc (power_kernels._C)     anything else -> reference_ops
+    CUDA, ROCm -> power_kernels.triton     CPU -> csrc (power_kernels._C)     anything else -> reference
 
 The dispatcher chooses by device. A machine without the C++ extension serves the CPU from the reference, and
 `power-kernels doctor` says so. `use_backend` names a backend explicitly; what cannot run raises `BackendError`.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from power_kernels import reference_ops
+from power_kernels import reference
 from power_kernels.block_tables import BlockStatus
 from power_kernels.errors import ArgumentError, BackendError
 from power_kernels.state import (
@@ -49,7 +49,7 @@ def define_kernel(name: str, family: str, schema: str) -> None:
     """
     SCHEMAS[name], KERNELS[name] = schema, family
     _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, getattr(reference_ops, name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     _LIBRARY.impl(name, lambda *args: _triton_kernel(name)(*args), "CUDA")
     torch.library.register_fake(f"power_kernels::{name}", lambda *args: None)
 
@@ -174,7 +174,7 @@ def run(name: str, device: torch.device, *args) -> None:
             raise BackendError("backend 'triton' runs on CPU tensors only under TRITON_INTERPRET=1")
         _triton_kernel(name)(*args)
     else:
-        getattr(reference_ops, name)(*args)
+        getattr(reference, name)(*args)
 
 
 Runner = Callable[..., None]

@@ -6,7 +6,7 @@ Shapes: weights f32 [B, T], [B, T'], everything else [B]. Bytes: 4 B (n + n').
 
 mh_advance:  one decode step of the whole law for every lane, one program a chain. The lanes of a chain are vectors of
 P_PAD entries, so that every column of the state is a register; a scalar is taken from a lane by a masked sum. Positions
-are walked and copied in blocks. What each step does, field by field, is `reference_ops.mh_advance`.
+are walked and copied in blocks. What each step does, field by field, is `reference.mh_advance`.
 Shapes: `state.ChainState`. Bytes: about 200 a lane, plus 16 a token walked and 32 a token committed; under a divergence
 cut 8 a token searched and 48 a token committed.
 """

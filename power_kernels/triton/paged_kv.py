@@ -1,6 +1,6 @@
 """Block tables with reference counts, and the copy of split blocks (DESIGN 5.7).
 
-What each operator writes, entry by entry, is `reference_ops/paged_kv.py`; the state is `block_tables.BlockTables`.
+What each operator writes, entry by entry, is `reference/paged_kv.py`; the state is `block_tables.BlockTables`.
 Shapes: block_table i32 [R, M], refcount and free_list i32 [N], the rest i32 [R]. Bytes: 20 to 30 a row, 12 to 16 an
 entry of the rows that change.
 

@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
 from power_kernels.api.bench.opponents import add_library
-from power_kernels.api.engines.decode_attention import PADDED, DecodeView, choose
-from power_kernels.api.engines.ragged_cache import KvLayout
+from power_kernels.api.engines.huggingface.decode_attention import PADDED, DecodeView, choose
+from power_kernels.api.engines.huggingface.ragged_cache import KvLayout
 
 FORMULA = (
     "layers*(2*rows*mean*kv_heads*width + 2*rows*heads*width)*itemsize + 8*rows: each lane's own KV, queries, results; "

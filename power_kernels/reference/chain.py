@@ -1,0 +1,360 @@
+"""mh_accept and mh_advance in Python: the law of DESIGN section 3, one lane after the other."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from power_kernels import rng
+from power_kernels.reference import law as ref
+from power_kernels.reference.sampling import write
+from power_kernels.state import ChainField as CF
+from power_kernels.state import ChainState, Cost, LaneStatus, Law, Mode, Outcome, Status
+from power_kernels.state import LaneField as LF
+
+_NAN = float("nan")
+
+
+def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, log_ratio, status) -> None:
+    """The acceptance test of section 3.2 for stacks that keep their own chains. See `power_kernels.mh_accept`."""
+    accepts, ratios, statuses = [], [], []
+    for b in range(log_u.shape[0]):
+        current, proposal = int(len_cur[b]), int(len_prop[b])
+        verdict = (False, _NAN)
+        if not (1 <= current <= weights_cur.shape[1] and 1 <= proposal <= weights_prop.shape[1]):
+            row = Status.BAD_LENGTH
+        else:
+            w_cur = weights_cur[b, :current].to("cpu", torch.float64).numpy()
+            w_prop = weights_prop[b, :proposal].to("cpu", torch.float64).numpy()
+            used = np.concatenate([w_cur, w_prop, [float(log_u[b])]])
+            row = Status.NAN if np.isnan(used).any() else Status.POS_INF if (used == np.inf).any() else Status.OK
+        if row is Status.OK:
+            # cumsum is the plain running sum in position order; sum() would be pairwise
+            f_cur = np.cumsum(w_cur)[-1] - math.log(current)
+            f_prop = np.cumsum(w_prop)[-1] - math.log(proposal)
+            with np.errstate(invalid="ignore"):
+                ratio = f_prop - f_cur
+            if np.isnan(ratio):  # -inf against -inf: neither answer can occur
+                row = Status.NAN
+            else:
+                verdict = (not f_prop < f_cur + float(log_u[b]), ratio)
+        accepts.append(verdict[0])
+        ratios.append(verdict[1])
+        statuses.append(row)
+    accept.copy_(torch.tensor(accepts, dtype=torch.bool))
+    write(log_ratio, ratios)
+    write(status, statuses)
+
+
+def mh_advance(*args) -> None:
+    """One decode step of the law of section 3 for every lane. See `power_kernels.mh_advance`.
+
+    Takes the tensors of `ChainState` in order, log_n, seed, eos, the sampled (token, logq, weight, status, entropy),
+    and `Law.constants()`.
+    """
+    n_state = len(ChainState.__dataclass_fields__)
+    state = ChainState(*args[:n_state])
+    log_n, seed, eos, token, logq, weight, status, entropy = args[n_state : n_state + 8]
+    law = Law.of_constants(*args[n_state + 8 :])
+    h = entropy.cpu().numpy() if law.needs_entropy else np.ones(len(status), np.float32)
+    host = ChainState(*(t.cpu() for t in state.tensors()))
+    advance = _Advance(
+        host,
+        law,
+        log_n.cpu().numpy(),
+        int(seed.item()),
+        frozenset(eos.tolist()),
+        (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist(), h),
+    )
+    for chain in range(host.chains):
+        advance.chain(chain)
+    for target, source in zip(state.tensors(), host.tensors(), strict=True):
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source)
+
+
+def log_z(z: float) -> float:
+    return math.log(z) if z > 0 else -math.inf
+
+
+class _Advance:
+    """One launch. Chains are independent of each other; `chain` is what one Triton program does."""
+
+    def __init__(self, state: ChainState, law: Law, log_n, seed: int, eos: frozenset[int], sampled):
+        self.law, self.log_n, self.seed, self.eos = law, log_n, seed, eos
+        self.lanes = state.lanes
+        self.sampled = sampled
+        self.s = {name: getattr(state, name).numpy() for name in ChainState.__dataclass_fields__}
+
+    def chain(self, c: int) -> None:
+        self.c = c
+        self.field = self.s["field"][c]
+        self.first = c * self.lanes
+        self.mine = range(self.first, self.first + self.lanes)
+        self.s["commit_range"][c] = (c, 0, 0, 0)
+        for lane in self.mine:
+            self.s["open_range"][lane] = (lane, c, 0, 0)
+        if self.field[CF.MODE] in (Mode.EXTEND, Mode.PROPOSE):
+            for lane in self.mine:
+                if self.lane(lane, LF.STATUS) == LaneStatus.RUNNING and self.sampled[3][lane] != Status.PENDING:
+                    self.receive(lane)
+            self.resolve()
+        self.schedule()
+        for lane in self.mine:
+            self.emit(lane)
+
+    # -- small accessors
+
+    def lane(self, lane: int, name: LF) -> int:
+        return int(self.s["lane_field"][lane, name])
+
+    def set_lane(self, lane: int, **values: int) -> None:
+        for name, value in values.items():
+            self.s["lane_field"][lane, LF[name]] = value
+
+    def cap(self) -> int:
+        """Where a closed answer must end: the horizon, or the current length in the published code."""
+        capped = self.law.karan_du and self.field[CF.MODE] == Mode.PROPOSE
+        return int(self.field[CF.LENGTH] if capped else self.field[CF.HORIZON])
+
+    def add_cost(self, column: Cost, tokens: int) -> None:
+        self.s["cost"][self.c, column] += tokens
+
+    # -- 1. the sampled token of one running lane
+
+    def receive(self, lane: int) -> None:
+        law, c = self.law, self.c
+        token, logq, weight, status, h = (column[lane] for column in self.sampled)
+        extending = self.field[CF.MODE] == Mode.EXTEND
+        serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
+        self.add_cost(Cost.EXTENSION if extending else Cost.PROPOSAL, 1)
+        if not extending:
+            self.s["forwarded"][c, serial] += 1
+        if pos <= div:
+            self.set_lane(lane, VALID=int(self.field[CF.BASE]) + pos)  # the token it fed is the chain's own
+        if pos < div:  # a forwarded prefix: what was sampled there is not used
+            self.set_lane(lane, POSITION=pos + 1)
+            if pos + 1 == self.field[CF.LENGTH]:
+                self.unchanged(lane, serial)
+            return
+        if status == Status.OK:  # numbers that would poison the chain, whoever made them
+            if np.isnan(weight) or np.isnan(logq) or np.isnan(h):
+                status = Status.NAN
+            elif weight == np.inf or h == np.inf:
+                status = Status.POS_INF
+        if status != Status.OK:
+            self.set_lane(lane, STATUS=LaneStatus.FAULTED, FAULT=status)
+            return
+        if pos == div and not extending and token == self.lane(lane, LF.EXCLUDE):
+            # Nothing else has mass: the token is kept and the walk goes on (3.4). A divergence cut has no walk, and
+            # only rounding takes it to such a place.
+            if law.diverges:
+                self.unchanged(lane, serial)
+            else:
+                self.start(lane, serial, from_position=pos + 1)
+            return
+        total = self.sum_before("cumw", lane, pos) + float(weight)
+        self.s["lane_token"][lane, pos] = token
+        self.s["lane_logq"][lane, pos] = logq
+        self.s["lane_cumw"][lane, pos + 1] = total
+        if law.diverges:
+            # max: entropies round, and Z must not fall
+            z = self.sum_before("cumz", lane, pos) + ref.leave_probability(logq) * max(float(h), 0.0)
+            self.s["lane_cumz"][lane, pos + 1] = z
+        pos += 1
+        self.set_lane(lane, POSITION=pos)
+        closed = token in self.eos or pos == self.cap()
+        rejected = False
+        if not extending:
+            theta = self.s["lane_theta"][lane]
+            if law.karan_du:
+                rejected = closed and total - self.s["cumw"][c, pos] < theta
+            elif law.diverges:
+                # Z only grows. Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+                stuck = closed and z == 0.0
+                rejected = stuck or ((closed or law.early_rejection) and total - log_z(z) < theta)
+            elif closed or law.early_rejection:
+                # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
+                at_least = pos + 1 if self.eos else self.cap()
+                rejected = total - self.log_n[pos if closed else at_least] < theta
+        if rejected:
+            self.s["outcome"][c, serial] = Outcome.REJECTED
+            self.set_lane(lane, STATUS=LaneStatus.IDLE)
+            if not closed:
+                self.add_cost(Cost.SAVED_EARLY, self.cap() - pos)
+        elif closed:
+            self.set_lane(lane, STATUS=LaneStatus.CLOSED)
+
+    def sum_before(self, name: str, lane: int, pos: int) -> float:
+        """A running sum of the proposal before its token at `pos`."""
+        own = pos > self.lane(lane, LF.DIVERGENCE)
+        return float(self.s["lane_" + name][lane, pos] if own else self.s[name][self.c, pos])
+
+    # -- 2. the lowest unresolved serial, if its lane is closed
+
+    def held(self) -> list[int]:
+        return [lane for lane in self.mine if self.lane(lane, LF.STATUS) != LaneStatus.IDLE]
+
+    def resolve(self) -> None:
+        if not self.held():
+            return
+        lane = min(self.held(), key=lambda row: self.lane(row, LF.SERIAL))
+        if self.lane(lane, LF.STATUS) == LaneStatus.FAULTED:
+            if self.field[CF.MODE] == Mode.PROPOSE:  # this step and those prefetched after it were not made
+                self.field[CF.OPENED] = self.lane(lane, LF.SERIAL)
+            self.stop(Mode.FAULT, self.lane(lane, LF.FAULT))
+        elif self.lane(lane, LF.STATUS) == LaneStatus.CLOSED:
+            self.commit(lane)
+
+    def stop(self, mode: Mode, fault: int = 0) -> None:
+        self.field[CF.MODE], self.field[CF.FAULT] = mode, fault
+        for lane in self.mine:
+            self.set_lane(lane, STATUS=LaneStatus.IDLE)
+
+    def commit(self, lane: int) -> None:
+        s, c, field = self.s, self.c, self.field
+        base, length = int(field[CF.BASE]), int(field[CF.LENGTH])
+        serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
+        for name in ("token", "logq"):
+            s[name][c, div:pos] = s["lane_" + name][lane, div:pos]
+        for name in ("cumw", "cumz") if self.law.diverges else ("cumw",):
+            s[name][c, div + 1 : pos + 1] = s["lane_" + name][lane, div + 1 : pos + 1]
+        field[CF.LENGTH] = pos
+        field[CF.CLOSED] = int(s["token"][c, pos - 1]) in self.eos
+        # The chain's KV lacks its last token; an extension starts there and so must copy it too.
+        s["commit_range"][c] = (c, lane, base + min(div, length - 1), base + pos - 1)
+        for other in self.mine:
+            # A lane that walked on in this launch counts on a copy that its next opening will replace.
+            start, stop = s["open_range"][other, 2:]
+            copied = self.lane(other, LF.VALID) if stop <= start else int(start)
+            self.set_lane(other, STATUS=LaneStatus.IDLE, VALID=min(copied, base + div))
+        self.set_lane(lane, VALID=base + pos - 1)
+        if field[CF.MODE] == Mode.EXTEND:
+            field[CF.MODE] = Mode.PROPOSE
+            field[CF.LAST] = field[CF.OPENED] - 1 + self.law.mcmc_steps
+        else:
+            s["outcome"][c, serial] = Outcome.ACCEPTED
+            field[CF.OPENED] = serial + 1
+
+    # -- 3. the schedule (3.1): open lanes, end stages
+
+    def schedule(self) -> None:
+        law, field = self.law, self.field
+        if field[CF.MODE] == Mode.START:
+            field[CF.OPENED] = 1
+            self.s["cumw"][self.c, 0] = 0.0
+            self.s["cumz"][self.c, :1] = 0.0
+            self.extend()
+        while field[CF.MODE] == Mode.PROPOSE:
+            for lane in self.mine:
+                while self.lane(lane, LF.STATUS) == LaneStatus.IDLE and field[CF.OPENED] <= field[CF.LAST]:
+                    self.open(lane)
+            if self.held():
+                return
+            last_stage = field[CF.CLOSED] or field[CF.STAGE] * law.block_size >= law.max_new_tokens
+            if not last_stage and not field[CF.FINAL]:
+                self.extend()
+            elif law.final_steps > 0 and not field[CF.FINAL]:
+                field[CF.FINAL] = 1
+                field[CF.HORIZON] = law.max_new_tokens
+                field[CF.LAST] = field[CF.OPENED] - 1 + law.final_steps
+            else:
+                self.stop(Mode.DONE)
+
+    def extend(self) -> None:
+        """Begin the next stage: lane 0 of the chain grows the answer. An extension is always accepted."""
+        law, field = self.law, self.field
+        length, stage = int(field[CF.LENGTH]), int(field[CF.STAGE])
+        start = length if law.karan_du else stage * law.block_size
+        field[CF.MODE] = Mode.EXTEND
+        field[CF.STAGE] = stage + 1
+        field[CF.HORIZON] = min(start + law.block_size, law.max_new_tokens)
+        # The published code can extend from the same position twice; those draws must not repeat.
+        serial = -(stage + 1) if law.karan_du else 0
+        self.run(self.first, serial, length, length, -1)
+
+    def open(self, lane: int) -> None:
+        """Open the next serial on an idle lane; a step that turns out unchanged leaves the lane idle."""
+        field = self.field
+        serial, length = int(field[CF.OPENED]), int(field[CF.LENGTH])
+        field[CF.OPENED] = serial + 1
+        cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, field[CF.CHAIN_ID], field[CF.PROMPT_ID])
+        log_u = math.log(1.0 - accept_uniform)
+        self.s["forwarded"][self.c, serial] = 0
+        total, cumz = float(self.s["cumw"][self.c, length]), self.s["cumz"][self.c, : length + 1]
+        if self.law.diverges:
+            self.s["lane_theta"][lane] = total - log_z(float(cumz[length])) + log_u
+            # The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
+            div = int(np.searchsorted(cumz[1:], cut_uniform * cumz[length], side="right"))
+            if div == length:
+                self.unchanged(lane, serial)
+            else:
+                self.run(lane, serial, div, div, int(self.s["token"][self.c, div]))
+            return
+        self.s["lane_theta"][lane] = log_u if self.law.karan_du else total - self.log_n[length] + log_u
+        self.start(lane, serial, from_position=min(int(cut_uniform * length), length - 1))
+
+    def start(self, lane: int, serial: int, from_position: int) -> None:
+        """Walk the free prefix from a position (3.4) and run the lane from where it leaves the current answer."""
+        length = int(self.field[CF.LENGTH])
+        keep = rng.position_uniforms(
+            self.seed,
+            np.arange(from_position, length),
+            serial,
+            self.field[CF.CHAIN_ID],
+            self.field[CF.PROMPT_ID],
+        )[:, 1]
+        leaves = (
+            from_position + i
+            for i, v in enumerate(keep)
+            if v < ref.leave_probability(self.s["logq"][self.c, from_position + i])
+        )
+        div = next(leaves, length)
+        position = div if self.law.free_prefix else from_position
+        self.add_cost(Cost.SAVED_PREFIX, position - from_position)
+        if position == length:
+            self.unchanged(lane, serial)
+        else:
+            self.run(lane, serial, div, position, int(self.s["token"][self.c, div]) if div < length else -1)
+
+    def unchanged(self, lane: int, serial: int) -> None:
+        """The proposal is the current answer: a step that changed nothing, whatever lanes run beside it."""
+        self.s["outcome"][self.c, serial] = Outcome.UNCHANGED
+        self.s["left"][self.c, serial] = -1
+        self.set_lane(lane, STATUS=LaneStatus.IDLE)
+
+    def run(self, lane: int, serial: int, div: int, pos: int, exclude: int) -> None:
+        """Start a lane that shares [0, div) with its chain and samples position `pos` next."""
+        if self.field[CF.MODE] == Mode.PROPOSE:
+            self.s["left"][self.c, serial] = div
+        start, stop = self.lane(lane, LF.VALID), int(self.field[CF.BASE]) + pos - 1
+        self.s["open_range"][lane] = (lane, self.c, start, max(start, stop))
+        self.set_lane(
+            lane,
+            STATUS=LaneStatus.RUNNING,
+            SERIAL=serial,
+            DIVERGENCE=div,
+            POSITION=pos,
+            VALID=stop,
+            EXCLUDE=exclude,
+            FAULT=0,
+        )
+
+    # -- 4. what each lane feeds next
+
+    def emit(self, lane: int) -> None:
+        s, c, field = self.s, self.c, self.field
+        status, div, pos = (self.lane(lane, f) for f in (LF.STATUS, LF.DIVERGENCE, LF.POSITION))
+        base = int(field[CF.BASE])
+        if status == LaneStatus.IDLE:
+            # Harmless: nothing at or beyond VALID is trusted.
+            s["input_id"][lane], s["position"][lane] = 0, self.lane(lane, LF.VALID)
+        else:
+            own = s["lane_token"][lane] if pos > div else s["token"][c]
+            s["input_id"][lane] = own[pos - 1] if pos > 0 else field[CF.PROMPT_TOKEN]
+            s["position"][lane] = base + pos - 1
+        s["exclude"][lane] = self.lane(lane, LF.EXCLUDE) if status == LaneStatus.RUNNING and pos == div else -1
+        words = (pos, self.lane(lane, LF.SERIAL), field[CF.CHAIN_ID], field[CF.PROMPT_ID] << rng.STREAM_BITS)
+        s["counter"][lane] = np.array(words, dtype=np.int64).astype(np.uint32).view(np.int32)

@@ -1,0 +1,253 @@
+"""One chain in float64 Python: the law of DESIGN section 3, one proposal after the other.
+
+What the operators store in float32 (logq and weights, DESIGN 5.5) is rounded to float32 here too, so that chains can be
+compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from power_kernels import rng
+from power_kernels.reference.rows import draw_token, entropy, token_quantities
+from power_kernels.state import Law, Outcome
+
+
+def leave_probability(logq: float) -> float:
+    """1 - q(x_t) = -expm1(logq), by Kahan's formula, which every backend evaluates in the same way."""
+    x = float(logq)
+    if x >= 0.0:
+        return 0.0
+    e = math.exp(x)
+    if e == 1.0:
+        return -x
+    if e == 0.0:
+        return 1.0
+    return (1.0 - e) * x / math.log(e)
+
+
+def log_table(max_length: int) -> np.ndarray:
+    """log n for n = 0..max_length + 1 (entry 0 is 0): the one table that all backends read (section 3.3)."""
+    return np.log(np.maximum(np.arange(max_length + 2, dtype=np.float64), 1.0))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A state of the chain: n tokens, their logq, and running float64 sums over them (n + 1 entries).
+
+    cumw: of the weights. cumz: of (1 - q) h, the masses of the places to leave the answer under a divergence cut.
+    """
+
+    tokens: tuple[int, ...] = ()
+    logq: tuple[float, ...] = ()
+    cumw: tuple[float, ...] = (0.0,)
+    cumz: tuple[float, ...] = (0.0,)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def prefix(self, n: int) -> Answer:
+        return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1], self.cumz[: n + 1])
+
+    def append(self, token: int, logq: float, weight: float, h: float = 1.0) -> Answer:
+        return Answer(
+            (*self.tokens, token),
+            (*self.logq, logq),
+            (*self.cumw, self.cumw[-1] + weight),
+            (*self.cumz, self.cumz[-1] + leave_probability(logq) * max(h, 0.0)),  # rounding; Z must not fall
+        )
+
+
+class ReferenceChain:
+    """One chain, from its first token to its last step.
+
+    next_logits: a function from a tuple of answer tokens to the logits [V] of the next one.
+    lanes: proposals prefetched from the same state (section 3.5); the chain is the same for any number.
+    """
+
+    def __init__(
+        self,
+        next_logits: Callable[[tuple[int, ...]], np.ndarray],
+        law: Law,
+        *,
+        alpha: float,
+        beta: float | None = None,
+        seed: int = 0,
+        eos: Sequence[int] = (),
+        chain_id: int = 0,
+        prompt_id: int = 0,
+        lanes: int = 1,
+    ):
+        self.next_logits = next_logits
+        self.law = law
+        self.alpha = alpha
+        self.beta = alpha if beta is None else beta
+        self.seed = seed
+        self.eos = frozenset(eos)
+        self.ids = (chain_id, prompt_id)
+        self.lanes = lanes
+        self.log_n = log_table(law.max_new_tokens)
+        self.serial = 0  # of the last step made
+        self.outcomes: list[Outcome] = []
+        self.left: dict[int, int] = {}  # by serial: where its proposal left the answer of its time, -1 if it did not
+
+    # -- the schedule (3.1)
+
+    def run(self) -> Answer:
+        law, answer = self.law, Answer()
+        for stage in range(1, law.stages + 1):
+            start = len(answer) if law.karan_du else (stage - 1) * law.block_size
+            horizon = min(start + law.block_size, law.max_new_tokens)
+            answer = self.extend(answer, horizon, stage)
+            answer = self.steps(answer, horizon, law.mcmc_steps)
+            if self.ends_with_eos(answer):
+                break
+        return self.steps(answer, law.max_new_tokens, law.final_steps)
+
+    def ends_with_eos(self, answer: Answer) -> bool:
+        return len(answer) > 0 and answer.tokens[-1] in self.eos
+
+    def extend(self, answer: Answer, horizon: int, stage: int) -> Answer:
+        # The published code can extend from the same position twice; those draws must not repeat.
+        serial = -stage if self.law.karan_du else 0
+        while len(answer) < horizon:
+            answer = self.draw(answer, serial)
+            if self.ends_with_eos(answer):
+                break
+        return answer
+
+    def steps(self, answer: Answer, horizon: int, count: int) -> Answer:
+        last = self.serial + count
+        while self.serial < last:
+            prefetched = range(self.serial + 1, min(self.serial + self.lanes, last) + 1)
+            proposals = [self.propose(answer, horizon, serial) for serial in prefetched]
+            for serial, proposal in zip(prefetched, proposals, strict=True):
+                self.serial = serial
+                outcome, answer = self.resolve(answer, proposal)
+                self.outcomes.append(outcome)
+                if outcome is Outcome.ACCEPTED:
+                    break  # every later proposal started from a state that is gone
+        return answer
+
+    def resolve(self, answer: Answer, proposal: Answer | None) -> tuple[Outcome, Answer]:
+        if proposal is None:
+            return Outcome.REJECTED, answer
+        if proposal is answer:
+            return Outcome.UNCHANGED, answer
+        return Outcome.ACCEPTED, proposal
+
+    # -- one step (3.2)
+
+    def propose(self, answer: Answer, horizon: int, serial: int) -> Answer | None:
+        """The outcome of step `serial` from `answer`: a new answer, `answer` itself (unchanged), or None (rejected)."""
+        cut_uniform, accept_uniform = self.step_uniforms(serial)
+        cap = len(answer) if self.law.karan_du else horizon
+        theta = self.threshold(answer, float(accept_uniform))
+        divergence = self.leave(answer, self.cut(answer, float(cut_uniform)), serial)
+        while divergence < len(answer):
+            exclude = answer.tokens[divergence]
+            proposal = self.draw(answer.prefix(divergence), serial, exclude)
+            if proposal.tokens[-1] != exclude:
+                return self.complete(answer, proposal, serial, cap, theta)
+            # Nothing else has mass: the token is kept and the walk goes on. A divergence cut has no walk, and only
+            # rounding takes it to such a place: the step changes nothing.
+            divergence = self.leave(answer, len(answer) if self.law.diverges else divergence + 1, serial)
+        return answer
+
+    def complete(self, answer: Answer, proposal: Answer, serial: int, cap: int, theta: float) -> Answer | None:
+        """Draw on from a proposal's first own token until it is closed, or known to be rejected (None)."""
+        while True:
+            closed = len(proposal) == cap or self.ends_with_eos(proposal)
+            if self.rejects(answer, proposal, closed, theta):
+                return None
+            if closed:
+                return proposal
+            proposal = self.draw(proposal, serial)
+
+    def cut(self, answer: Answer, u: float) -> int:
+        """Where to leave the answer, or under the uniform cut where to begin the walk. Its length: nowhere."""
+        n = len(answer)
+        if not self.law.diverges:
+            return min(int(u * n), n - 1)
+        # The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
+        return bisect_right(answer.cumz, u * answer.cumz[n], lo=1) - 1
+
+    def leave(self, answer: Answer, start: int, serial: int) -> int:
+        """First position >= start at which the proposal leaves the answer; its length when it never does."""
+        divergence = start if self.law.diverges else self.walk(answer, start, serial)
+        self.left[serial] = divergence if divergence < len(answer) else -1
+        return divergence
+
+    def walk(self, answer: Answer, start: int, serial: int) -> int:
+        """First position >= start at which the proposal leaves the answer; its length when it never does (3.4)."""
+        for t in range(start, len(answer)):
+            keep = self.position_uniforms(t, serial)[1]
+            if keep < leave_probability(answer.logq[t]):
+                return t
+        return len(answer)
+
+    def draw(self, answer: Answer, serial: int, exclude: int = -1) -> Answer:
+        """`answer` with one more token from q, that token not being `exclude`."""
+        z = self.next_logits(answer.tokens)
+        u = float(self.position_uniforms(len(answer), serial)[0])
+        token = draw_token(z, self.beta, u, exclude)
+        return self.with_token(answer, z, token)  # of the full row, whatever is excluded
+
+    def with_token(self, answer: Answer, z: np.ndarray, token: int) -> Answer:
+        """`answer` and a token drawn under logits z [V]."""
+        row = token_quantities(z, token, self.alpha, self.beta)
+        return answer.append(token, self.stored(row.logq), self.stored(row.weight), self.cut_weight(z))
+
+    def cut_weight(self, z: np.ndarray) -> float:
+        """h of a divergence cut at a row of logits (3.6)."""
+        return self.stored(entropy(z)) if self.law.needs_entropy else 1.0
+
+    # -- where its numbers come from (tests read them from tables, or enumerate them)
+
+    def step_uniforms(self, serial: int) -> np.ndarray:
+        return rng.step_uniforms(self.seed, serial, *self.ids)
+
+    def position_uniforms(self, position: int, serial: int) -> np.ndarray:
+        return rng.position_uniforms(self.seed, position, serial, *self.ids)
+
+    @staticmethod
+    def stored(value: float) -> float:
+        """logq, weights and entropies as the operators return them."""
+        return float(np.float32(value))
+
+    # -- acceptance (3.2, 3.3, 3.6)
+
+    def log_cuts(self, answer: Answer) -> float:
+        """log n, or log Z under a divergence cut: what the cut law takes off W."""
+        if not self.law.diverges:
+            return self.log_n[len(answer)]
+        return math.log(answer.cumz[-1]) if answer.cumz[-1] > 0 else -math.inf
+
+    def log_f(self, answer: Answer) -> float:
+        """F(x) = W(x) - log n, or W(x) - log Z(x)."""
+        return answer.cumw[-1] - self.log_cuts(answer)
+
+    def threshold(self, answer: Answer, u: float) -> float:
+        log_u = math.log(1.0 - u)
+        return log_u if self.law.karan_du else self.log_f(answer) + log_u
+
+    def rejects(self, answer: Answer, proposal: Answer, closed: bool, theta: float) -> bool:
+        """Whether the proposal is known to be rejected: at its last token, or before it when that is exact."""
+        if self.law.karan_du:  # sums over the overlap only, no cut-law ratio
+            return closed and proposal.cumw[-1] - answer.cumw[len(proposal)] < theta
+        if not (closed or self.law.early_rejection):
+            return False
+        if self.law.diverges:
+            # Z only grows along a proposal. Z = 0 takes rounding (the answer it came from is then less probable than
+            # float32 can say); no step leaves such an answer, so none may go there.
+            stuck = closed and proposal.cumz[-1] == 0.0
+            return stuck or self.log_f(proposal) < theta
+        # An open proposal ends at its next token at the earliest, and where `answer` ends if no token is EOS.
+        at_least = len(proposal) + 1 if self.eos else len(answer)
+        length = len(proposal) if closed else at_least
+        return proposal.cumw[-1] - self.log_n[length] < theta

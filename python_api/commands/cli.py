@@ -1,0 +1,78 @@
+"""The command line: `power-kernels generate`, `bench` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from power_kernels import __version__
+from power_kernels.api.bench import run as bench_run
+from power_kernels.api.commands import generate
+from power_kernels.api.commands.generate import INTERRUPTED
+from power_kernels.errors import ArgumentError, BackendError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 when answers are missing or bad, 2 for bad input, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ArgumentError, BackendError) as error:
+        print(f"power-kernels: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="power-kernels", description="Exact power sampling from p(x)^alpha.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="which backend serves each op here, and what is missing",
+        description="Which backend serves each op here, and what is missing. With --model: which attention kernel "
+        "decodes it, whether steps are replayed as graphs, what a step of so many rows takes, and the lanes chosen "
+        "from that.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    generate.add_model_arguments(doctor, required=False)
+    doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        help="microbenchmarks of the ops on this machine, against torch and other libraries",
+        description="Acceptance throughput first, then every other op, each against eager torch, torch.compile and "
+        "other libraries' kernels where they are installed.",
+    )
+    bench_run.add_arguments(bench)
+    bench.set_defaults(run=bench_run.run)
+
+    draw = commands.add_parser(
+        "generate",
+        help="draw answers from a language model",
+        description="Draw answers from p(x)^alpha of a transformers causal LM. With --out, the same command run again "
+        "goes on where an interrupted one stopped. Started by torchrun or accelerate launch, the processes divide the "
+        "answers among them, each with the whole model.",
+    )
+    generate.add_arguments(draw)
+    draw.set_defaults(run=generate.run)
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from power_kernels.api.commands import doctor
+
+    generate.check_model_arguments(arguments)
+    data = doctor.report()
+    if arguments.model:
+        data["decoding"] = doctor.decoding(generate.load_sampler(arguments), arguments.model)
+    print(json.dumps(data, indent=2) if arguments.json else doctor.text(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The driver: configuration, planning, runs and results. It knows the protocol of an engine and no engine."""

@@ -1,0 +1,265 @@
+"""One run of the driver: fixed slots, chains streaming through them, the active ones always in front.
+
+    admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
+
+What stands in brackets is a step. On a CUDA device it is recorded and replayed as one graph (`captured.py`), and the
+host only looks at the chains every few steps (`poll.py`); elsewhere the same code runs as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+import power_kernels as pk
+from power_kernels import nvtx, reference
+from power_kernels.api.driver import captured
+from power_kernels.api.driver.captured import CapturedSteps
+from power_kernels.api.driver.config import PowerConfig
+from power_kernels.api.driver.engine import Engine, EngineBusyError, Sampled
+from power_kernels.api.driver.planning import Plan
+from power_kernels.api.driver.poll import Poll
+from power_kernels.api.driver.results import PowerResult, read_result
+from power_kernels.rng import as_int64
+from power_kernels.state import ChainState, Status
+
+PHASES = ("prefill", "forward", "sample", "advance", "transfer", "replay", "other")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to draw."""
+
+    prompt: list[int]
+    prompt_id: int
+    chain_id: int
+
+
+@dataclass
+class RunReport:
+    """What the last call of a sampler did, up to now.
+
+    slots: chains at once. lanes: of each. captured: whether steps are replayed from recordings. steps: decode steps.
+    lane_steps: rows that went through the model in them; useful_lane_steps: those that brought an extension or a
+    proposal on, counted when their answer is finished. replays: steps that were replayed. restarts: how often the run
+    began anew in less memory. seconds: wall-clock seconds of the host by phase, one of `PHASES`. Where a step is
+    replayed, "replay" is the time to launch it; where the head and the draw are one operator, "forward" includes both.
+    """
+
+    slots: int
+    lanes: int
+    captured: bool
+    steps: int = 0
+    lane_steps: int = 0
+    useful_lane_steps: int = 0
+    replays: int = 0
+    restarts: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+class Run:
+    """jobs: what is left to draw, in order. max_length: positions of the call's longest prompt and its answer. eos:
+    token ids. capture: replay steps, of a CapturableEngine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: list[Job],
+        config: PowerConfig,
+        plan: Plan,
+        *,
+        max_length: int,
+        seed: int,
+        eos: list[int],
+        capture: bool,
+        tokenizer,
+        report: RunReport,
+    ):
+        self.engine = nvtx.traced(engine, ("prefill", "transfer", "step", "move"))
+        if nvtx.enabled():
+            for phase in ("admit", "advance", "retire"):
+                setattr(self, phase, nvtx.in_range(phase, getattr(self, phase)))
+        self.config, self.law, self.plan, self.tokenizer = config, config.law, plan, tokenizer
+        self.report, self.seconds = report, report.seconds
+        self.waiting = deque(jobs)
+        self.seed = seed
+        self.max_length = max_length
+        self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
+        self.can_end_early = bool(eos)
+        device = engine.device
+        self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
+        self.graphs = captured.recorder(device) if capture else None
+        # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
+        self.prefill_cost: list[int] = []
+        self.recalled: list[int] = []
+
+    def results(self, bar) -> Iterator[PowerResult]:
+        """Each result as soon as its chain has stopped. bar: a ProgressBar or None."""
+        self.begin()
+        started = time.perf_counter()
+        retired = 0 if bar is None else bar.tokens
+        known = sum(self.seconds.values())
+        try:
+            while self.admit():
+                stopped: list[int] = []
+                while not stopped:
+                    for _ in range(self.poll.every):
+                        self.step()
+                    seen = self.poll.look(self.state, len(self.prefill_cost))
+                    if seen is None:
+                        continue
+                    stopped = seen.stopped
+                    if bar is not None:
+                        bar.advance_to(retired + seen.fed)
+                # Last slot first, so that the chain that moves into a free slot is one that still runs.
+                for slot in reversed(stopped):
+                    result = self.retire(slot)
+                    retired += result.cost.extension + result.cost.proposal
+                    if bar is not None:
+                        bar.finished(result)
+                    yielded = time.perf_counter()
+                    yield result
+                    started += time.perf_counter() - yielded
+        finally:
+            spent = sum(self.seconds.values()) - known
+            self.seconds["other"] += time.perf_counter() - started - spent
+            self.recordings = None  # whoever keeps an exception would keep their memory
+            self.engine.end()
+
+    def begin(self) -> None:
+        config, plan = self.config, self.plan
+        try:
+            self.engine.begin(
+                chains=plan.slots,
+                lanes=plan.lanes,
+                max_length=self.max_length,
+                alpha=self.alpha,
+                beta=config.beta,
+                seed=self.seed,
+                entropy=self.law.needs_entropy,
+            )
+            self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
+            self.views: dict[int, ChainState] = {}
+            self.poll = Poll(self.engine.device, plan.slots)
+            self.recordings = CapturedSteps(self.graphs) if self.graphs is not None else None
+        except EngineBusyError:
+            raise
+        except BaseException:
+            self.engine.end()
+            raise
+
+    # -- a step
+
+    def step(self) -> None:
+        """Feed every lane of the active slots once."""
+        report, clock = self.report, time.perf_counter
+        report.steps += 1
+        if self.recordings is None:
+            state = self.view(len(self.prefill_cost))
+            forward, start = self.forward_seconds(), clock()
+            sampled = self.engine.step(state)
+            stop = clock()
+            forward = stop - start if forward is None else self.forward_seconds() - forward
+            self.seconds["forward"] += forward
+            self.seconds["sample"] += stop - start - forward
+            report.lane_steps += state.chains * state.lanes if sampled.fed is None else sampled.fed
+            self.advance(state, sampled)
+        else:
+            # Slots behind the active ones may be fed: their lanes are idle. So few numbers of rows are recorded.
+            state = self.view(_rounded(len(self.prefill_cost), self.plan.slots))
+            report.lane_steps += state.chains * state.lanes
+            start = clock()
+            plan = self.engine.plan(state)
+            key, launch = (state.chains, plan), lambda: self.advance(state, self.engine.decode(state, plan))
+            report.replays += self.recordings.run(key, launch)
+            self.seconds["replay"] += clock() - start
+            report.captured = self.recordings.work
+
+    def advance(self, state: ChainState, sampled: Sampled) -> None:
+        """Hand the draws to the chains, and move the KV that their decisions ask for.
+
+        Part of every recording: but for `recalled`, which only a CPU has, nothing here looks at a tensor.
+        """
+        clock = time.perf_counter
+        if sampled.recalled is not None:
+            for slot, tokens in enumerate(sampled.recalled.view(state.chains, -1).sum(1).tolist()):
+                self.recalled[slot] += tokens
+        start = clock()
+        pk.mh_advance(
+            state, self.law, self.log_n, self.seed_tensor, self.eos,
+            sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy,
+        )  # fmt: skip
+        advanced = clock()
+        self.engine.transfer(state.commit_range, state.open_range)
+        self.seconds["advance"] += advanced - start
+        self.seconds["transfer"] += clock() - advanced
+
+    def view(self, chains: int) -> ChainState:
+        """The state of the first slots; always the same tensors, as a recording needs them."""
+        if chains not in self.views:
+            self.views[chains] = self.state.first(chains)
+        return self.views[chains]
+
+    def forward_seconds(self) -> float | None:
+        """Of the model so far, where the engine counts them."""
+        return getattr(self.engine, "forward_seconds", None)
+
+    # -- the slots
+
+    def admit(self) -> int:
+        """Fill the free slots behind the active ones. Returns how many chains are active now."""
+        first = len(self.prefill_cost)
+        jobs = [self.waiting.popleft() for _ in range(min(self.plan.slots - first, len(self.waiting)))]
+        if jobs:
+            slots = list(range(first, first + len(jobs)))
+            start = time.perf_counter()
+            self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
+            self.seconds["prefill"] += time.perf_counter() - start
+            self.recalled += [0] * len(jobs)
+            for slot, job in zip(slots, jobs, strict=True):
+                self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
+            state = self.view(len(self.prefill_cost))
+            self.advance(state, self.nothing_sampled(state))  # opens the new chains, leaves the others as they are
+            self.poll.discard()
+        return len(self.prefill_cost)
+
+    def nothing_sampled(self, state: ChainState) -> Sampled:
+        rows, device = state.lane_field.shape[0], self.engine.device
+        values = torch.zeros(rows, dtype=torch.float32, device=device)
+        token = torch.zeros(rows, dtype=torch.int64, device=device)
+        pending = torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device)
+        return Sampled(token, values, values, pending, entropy=values if self.law.needs_entropy else None)
+
+    def retire(self, slot: int) -> PowerResult:
+        last = len(self.prefill_cost) - 1
+        result = read_result(
+            self.state,
+            slot,
+            alpha=self.alpha,
+            can_end_early=self.can_end_early,
+            prefill=self.prefill_cost[slot],
+            recalled=self.recalled[slot],
+            tokenizer=self.tokenizer,
+        )
+        self.report.useful_lane_steps += result.cost.extension + result.cost.proposal - result.cost.recalled
+        if slot != last:
+            self.state.move(last, slot)
+            self.engine.move(last, slot)
+            for of_slot in (self.prefill_cost, self.recalled):
+                of_slot[slot] = of_slot[last]
+        self.state.retire(last)
+        self.prefill_cost.pop()
+        self.recalled.pop()
+        self.poll.discard()
+        return result
+
+
+def _rounded(chains: int, slots: int) -> int:
+    """The next power of two, or all slots."""
+    return min(1 << (chains - 1).bit_length(), slots)

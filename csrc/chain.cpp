@@ -262,7 +262,11 @@ class Advance {
     if (pos <= div) lane_field(lane, LaneField::VALID_) = field(ChainField::BASE_) + pos;
     if (pos < div) {  // a forwarded prefix: what was sampled there is not used
       lane_field(lane, LaneField::POSITION_) = pos + 1;
-      if (pos + 1 == field(ChainField::LENGTH_)) unchanged(lane, serial);
+      if (pos + 1 == field(ChainField::LENGTH_)) {
+        unchanged(lane, serial);
+      } else {
+        ++lane_field(lane, LaneField::EPOCH_);
+      }
       return;
     }
     const float logq = s_.sampled_logq[lane], weight = s_.sampled_weight[lane];
@@ -483,6 +487,7 @@ class Advance {
     lane_field(lane, LaneField::VALID_) = stop;
     lane_field(lane, LaneField::EXCLUDE_) = exclude;
     lane_field(lane, LaneField::FAULT_) = 0;
+    ++lane_field(lane, LaneField::EPOCH_);
   }
 
   // -- 4. what each lane feeds next

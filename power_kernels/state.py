@@ -71,6 +71,13 @@ class LaneField(IntEnum):
     VALID = 4  # positions of the lane's KV row, from the start of the prompt, that agree with its chain
     EXCLUDE = 5  # the token that may not be drawn next, -1 for none
     FAULT = 6
+    # For engines that keep requests instead of KV rows. If a lane runs and EPOCH is what it was, the lane's tokens
+    # before POSITION are what they were plus the token it was just given (or nothing, if that was PENDING). If EPOCH is
+    # greater, they are the chain's first POSITION tokens, whatever the lane held. It grows at each opening (after a
+    # change before them, the same SERIAL and DIVERGENCE may open again), when the walk goes on past a kept token, and
+    # at each position of a forwarded prefix, where the chain's token takes the place of the sampled one.
+    # `admit` and `retire` leave it, so that it never falls or repeats in a slot; `move` takes it along with the lane.
+    EPOCH = 7
 
 
 LANE_FIELDS = 8
@@ -296,7 +303,7 @@ class ChainState:
         self.field[chain] = row.to(self.field.device)
         self.outcome[chain] = 0
         self.cost[chain] = 0
-        self.lane_field[chain * self.lanes : (chain + 1) * self.lanes] = 0
+        self._clear_lanes(chain)
 
     def retire(self, chain: int) -> None:
         """Leave slot `chain` idle: stepping on it changes nothing, and its lanes trust nothing of their KV rows.
@@ -306,11 +313,16 @@ class ChainState:
         _check_integer("chain", chain, 0, self.chains - 1)
         lanes = slice(chain * self.lanes, (chain + 1) * self.lanes)
         self.field[chain, ChainField.MODE] = Mode.IDLE
-        for tensor in (self.lane_field, self.input_id, self.position):
-            tensor[lanes] = 0
+        self._clear_lanes(chain)
+        self.input_id[lanes] = 0
+        self.position[lanes] = 0
         self.exclude[lanes] = -1
         self.commit_range[chain, 2:] = 0
         self.open_range[lanes, 2:] = 0
+
+    def _clear_lanes(self, chain: int) -> None:
+        """All fields of the chain's lanes but EPOCH, the last one, which goes on counting."""
+        self.lane_field[chain * self.lanes : (chain + 1) * self.lanes, : LaneField.EPOCH] = 0
 
     def move(self, source: int, target: int) -> None:
         """Move the chain of slot `source`, with its lanes, into slot `target`."""

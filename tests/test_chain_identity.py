@@ -635,6 +635,7 @@ class Tally:
     kept: int = 0
     faulted: int = 0
     finished: int = 0
+    continued: int = 0  # lanes that had a sample appended
 
     def add(self, before: ChainState, after: ChainState, sampled: Sampled) -> None:
         lanes = before.lanes
@@ -654,6 +655,36 @@ class Tally:
                 self.accepted += 1
                 self.voided += len(held) - 1
             self.unchanged += outcome == Outcome.UNCHANGED
+        self.continued += epochs_tell_what_a_lane_holds(before, after, sampled)
+
+
+def contents(state: ChainState) -> tuple[np.ndarray, np.ndarray]:
+    """What each lane holds: its tokens [C*P, H], and how many of them come before POSITION."""
+    lane = state.lane_field.numpy()
+    at = np.arange(state.token.shape[1] - 1)
+    chain = np.repeat(state.token.numpy()[:, :-1], state.lanes, axis=0)
+    own = at >= lane[:, LaneField.DIVERGENCE, None]
+    return np.where(own, state.lane_token.numpy()[:, :-1], chain), lane[:, LaneField.POSITION]
+
+
+def epochs_tell_what_a_lane_holds(before: ChainState, after: ChainState, sampled: Sampled) -> int:
+    """The law of `LaneField.EPOCH` that engines without KV rows rely on. Returns how many samples were appended."""
+    was, now = before.lane_field.numpy(), after.lane_field.numpy()
+    more = now[:, LaneField.EPOCH] - was[:, LaneField.EPOCH]
+    assert (more >= 0).all()
+    runs = now[:, LaneField.STATUS] == LaneStatus.RUNNING
+    opened, goes_on = runs & (more > 0), runs & (more == 0)
+    assert (now[opened, LaneField.POSITION] <= now[opened, LaneField.DIVERGENCE]).all()
+    assert (was[goes_on, LaneField.STATUS] == LaneStatus.RUNNING).all()
+    given = sampled.status.numpy() != Status.PENDING
+    old, n = contents(before)
+    appended = goes_on & given
+    old[appended, n[appended]] = sampled.token.numpy()[appended]
+    new, m = contents(after)
+    assert (m[goes_on] == (n + given)[goes_on]).all()
+    held = np.arange(new.shape[1]) < m[:, None]
+    assert (np.where(held, old, -1)[goes_on] == np.where(held, new, -1)[goes_on]).all()
+    return int(appended.sum())
 
 
 def made_up(generator: np.random.Generator, state: ChainState, vocab: int) -> Sampled:
@@ -829,6 +860,50 @@ def test_an_entropy_that_is_no_number_stops_the_chain_that_reads_it(cut, backend
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lane_that_starts_again_with_the_same_serial_and_divergence_has_another_epoch(backend):
+    """Two lanes. The second commits behind the first's divergence, which starts again with nothing to copy."""
+    horizon, base, seed = 6, 2, 8
+    law = Law(horizon, horizon, 20)
+    early, late = (int(rng.step_uniforms(seed, serial, 0, 0)[0] * horizon) for serial in (3, 2))
+    assert 0 < early < late
+    state = ChainState.allocate(1, 2, law)
+    common = torch.from_numpy(reference.log_table(horizon)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
+
+    def launch(first: float | None, second: float | None, token: int) -> list[list[int]]:
+        """One sample a lane, by its weight; None: no sample. Returns the lanes' fields."""
+        given = torch.tensor([Status.PENDING if w is None else Status.OK for w in (first, second)], dtype=torch.int32)
+        weight = torch.tensor([first or 0.0, second or 0.0])
+        # So unlikely a token that every walk leaves where it begins.
+        pk.mh_advance(state, law, *common, torch.tensor([token] * 2), torch.full((2,), -30.0), weight, given)
+        return state.lane_field.tolist()
+
+    with serving(backend):
+        state.admit(0, [5] * base, chain_id=0, prompt_id=0)
+        launch(None, None, 0)
+        for _ in range(horizon):
+            launch(0.0, None, 1)
+        before, _ = launch(-1e4, None, 2)  # the first lane's proposal is rejected, serial 3 follows
+        assert before[: LaneField.VALID] == [LaneStatus.RUNNING, 3, early, early]
+        for _ in range(horizon - late):
+            assert state.lane_field[0, LaneField.EPOCH] == before[LaneField.EPOCH]
+            after, _ = launch(0.0, 0.0, 3)
+    assert state.token[0, :horizon].tolist() == [1] * late + [3] * (horizon - late)
+    assert after[: LaneField.VALID] == before[: LaneField.VALID]
+    assert state.open_range[0, 3] <= state.open_range[0, 2]
+    assert after[LaneField.EPOCH] == before[LaneField.EPOCH] + 1
+
+
+def test_epochs_count_on_in_a_slot_that_is_filled_again():
+    state = ChainState.allocate(2, 2, Law(4, 4, 2))
+    state.lane_field[:, LaneField.EPOCH] = torch.tensor([3, 4, 8, 9], dtype=torch.int32)
+    state.admit(0, [5], chain_id=0, prompt_id=0)
+    state.retire(1)
+    assert state.lane_field[:, LaneField.EPOCH].tolist() == [3, 4, 8, 9]
+    state.move(1, 0)
+    assert state.lane_field[:, LaneField.EPOCH].tolist() == [8, 9, 8, 9]
+
+
 def test_a_retired_slot_is_left_as_it_is_and_harms_no_other():
     """Two chains of three lanes for 40 launches, one retired after 10, against the same two without that."""
     law = Law(7, 3, 40, 3, cut="divergence")  # more steps than launches
@@ -851,7 +926,7 @@ def test_a_retired_slot_is_left_as_it_is_and_harms_no_other():
             assert retired.field[0].tolist() == left.field[0].tolist()
             for name in ("token", "logq", "cumw", "cumz", "outcome", "left", "forwarded", "cost"):
                 assert torch.equal(getattr(retired, name)[0], getattr(left, name)[0]), name
-            assert (retired.lane_field[:3] == 0).all()
+            assert (retired.lane_field[:3, : LaneField.EPOCH] == 0).all()
             assert retired.input_id[:3].tolist() == retired.position[:3].tolist() == [0, 0, 0]
             assert retired.exclude[:3].tolist() == [-1, -1, -1]
             assert retired.commit_range[0, 3] <= retired.commit_range[0, 2]
@@ -888,6 +963,7 @@ def test_compiled_code_advances_every_tensor_as_the_reference_does(name):
     assert tally.unchanged >= 75
     assert tally.voided >= (0 if name == "one lane" else 120)
     assert tally.kept >= 60
+    assert tally.continued >= 500
     assert tally.faulted >= 4
     assert tally.finished >= 75
 

@@ -138,6 +138,8 @@ class _Advance:
             self.set_lane(lane, POSITION=pos + 1)
             if pos + 1 == self.field[CF.LENGTH]:
                 self.unchanged(lane, serial)
+            else:
+                self.set_lane(lane, EPOCH=self.lane(lane, LF.EPOCH) + 1)
             return
         if status == Status.OK:  # numbers that would poison the chain, whoever made them
             if np.isnan(weight) or np.isnan(logq) or np.isnan(h):
@@ -340,6 +342,7 @@ class _Advance:
             VALID=stop,
             EXCLUDE=exclude,
             FAULT=0,
+            EPOCH=self.lane(lane, LF.EPOCH) + 1,
         )
 
     # -- 4. what each lane feeds next

@@ -200,6 +200,7 @@ _LANE_POSITION = tl.constexpr(int(LaneField.POSITION))
 _LANE_VALID = tl.constexpr(int(LaneField.VALID))
 _LANE_EXCLUDE = tl.constexpr(int(LaneField.EXCLUDE))
 _LANE_FAULT = tl.constexpr(int(LaneField.FAULT))
+_LANE_EPOCH = tl.constexpr(int(LaneField.EPOCH))
 LANE_PITCH = tl.constexpr(LANE_FIELDS)
 
 _START = tl.constexpr(int(Mode.START))
@@ -403,6 +404,7 @@ def _mh_advance_kernel(
     valid = tl.load(lane_field + _LANE_VALID, mask=live, other=0)
     exclude = tl.load(lane_field + _LANE_EXCLUDE, mask=live, other=-1)
     lane_fault = tl.load(lane_field + _LANE_FAULT, mask=live, other=0)
+    epoch = tl.load(lane_field + _LANE_EPOCH, mask=live, other=0)
 
     saved_prefix = 0
     commit_lane = 0
@@ -447,6 +449,7 @@ def _mh_advance_kernel(
     tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
     tl.store(left_ptr + steps + serial, tl.full([P_PAD], -1, tl.int32), mask=kept)
     lane_status = tl.where(kept, _IDLE, lane_status)
+    epoch = tl.where(prefix & (kept == 0), epoch + 1, epoch)
 
     first = append & (pos == div)
     before = tl.load(cumw_ptr + pos, mask=first, other=0.0)
@@ -509,6 +512,7 @@ def _mh_advance_kernel(
             pos = tl.where(here, fed, pos)
             exclude = tl.where(here, tl.load(token_ptr + found, mask=found < length, other=-1), exclude)
             lane_fault = tl.where(here, 0, lane_fault)
+            epoch = tl.where(here, epoch + 1, epoch)
         again = again & (here == 0)
         walking = tl.min(tl.where(again, index, _FAR), 0)
 
@@ -643,6 +647,7 @@ def _mh_advance_kernel(
             valid = tl.where(here, base + fed - 1, valid)
             exclude = tl.where(here, drawn, exclude)
             lane_fault = tl.where(here, 0, lane_fault)
+            epoch = tl.where(here, epoch + 1, epoch)
         going = going & (mode == _PROPOSE)
 
     # ---- 4. emit what each lane feeds next
@@ -675,6 +680,7 @@ def _mh_advance_kernel(
     tl.store(lane_field + _LANE_VALID, valid, mask=live)
     tl.store(lane_field + _LANE_EXCLUDE, exclude, mask=live)
     tl.store(lane_field + _LANE_FAULT, lane_fault, mask=live)
+    tl.store(lane_field + _LANE_EPOCH, epoch, mask=live)
 
     tl.store(field + _MODE, mode)
     tl.store(field + _LENGTH, length)

@@ -78,8 +78,9 @@ PARTS = {
 }
 # What says most first, should the time not suffice; the others follow by name.
 FIRST = (
-    "test_cuda", "test_long_answers", "test_chain_identity", "test_ops_backends", "test_triton_kernels", "test_ops_fuzz",
-    "test_tiny_model_law", "test_huggingface_engine", "test_law_statistics", "test_ops_contract", "test_driver",
+    "test_cuda", "test_long_answers", "test_chain_identity", "test_ops_backends", "test_triton_kernels",
+    "test_ops_fuzz", "test_tiny_model_law", "test_huggingface_engine", "test_law_statistics",
+    "test_ops_contract", "test_driver",
 )  # fmt: skip
 
 METRICS = {  # of Nsight Compute, and what the summary calls them; in base units

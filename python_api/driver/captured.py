@@ -7,13 +7,13 @@ fills caches; the second is recorded; from then on it is replayed.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
 
+from power_kernels.api import torch_private
 from power_kernels.api.driver.memory import is_out_of_memory
 
 
@@ -58,9 +58,7 @@ class _CudaGraph:
                 with recording:
                     launch()
             except BaseException:
-                # A release of torch before 2.12 goes on allocating for a recording that failed.
-                with contextlib.suppress(AttributeError, RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                torch_private.end_failed_capture(self.device, self.pool)
                 raise
 
     def replay(self) -> None:

@@ -13,17 +13,16 @@ through as two equal ones.
 from __future__ import annotations
 
 import threading
-import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from power_kernels.api import torch_private
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.engines.huggingface.cpu_linear import SmallBatchLinear
 from power_kernels.api.engines.huggingface.patches import Patches
@@ -160,8 +159,7 @@ class CompiledForward:
         def decode(module, input_ids, position_ids):
             return module(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
 
-        # torch keeps what it has compiled, and counts how often, by code object, of which all engines would share one.
-        own = types.FunctionType(decode.__code__.replace(), decode.__globals__, "decode", None, decode.__closure__)
+        own = torch_private.with_own_compile_cache(decode)
         return torch.compile(own, fullgraph=True, backend=self._backend)
 
     def __call__(self, module: nn.Module, cache: Cache, input_ids: torch.Tensor, position_ids: torch.Tensor):
@@ -171,7 +169,7 @@ class CompiledForward:
         # Copies, so that they are always tensors of inference mode, which compiled code tells from others.
         ids, positions = (x.repeat(2 if rows == 1 else 1, 1) for x in (input_ids, position_ids))
         for x in (ids, positions):
-            torch._dynamo.mark_dynamic(x, 0)
+            torch_private.mark_dynamic(x, 0)
         previous = getattr(_running, "call", None)
         _running.call = _Call(module, cache, rows, self._linears_of(cache))
         try:
@@ -180,7 +178,7 @@ class CompiledForward:
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if self._works and not isinstance(error, TorchDynamoException):
+            if self._works and not torch_private.is_compiler_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} cannot be compiled as one graph: {type(error).__name__}: {error}"

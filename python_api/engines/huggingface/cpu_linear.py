@@ -15,35 +15,16 @@ so models above `PACKED_BYTES` keep torch's linear there.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from power_kernels.api import torch_private
 from power_kernels.api.engines.huggingface.patches import Patches
 
 DOUBLED_ROWS = 2
 PACKED_ROWS = 128
 PACKED_BYTES = 4 << 30
-
-
-def _reordered(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: about how many rows to expect
-
-
-def _times_reordered(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-@functools.cache
-def _can_reorder() -> bool:
-    """Whether this build of torch has oneDNN with the two operators above, which its own compiler uses."""
-    rows, weight = torch.ones(3, 8), torch.ones(4, 8)
-    try:
-        return torch.equal(_times_reordered(rows, _reordered(weight), None), torch.full((3, 4), 8.0))
-    except (AttributeError, RuntimeError):
-        return False
 
 
 class SmallBatchLinear:
@@ -63,8 +44,8 @@ class SmallBatchLinear:
             out = out if bias is None else out + bias
         elif 0 < count <= PACKED_ROWS and self.pack:
             if self.packed is None:
-                self.packed = _reordered(weight)
-            out = _times_reordered(rows, self.packed, bias)
+                self.packed = torch_private.reordered_linear_weight(weight)
+            out = torch_private.linear_of_reordered(rows, self.packed, bias)
         else:
             return linear(x, weight, bias)
         return out.reshape(*x.shape[:-1], weight.shape[0])
@@ -80,7 +61,7 @@ def speed_up(model: nn.Module, patches: Patches) -> None:
 def packed_bytes(model: nn.Module) -> int:
     """What the reordered weights take during a run; 0 where none are made."""
     total = sum(module.weight.nbytes for module in _plain_layers(model))
-    return total if total <= PACKED_BYTES and _can_reorder() else 0
+    return total if total <= PACKED_BYTES and torch_private.can_reorder_linear() else 0
 
 
 def _plain_layers(model: nn.Module) -> list[nn.Linear]:

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from power_kernels.api import torch_private
 from power_kernels.errors import ArgumentError
 
 FLASH, ROWS, PADDED = "flash", "rows", "padded"
@@ -99,9 +100,9 @@ class DecodeView:
     def _flash(self, query, keys, values, scale, window) -> torch.Tensor:
         start, used, queries = self._flash_sequences(keys, window)
         longest = self.length if window is None else min(self.length, window)
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            query.squeeze(2).contiguous(), packed(keys), packed(values), queries, start, 1, longest, 0.0, False, False,
-            scale=scale, seqused_k=used,
+        out, _ = torch_private.flash_attention_of_sequences(
+            query.squeeze(2).contiguous(), packed(keys), packed(values),
+            queries=queries, start=start, used=used, longest=longest, scale=scale,
         )  # fmt: skip
         return out[:, None]
 

@@ -1,0 +1,35 @@
+"""What is different on a model during a forward pass of the engine, and only then."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from power_kernels.api.engines.huggingface.cpu_linear import speed_up
+from power_kernels.api.engines.huggingface.patches import Patches
+from power_kernels.api.engines.huggingface.ragged_attention import NAME
+from power_kernels.api.engines.huggingface.rope import pin_rope
+
+
+def patched(model: PreTrainedModel, max_length: int, *, attention: bool = True) -> Patches:
+    """No module in training, and rotary frequencies that fit positions below max_length whatever the batch; with
+    `attention` also the registered attention function and the fast linear layers of a CPU."""
+    patches = Patches()
+    for module in model.modules():
+        if module.training:
+            patches.add(module, "training", False)
+    pin_rope(model, max_length, patches)
+    if attention:
+        speed_up(model, patches)
+        for config in attention_configs(model):
+            patches.add(config, "_attn_implementation_internal", NAME)
+    return patches
+
+
+def attention_configs(model: PreTrainedModel) -> list:
+    """Every configuration object that a module of the model reads its attention implementation from."""
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            configs[id(config)] = config
+    return list(configs.values())

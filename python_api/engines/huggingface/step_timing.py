@@ -1,0 +1,73 @@
+"""What a decode step takes on this machine, by its number of rows: measured once for a model, for the driver's plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from power_kernels.api.driver import captured
+from power_kernels.api.engines.huggingface import decode_attention
+from power_kernels.api.engines.huggingface.decode_attention import DecodeView
+
+_TIMED_LENGTH = (64, 512)  # positions that each row of a timed step reads, on a CPU and on a device
+
+_measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
+
+
+def known_times(engine) -> dict[int, float]:
+    """Seconds by number of rows, shared by all engines that decode the same model alike."""
+    alike = engine.device, engine.dtype, engine.attention, engine.compile, torch.get_num_threads()
+    return _measured.setdefault(engine.model, {}).setdefault(alike, {})
+
+
+def decode_seconds(engine, known: dict[int, float], rows: Sequence[int]) -> list[float]:
+    """Seconds of the forward pass of a step of each number of rows, the least of four; replayed where the driver
+    replays its steps. What is not in `known` is measured and put there."""
+    new = sorted(set(rows) - set(known))
+    if new:
+        length = _TIMED_LENGTH[engine.device.type != "cpu"]
+        length = min(length, engine.max_context or length)
+        engine.begin(chains=1, lanes=new[-1], max_length=length, alpha=1.0, beta=1.0, seed=0)
+        try:
+            steps = [_step(engine, count, length) for count in new]
+            # In turns, so that what else the machine does meets all of them.
+            rounds = [[_elapsed(step, engine.device) for step in steps] for _ in range(4)]
+            for count, seconds in zip(new, zip(*rounds, strict=True), strict=True):
+                known[count] = engine._agreed(min(seconds))
+        finally:
+            engine.end()
+    return [known[count] for count in rows]
+
+
+def _step(engine, rows: int, length: int) -> Callable[[], None]:
+    """A forward pass of so many rows at the end of their slabs, run once; recorded where the driver would do so."""
+    position = torch.full((rows, 1), length - 1, device=engine.device)
+    tokens = torch.zeros_like(position)
+    graphs = captured.recorder(engine.device)
+    kernel = engine.attention if graphs is None else decode_attention.recordable(engine.attention)
+
+    def step() -> None:
+        engine._logits(engine._output(DecodeView(position[:, 0], length, kernel), tokens, position))
+
+    if graphs is None:
+        step()
+        return step
+    steps = captured.CapturedSteps(graphs)
+    steps.run(rows, step)
+    return lambda: steps.run(rows, step)
+
+
+def _elapsed(step: Callable[[], None], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from power_kernels.api import torch_private
 from power_kernels.api.engines.huggingface import HuggingFaceEngine, decode_attention
 from power_kernels.api.engines.huggingface.decode_attention import FLASH, KERNELS, PADDED, ROWS, DecodeView
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout
 from power_kernels.errors import ArgumentError
+from power_kernels.state import LaneField, LaneStatus, Status
 from tests import tiny_models
 from tests.devices import DEVICE, ON_CUDA, host_only
 from tests.test_huggingface_engine import Script, decoded, plain_logits, prompt_of, ranges, run
@@ -304,6 +306,79 @@ def test_the_logits_of_a_lane_have_the_same_bits_wherever_its_batchmates_are(fam
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][0], found[2][0])
     assert not torch.equal(found[0][1], found[2][1])
+
+
+# ---- rows that do not run
+
+
+@host_only
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
+def test_a_row_that_does_not_run_sees_one_position_and_changes_no_other(kernel, window, softcap, flash_on_the_host):
+    """The running rows keep their bits, all rows are written where they stand, and flash reads nothing else of idle
+    rows: there is NaN."""
+    rows = len(POSITIONS)
+    keys, values = slabs(rows, 3, SLAB, 32)
+    query, position = queries(rows, 9, 32), torch.tensor(POSITIONS)
+    running = torch.arange(rows) % 3 != 2
+    every = DecodeView(position, 700, kernel)
+    want = every.attend(query, keys, values, 0.2, window, softcap)
+    if kernel == FLASH and softcap is None:
+        for slab in (keys, values):
+            slab[~running, :, 1:] = float("nan")
+    view = DecodeView(position, 700, kernel, running=running)
+    got = view.attend(query, keys, values, 0.2, window, softcap)
+    assert torch.equal(got[running], want[running])
+    alone = by_definition(query, keys, values, torch.zeros(rows, dtype=torch.int64), 700, 0.2, window, softcap)
+    torch.testing.assert_close(got[~running].double(), alone[~running], rtol=0, atol=2e-5)
+    assert not torch.allclose(got[~running], want[~running], atol=0.1)
+    assert torch.equal(view.write_index(keys), every.write_index(keys))
+
+
+@host_only
+@pytest.mark.parametrize("kernel", [PADDED, FLASH])
+def test_on_a_device_lanes_that_do_not_run_cost_one_position_and_leave_nothing(kernel, request, monkeypatch):
+    """`decode` is what a device launches. Idle lanes are fed tokens whose keys alone are infinite: no logits tell."""
+    read = []
+    if kernel == FLASH:
+        request.getfixturevalue("flash_on_the_host")
+        flash = torch_private.flash_attention_of_sequences
+        monkeypatch.setattr(
+            torch_private,
+            "flash_attention_of_sequences",
+            lambda *a, used, **k: read.append(used) or flash(*a, used=used, **k),
+        )
+    engine = HuggingFaceEngine(tiny_models.llama(), attention=kernel, self_check=False, remember=False)
+    state = run(engine, chains=2, lanes=2)
+    prompts = [prompt_of(9, 1), prompt_of(7, 2)]
+    engine.prefill([0, 1], prompts)
+    engine.transfer(ranges([[0] * 4] * 2), ranges([[lane, lane // 2, 0, 8 - 2 * (lane // 2)] for lane in range(4)]))
+    state.input_id.copy_(torch.tensor([prompts[lane // 2][-1] for lane in range(4)]))
+    state.position.copy_(torch.tensor([8, 8, 6, 6]))
+    state.exclude.fill_(-1)
+    every = engine.decode(state, engine.plan(state))
+    running = torch.tensor([True, False, True, False])
+    state.lane_field[~running, LaneField.STATUS] = torch.tensor([int(LaneStatus.IDLE), int(LaneStatus.CLOSED)]).int()
+    handles = [
+        layer.self_attn.k_proj.register_forward_hook(
+            lambda m, i, out: out.masked_fill_(~running[:, None, None], torch.inf)
+        )
+        for layer in engine.model.model.layers
+    ]
+    read.clear()
+    some = engine.decode(state, engine.plan(state))
+    for handle in handles:
+        handle.remove()
+    for name in ("token", "logq", "weight", "status"):
+        assert torch.equal(getattr(some, name)[running], getattr(every, name)[running])
+    assert all(used.tolist() == [9, 1, 7, 1] for used in read)
+    assert len(read) == (2 if kernel == FLASH else 0)
+    for slab, _ in engine._slabs.pairs:
+        assert torch.isfinite(slab).all()
+    state.lane_field[:, LaneField.STATUS] = int(LaneStatus.RUNNING)  # and go back, behind what they wrote
+    state.position[1] = 3
+    assert engine.decode(state, engine.plan(state)).status.tolist() == [Status.OK] * 4
+    engine.end()
 
 
 # ---- positions that nothing is to be made of

@@ -58,15 +58,27 @@ class DecodeView:
     kernel: of `KERNELS`. `rows` looks at the positions on the host once, here; the others never do, and what they
         launch depends on rows and length alone.
     lanes: the slab rows that the tokens belong to, ascending; None: the first ones. Only with the kernel `rows`.
+    running: bool [rows]; None: all. A row that does not run is written at its position like any other, but sees the
+        first position of its slab row alone: nobody looks at what comes out, and reading its past would cost as much as
+        that of a row that counts.
     """
 
     of_chains = False
 
-    def __init__(self, position: torch.Tensor, length: int, kernel: str = PADDED, lanes: Sequence[int] | None = None):
+    def __init__(
+        self,
+        position: torch.Tensor,
+        length: int,
+        kernel: str = PADDED,
+        lanes: Sequence[int] | None = None,
+        running: torch.Tensor | None = None,
+    ):
         self.position, self.length, self.rows = position.clamp(min=0), length, position.shape[0]
+        # The last position that each row sees.
+        self._last = self.position if running is None else self.position * running
         self.kernel, self._lanes = kernel, range(self.rows) if lanes is None else lanes
         if kernel == ROWS:
-            self._runs = _runs(self._lanes, [min(p + 1, length) for p in self.position.tolist()])
+            self._runs = _runs(self._lanes, [min(p + 1, length) for p in self._last.tolist()])
         elif lanes is not None:
             raise ArgumentError(f"lanes are given with the kernel {kernel!r}; only {ROWS!r} takes them")
         self._index: dict[tuple, torch.Tensor] = {}
@@ -112,7 +124,7 @@ class DecodeView:
         _, heads, positions, _ = slab.shape
         key = (heads, positions, window)
         if key not in self._sequences:
-            stop = (self.position + 1).clamp(max=self.length)
+            stop = (self._last + 1).clamp(max=self.length)
             queries = torch.arange(self.rows + 1, device=self.position.device)
             start = queries * (heads * positions)
             if window is not None:
@@ -141,7 +153,7 @@ class DecodeView:
         """Additive, [rows, 1, 1, length]; the same one for all layers with this window."""
         key = (window, dtype)
         if key not in self._masks:
-            last = self.position.clamp(max=self.length - 1)[:, None]  # a row that sees nothing would be NaN
+            last = self._last.clamp(max=self.length - 1)[:, None]  # a row that sees nothing would be NaN
             column = torch.arange(self.length, device=last.device)
             hidden = column > last
             if window is not None:

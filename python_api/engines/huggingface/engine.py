@@ -216,7 +216,7 @@ class HuggingFaceEngine:
         if self._memory is not None:
             self._memory.learn(state, lanes, output, good)
         if not bool(good.all()):
-            self._scrub(lanes, state.position[lanes], drawn.status)
+            self._scrub(lanes, state.position[lanes], ~good)
         return self._spread(state, lanes, drawn)
 
     def plan(self, state: ChainState) -> int:
@@ -238,21 +238,28 @@ class HuggingFaceEngine:
         return min(_bucket(length, self.length_multiple), self._slabs.positions)
 
     def decode(self, state: ChainState, plan: int) -> Sampled:
-        """Launch the step that was planned: forward, draw, wipe what rows with bad logits wrote. May be recorded."""
+        """Launch the step that was planned: forward, draw, wipe what bad and idle rows wrote. May be recorded.
+
+        The host does not know which lanes run, so all are fed; those that do not attend to one position.
+        """
         lanes = slice(0, state.position.shape[0])
-        output = self._fed(state, plan, decode_attention.recordable(self.attention))
+        running = state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
+        output = self._fed(state, plan, decode_attention.recordable(self.attention), running=running)
         drawn = self._draw(state, lanes, output)
-        self._scrub(lanes, state.position, drawn.status)
+        # A lane that does not run has not seen what it wrote, so that its logits do not tell whether that is finite.
+        self._scrub(lanes, state.position, (drawn.status != Status.OK) | ~running)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
 
-    def _fed(self, state: ChainState, length: int, kernel: str | None = None, lanes=None) -> torch.Tensor:
+    def _fed(
+        self, state: ChainState, length: int, kernel: str | None = None, lanes=None, running: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Feed some lanes of the state, or all. Returns what `_output` does."""
         input_id, position = state.input_id, state.position
         if lanes is not None and len(lanes) < len(position):
             input_id, position = input_id[lanes], position[lanes]
         else:
             lanes = None
-        view = DecodeView(position, length, kernel or self.attention, lanes)
+        view = DecodeView(position, length, kernel or self.attention, lanes, running)
         return self._output(view, input_id[:, None], position[:, None])
 
     def _draw(self, state: ChainState, lanes, output: torch.Tensor) -> power_kernels.SampleOutput:
@@ -355,12 +362,12 @@ class HuggingFaceEngine:
         finally:
             self.forward_seconds += time.perf_counter() - start
 
-    def _scrub(self, lanes, position: torch.Tensor, status: torch.Tensor) -> None:
-        """Wipe what lanes with bad logits just wrote: 0 * NaN would carry it into the lane's next proposal.
+    def _scrub(self, lanes, position: torch.Tensor, bad: torch.Tensor) -> None:
+        """Wipe what the lanes marked in `bad` just wrote: 0 * NaN would carry it into the lane's next proposal.
 
-        Earlier positions are finite, or an earlier step's logits would have been bad: a position always sees itself.
+        Earlier positions are finite, or an earlier step's logits would have been bad: a lane that runs always sees what
+        it writes.
         """
-        bad = status != Status.OK
         row, start = self._row[lanes], position.to(torch.int32)
         self._slabs.scrub_lanes(torch.stack([row, row, start, start + bad], dim=1).to(torch.int32))
 

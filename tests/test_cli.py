@@ -104,7 +104,7 @@ def test_results_are_those_of_the_sampler(model_path, uninterrupted):
         assert record["logp"] == pytest.approx(result.logp, abs=1e-4)
         assert record["finish"] == result.finish
     assert uninterrupted[0, 0]["id"] == "one"
-    assert uninterrupted[0, 0]["text"].startswith("w")
+    assert uninterrupted[0, 0]["text"].startswith(" w")  # behind the words of the prompt
 
 
 def test_a_second_run_draws_nothing_and_a_cut_line_is_drawn_again(model_path, prompts, tmp_path, uninterrupted, capsys):

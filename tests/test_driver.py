@@ -116,9 +116,9 @@ VALUES = {
     "an id past 29 bits": (dict(prompt_ids=[0, 2**29]), r"prompt_ids holds 536870912; it must lie in \[0, 536870911\]"),
     "a negative id": (dict(prompt_ids=[0, -1]), r"prompt_ids holds -1; it must lie in"),
     "eos past the vocabulary": (dict(eos_token_id=16), r"eos_token_id holds 16; it must lie in \[0, 15\]"),
-    "a negative eos": (dict(eos_token_id=[0, -1]), r"eos_token_id holds -1; it must lie in \[0, 15\]"),
+    "a negative eos": (dict(eos_token_id=[0, -2]), r"eos_token_id holds -2; it must lie in \[0, 15\]"),
     "more than the context": (
-        dict(prompts=[[1], [1] * 4]),
+        dict(prompts=[[1] * 5, [1] * 4]),
         r"prompt 1 has 4 tokens and max_new_tokens is 5; together they must not exceed the model's context of 8",
     ),
 }

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.api.driver.checks import integer, number, switch
+from power_kernels.errors import ArgumentError
 from power_kernels.state import CUTS, Law
 
 COMPAT = (None, "karan-du")
@@ -51,23 +52,22 @@ class PowerConfig:
     compat: str | None = None
 
     def __post_init__(self) -> None:
-        _number("alpha", self.alpha)
+        self._set("alpha", number("alpha", self.alpha))
         if not 1 <= self.alpha <= _LARGEST:
             raise ArgumentError(f"alpha is {self.alpha}; it must lie in [1, {_LARGEST:g}]")
         if self.temperature is not None:
-            _number("temperature", self.temperature)
+            self._set("temperature", number("temperature", self.temperature))
             if not 1 / _LARGEST <= self.temperature <= _LARGEST:
                 raise ArgumentError(
                     f"temperature is {self.temperature}; it must lie in [{1 / _LARGEST:g}, {_LARGEST:g}], or be None"
                 )
         for name, least in (("max_new_tokens", 1), ("mcmc_steps", 0), ("final_steps", 0)):
-            _integer(name, getattr(self, name), least)
+            self._set(name, integer(f"{name} is", getattr(self, name), least))
         for name in ("block_size", "lanes"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                self._set(name, integer(f"{name} is", getattr(self, name), 1))
         for name in ("early_rejection", "free_prefix"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentTypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+            self._set(name, switch(name, getattr(self, name)))
         if self.cut not in CUTS:
             raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
         if self.compat not in COMPAT:
@@ -87,6 +87,10 @@ class PowerConfig:
                 f"1 <= beta <= alpha = {self.alpha:g}, that is a temperature in [{1 / self.alpha:g}, 1]"
             )
 
+    def _set(self, name: str, value) -> None:
+        """Put Python's own number in the place of NumPy's or torch's, so that equal configs are equal in every way."""
+        object.__setattr__(self, name, value)
+
     @property
     def beta(self) -> float:
         """The proposals' exponent, 1/temperature, as float32 holds it."""
@@ -104,15 +108,3 @@ class PowerConfig:
             karan_du=self.compat == "karan-du",
             cut=self.cut,
         )
-
-
-def _number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name} is {value!r}; it must be a number")
-
-
-def _integer(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} is {value!r}; it must be an integer")
-    if value < least:
-        raise ArgumentError(f"{name} is {value}; it must be at least {least}")

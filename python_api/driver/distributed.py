@@ -142,11 +142,11 @@ def generate_sharded(
     RankLostError when another rank stops or is late, and on every rank ArgumentError when they were given different
     prompts (do not divide them before) or other different work.
     """
-    rows = sampler._token_rows(prompts)
+    rows, eos = sampler.read(prompts, options.pop("eos_token_id", None))
     texts = hashlib.sha256(repr(rows).encode()).hexdigest()
     # repr leaves out the middle of a long tensor, and tells an array from the list that it stands for.
     options = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
-    work = repr((config, num_chains, seed, sorted(options.items())))
+    work = repr((config, num_chains, seed, eos, sorted(options.items())))
     with join(patience) as ranks:
         all_texts, all_work = map(set, zip(*ranks.gather((texts, work)), strict=True))
         if len(all_texts) > 1:
@@ -158,6 +158,7 @@ def generate_sharded(
             config,
             num_chains=num_chains,
             seed=seed,
+            eos_token_id=eos,
             share=(ranks.rank, ranks.world),
             progress=progress and ranks.rank == 0,
             **options,

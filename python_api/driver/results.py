@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from power_kernels.api.driver.text import answer_text
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
 
 
@@ -50,11 +51,13 @@ class TokenAccount:
 class PowerResult:
     """One answer, the last state of one chain.
 
-    tokens: generated ids, EOS included. text: decoded, None without a tokenizer. log_weights: the weight of each token
+    tokens: generated ids, EOS included. text: what they add to the text of the prompt, without special tokens; None
+    without a tokenizer. log_weights: the weight of each token
     in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
     Metropolis-Hastings steps. outcomes: each step's. left: where each step's proposal left the answer of its time, -1
-    where it kept every token. finish: "eos", "length", or "fault" with `status` saying what the
-    logits were like (the answer is then the chain's last good state).
+    where it kept every token. finish: "eos", "length" (max_new_tokens), "context" (what the prompt left of the model's
+    context, less than max_new_tokens and perhaps nothing), or "fault" with `status` saying what the logits were like
+    (the answer is then the chain's last good state).
     """
 
     prompt_id: int
@@ -93,11 +96,21 @@ class PowerResult:
 
 
 def read_result(
-    state: ChainState, chain: int, *, alpha: float, can_end_early: bool, prefill: int, recalled: int, tokenizer
+    state: ChainState,
+    chain: int,
+    *,
+    alpha: float,
+    can_end_early: bool,
+    prefill: int,
+    recalled: int,
+    tokenizer,
+    prompts: dict[int, list[int]],
 ) -> PowerResult:
-    """The result of a chain that has stopped. alpha: as float32 holds it."""
+    """The result of a chain that has stopped. alpha: as float32 holds it. prompts: token ids by prompt
+    id."""
     field = state.field[chain].tolist()
     n = field[ChainField.LENGTH]
+    prompt_id = field[ChainField.PROMPT_ID]
     tokens = state.token[chain, :n].tolist()
     weights = np.diff(state.cumw[chain, : n + 1].cpu().numpy())
     logq = state.logq[chain, :n].cpu().numpy().astype(np.float64)
@@ -108,10 +121,10 @@ def read_result(
     status = Status(field[ChainField.FAULT])
     finish = "fault" if status is not Status.OK else "eos" if field[ChainField.CLOSED] else "length"
     return PowerResult(
-        prompt_id=field[ChainField.PROMPT_ID],
+        prompt_id=prompt_id,
         chain_id=field[ChainField.CHAIN_ID],
         tokens=tokens,
-        text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
+        text=None if tokenizer is None else answer_text(tokenizer, prompts[prompt_id], tokens),
         token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
         log_weights=weights.tolist(),
         outcomes=outcomes,
@@ -130,3 +143,14 @@ def read_result(
             answer=n,
         ),
     )
+
+
+def empty_result(prompt_id: int, chain_id: int, *, has_text: bool) -> PowerResult:
+    """Of a prompt that leaves no room for an answer in the model's context."""
+    nothing = TokenAccount(
+        prefill=0, extension=0, proposal=0, accepted=0, voided=0, recalled=0, saved_prefix=0, saved_early=0, answer=0
+    )
+    return PowerResult(
+        prompt_id=prompt_id, chain_id=chain_id, tokens=[], text="" if has_text else None, token_logp=[], log_weights=[],
+        outcomes=[], left=[], finish="context", status=Status.OK, cost=nothing,
+    )  # fmt: skip

@@ -86,6 +86,7 @@ class Run:
         self.config, self.law, self.plan, self.tokenizer = config, config.law, plan, tokenizer
         self.report, self.seconds = report, report.seconds
         self.waiting = deque(jobs)
+        self.prompts = {job.prompt_id: job.prompt for job in jobs}
         self.seed = seed
         self.max_length = max_length
         self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
@@ -246,6 +247,7 @@ class Run:
             prefill=self.prefill_cost[slot],
             recalled=self.recalled[slot],
             tokenizer=self.tokenizer,
+            prompts=self.prompts,
         )
         self.report.useful_lane_steps += result.cost.extension + result.cost.proposal - result.cost.recalled
         if slot != last:

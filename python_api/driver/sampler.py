@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from numbers import Integral
 
-import numpy as np
 import torch
 
 from power_kernels import backend_for
 from power_kernels.api.driver import captured
+from power_kernels.api.driver.checks import integer, items, plain
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.engine import CapturableEngine, Engine
+from power_kernels.api.driver.horizons import Part, parts_of
 from power_kernels.api.driver.memory import is_out_of_memory
 from power_kernels.api.driver.planning import plan_run
 from power_kernels.api.driver.progress import ProgressBar
-from power_kernels.api.driver.results import PowerResult
+from power_kernels.api.driver.results import PowerResult, empty_result
 from power_kernels.api.driver.run import Job, Run, RunReport
+from power_kernels.api.driver.text import end_of_turn, read_prompts
 from power_kernels.api.engines import engine_for
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import MAX_PROMPT_ID
@@ -49,12 +54,14 @@ class GenerationError(RuntimeError):
 class PowerSampler:
     """Draws answers from p(x)^alpha of a model.
 
-    model: a transformers causal LM, or any `Engine`. tokenizer: needed for prompts that are strings, and for `.text`.
+    model: a transformers causal LM, or any `Engine`. tokenizer: needed for prompts that are strings or conversations,
+        and for `.text`.
     capture: replay each decode step as one CUDA graph; None does so on every CUDA device, with an engine that can.
         Raises ArgumentError where True cannot be had. A recorded step keeps the parameters and hooks that the model had
         then: whoever replaces some while a stream is open must pass False.
 
-    `last_run` is a `RunReport` of the call that began last: what it did so far, in how many slots and lanes.
+    `last_run` is a `RunReport` of the run that began last: what it did so far, in how many slots and lanes. A call is
+    one run, and one more for each shorter horizon of prompts that the context cuts (see `generate`).
     """
 
     def __init__(self, model, tokenizer=None, *, capture: bool | None = None):
@@ -71,7 +78,7 @@ class PowerSampler:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor,
+        prompts: Sequence[str | Sequence[int] | Sequence[Mapping]] | torch.Tensor,
         config: PowerConfig | None = None,
         *,
         num_chains: int = 1,
@@ -84,13 +91,20 @@ class PowerSampler:
     ) -> list[PowerResult]:
         """One result per prompt and chain, prompt-major.
 
-        prompts: strings (needs the tokenizer), lists of token ids, or an integer tensor [B, P].
+        prompts: each a string, a conversation (a list of messages, put into the tokenizer's chat template) or a list of
+        token ids; or all of them an integer tensor [B, P]. A string that begins with the text of BOS, such as a chat
+        template rendered before, gets no second BOS (UserWarning).
         num_chains: independent answers per prompt. seed: 64 bits; the same seed gives the same chains, whatever batch
-        they run in. eos_token_id: an int or a sequence; None takes the engine's, [] runs every answer to
-        max_new_tokens. prompt_ids: the prompts' identities in the random-number contract; their index in this call by
-        default. max_chains: chains that run at once, fewer where memory does not hold them (RuntimeWarning); the others
-        wait for a free slot, first come, first served. share: (r, n) draws only each n-th answer from the r-th on, in
-        prompt-major order. progress: show a bar.
+        they run in. eos_token_id: an int or a sequence; None takes the engine's and, where a prompt is a conversation,
+        the token that ends a turn in the chat template; [] or -1 runs every answer to max_new_tokens. prompt_ids: the
+        prompts' identities in the random-number contract; their index in this call by default. max_chains: chains that
+        run at once, fewer where memory does not hold them (RuntimeWarning); the others wait for a free slot, first
+        come, first served. share: (r, n) draws only each n-th answer from the r-th on, in prompt-major order.
+        progress: show a bar. Integers may be of NumPy or tensors without dimensions.
+
+        Where some prompts leave less than max_new_tokens of the model's context, the horizon of each of them is what
+        it leaves: its answer is drawn from p^alpha at that horizon, and one that reaches it has finish "context". A
+        prompt that leaves nothing gets an answer of no tokens (RuntimeWarning).
 
         A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected. A run
         that runs out of memory goes on with fewer chains at once (RuntimeWarning), which draws the same answers.
@@ -98,13 +112,12 @@ class PowerSampler:
         into memory, GenerationInterrupted on Ctrl-C and GenerationError when anything fails after the first answer;
         the last two carry the finished answers.
         """
-        everything = self._jobs(prompts, num_chains, prompt_ids)
+        everything, eos = self._jobs(prompts, num_chains, prompt_ids, eos_token_id)
         jobs = _shared(everything, share)
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
         results: list[PowerResult | None] = [None] * len(jobs)
         try:
-            longest = _longest(everything)
-            for result in self._stream(jobs, longest, config, seed, eos_token_id, max_chains, progress, len(jobs)):
+            for result in self._stream(jobs, everything, config, seed, eos, max_chains, progress, len(jobs)):
                 results[order[result.prompt_id, result.chain_id]] = result
         except KeyboardInterrupt:
             raise GenerationInterrupted([r for r in results if r is not None]) from None
@@ -133,125 +146,113 @@ class PowerSampler:
 
         skip: (prompt id, chain id) of answers that an earlier call has drawn already; the others are what is shared.
         """
-        jobs = self._jobs(prompts, num_chains, prompt_ids)
+        jobs, eos = self._jobs(prompts, num_chains, prompt_ids, eos_token_id)
         left = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
         wanted = _shared(left, share)
         total = len(jobs) - len(left) + len(wanted)  # of the bar: what was there, and this share
-        return self._stream(wanted, _longest(jobs), config, seed, eos_token_id, max_chains, progress, total)
+        return self._stream(wanted, jobs, config, seed, eos, max_chains, progress, total)
 
     # -- input
 
-    def _jobs(self, prompts, num_chains, prompt_ids) -> list[Job]:
-        rows = self._token_rows(prompts)
-        _integer("num_chains is", num_chains, 1)
-        ids = list(range(len(rows))) if prompt_ids is None else _items("prompt_ids", prompt_ids)
-        for i in ids:
-            _integer("prompt_ids holds", i, 0, MAX_PROMPT_ID)
+    def _jobs(self, prompts, num_chains, prompt_ids, eos_token_id) -> tuple[list[Job], list[int]]:
+        """Every answer that a call wants, prompt-major, and the tokens that end one."""
+        rows, eos = self.read(prompts, eos_token_id)
+        num_chains = integer("num_chains is", num_chains, 1)
+        ids = list(range(len(rows))) if prompt_ids is None else items("prompt_ids", prompt_ids)
+        ids = [integer("prompt_ids holds", i, 0, MAX_PROMPT_ID) for i in ids]
         if len(ids) != len(rows) or len(set(ids)) != len(ids):
             raise ArgumentError(f"prompt_ids is {ids}; it must hold one distinct id for each of {len(rows)} prompts")
-        return [Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)]
+        return [Job(row, i, k) for row, i in zip(rows, ids, strict=True) for k in range(num_chains)], eos
 
-    def _token_rows(self, prompts) -> list[list[int]]:
-        if isinstance(prompts, torch.Tensor) and (
-            prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32)
-        ):
-            raise ArgumentTypeError(
-                f"prompts is a {prompts.dtype} tensor of shape {list(prompts.shape)}; it must be int64 [B, P]"
-            )
-        rows = []
-        for i, prompt in enumerate(_items("prompts", prompts)):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise ArgumentTypeError(
-                        f"prompts[{i}] is a string and there is no tokenizer; pass PowerSampler(model, tokenizer) or "
-                        "token ids"
-                    )
-                prompt = self.tokenizer(prompt).input_ids
-            row = _items(f"prompts[{i}]", prompt)
-            if not row:
-                raise ArgumentError(f"prompts[{i}] is empty; a prompt needs at least one token")
-            for token in row:
-                _integer(f"prompts[{i}] holds token id", token, 0, self.engine.vocab_size - 1)
-            rows.append(row)
-        if not rows:
-            raise ArgumentError("prompts is empty; it must hold at least one prompt")
-        return rows
+    def read(self, prompts, eos_token_id=None) -> tuple[list[list[int]], list[int]]:
+        """The token ids of each prompt, and the tokens that end an answer, of `generate`'s arguments. Raises alike."""
+        rows, conversations = read_prompts(prompts, self.tokenizer, self.engine.vocab_size)
+        return rows, self._eos(eos_token_id, conversations)
 
-    def _eos(self, eos_token_id) -> list[int]:
+    def _eos(self, eos_token_id, conversations: bool) -> list[int]:
+        last = self.engine.vocab_size - 1
+        eos_token_id = plain(eos_token_id)
         if eos_token_id is None:
-            return list(self.engine.eos_token_ids)
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else _items("eos_token_id", eos_token_id)
-        for token in ids:
-            _integer("eos_token_id holds", token, 0, self.engine.vocab_size - 1)
-        return ids
+            ids = [token for token in self.engine.eos_token_ids if token != -1]
+            end = end_of_turn(self.tokenizer) if conversations else None
+            return ids if end is None or end in ids or end > last else [*ids, end]
+        ids = [eos_token_id] if isinstance(eos_token_id, Integral) else items("eos_token_id", eos_token_id)
+        # transformers has -1 for a token that never comes.
+        return [integer("eos_token_id holds", token, 0, last) for token in ids if token != -1]
 
     # -- the run
 
-    def _stream(self, jobs, longest: Job, config, seed, eos_token_id, max_chains, progress, total):
-        """longest: of all jobs of the call. A run's length fixes its rotary regime, so it must not depend on which part
-        of the answers this process draws, or finds left."""
+    def _stream(self, jobs, everything, config, seed, eos, max_chains, progress, total) -> Iterator[PowerResult]:
+        """jobs: of `everything`, what this call draws. Horizons and rotary regimes follow from the whole, so that they
+        do not depend on which part of the answers a process draws, or finds left."""
         config = PowerConfig() if config is None else config
         if not isinstance(config, PowerConfig):
             raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
-        _integer("seed is", seed, -(2**63), 2**64 - 1)
-        _integer("max_chains is", max_chains, 1)
-        eos = self._eos(eos_token_id)
+        seed = integer("seed is", seed, -(2**63), 2**64 - 1)
+        max_chains = integer("max_chains is", max_chains, 1)
         if self._ranks is not None:
             self._ranks.check_same(answers=jobs, config=config, seed=seed, eos_token_id=eos, max_chains=max_chains)
         if not jobs:
             return iter(())
         if config.lanes is not None and config.lanes > MAX_LANES and backend_for(self.engine.device) == "triton":
             raise ArgumentError(f"lanes is {config.lanes}; on {self.engine.device} it must lie in [1, {MAX_LANES}]")
-        limit, max_length = self.engine.max_context, len(longest.prompt) + config.max_new_tokens
-        if limit is not None and max_length > limit:
-            raise ArgumentError(
-                f"prompt {longest.prompt_id} has {len(longest.prompt)} tokens and max_new_tokens is "
-                f"{config.max_new_tokens}; together they must not exceed the model's context of {limit}"
-            )
+        parts = parts_of(jobs, everything, config, self.engine.max_context)
         bar = ProgressBar(total, total - len(jobs)) if progress else None
-        return self._results(jobs, max_length, config, seed, eos, max_chains, bar)
+        return self._drawn(parts, seed, eos, max_chains, bar)
+
+    def _drawn(self, parts: list[Part], seed, eos, max_chains, bar) -> Iterator[PowerResult]:
+        try:
+            for part in parts:
+                if part.config is None:
+                    for job in part.jobs:
+                        yield empty_result(job.prompt_id, job.chain_id, has_text=self.tokenizer is not None)
+                    continue
+                results = self._results(part.jobs, part.max_length, part.config, seed, eos, max_chains, bar)
+                with closing(results):
+                    for result in results:
+                        cut = part.cut and result.finish == "length"
+                        yield replace(result, finish="context") if cut else result
+        finally:
+            if bar is not None:
+                bar.close()
 
     def _results(self, jobs: list[Job], max_length, config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
         """Runs until every answer is drawn: one, and another in less memory each time that memory runs out."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
-        try:
-            plan = plan_run(self.engine, config, chains=min(max_chains, len(jobs)), max_length=max_length)
-            report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
-            while left:
-                run = Run(
-                    self.engine, list(left.values()), config, plan, max_length=max_length,
-                    seed=seed, eos=eos, capture=self.capture, tokenizer=self.tokenizer, report=report,
-                )  # fmt: skip
-                try:
-                    for result in run.results(bar):
-                        del left[result.prompt_id, result.chain_id]
-                        yield result
-                except Exception as error:
-                    smaller = plan.smaller()
-                    # Where several processes hold the model, the others go on and cannot know.
-                    if smaller is None or not is_out_of_memory(error) or self._ranks is not None:
-                        raise
-                    message = str(error)
-                else:
-                    break
-                finally:
-                    self.capture = self.capture and report.captured  # a step that cannot be recorded is not tried again
-                # Out of the handler, which holds the frames of the run and with them its tensors.
-                del run
-                gc.collect()
-                if self.engine.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                warnings.warn(
-                    f"out of memory with {plan.slots} chains at once in {plan.lanes} lanes each; the {len(left)} "
-                    f"answers that are not finished begin again with {smaller.slots} and {smaller.lanes}: {message}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                plan = smaller
-                report.slots, report.lanes, report.restarts = plan.slots, plan.lanes, report.restarts + 1
-        finally:
-            if bar is not None:
-                bar.close()
+        plan = plan_run(self.engine, config, chains=min(max_chains, len(jobs)), max_length=max_length)
+        report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
+        while left:
+            run = Run(
+                self.engine, list(left.values()), config, plan, max_length=max_length,
+                seed=seed, eos=eos, capture=self.capture, tokenizer=self.tokenizer, report=report,
+            )  # fmt: skip
+            try:
+                for result in run.results(bar):
+                    del left[result.prompt_id, result.chain_id]
+                    yield result
+            except Exception as error:
+                smaller = plan.smaller()
+                # Where several processes hold the model, the others go on and cannot know.
+                if smaller is None or not is_out_of_memory(error) or self._ranks is not None:
+                    raise
+                message = str(error)
+            else:
+                break
+            finally:
+                self.capture = self.capture and report.captured  # a step that cannot be recorded is not tried again
+            # Out of the handler, which holds the frames of the run and with them its tensors.
+            del run
+            gc.collect()
+            if self.engine.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"out of memory with {plan.slots} chains at once in {plan.lanes} lanes each; the {len(left)} "
+                f"answers that are not finished begin again with {smaller.slots} and {smaller.lanes}: {message}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            plan = smaller
+            report.slots, report.lanes, report.restarts = plan.slots, plan.lanes, report.restarts + 1
 
 
 def _check_capture(capture: bool | None, engine: Engine) -> bool:
@@ -266,32 +267,9 @@ def _check_capture(capture: bool | None, engine: Engine) -> bool:
     return able if capture is None else capture
 
 
-def _longest(jobs: list[Job]) -> Job:
-    return max(jobs, key=lambda job: len(job.prompt))
-
-
 def _shared(jobs: list[Job], share: tuple[int, int]) -> list[Job]:
-    share = _items("share", share)
+    share = items("share", share)
     if len(share) != 2:
         raise ArgumentError(f"share is {share}; it must be (r, n)")
-    _integer("share holds n =", share[1], 1)
-    _integer("share holds r =", share[0], 0, share[1] - 1)
-    return jobs[share[0] :: share[1]]
-
-
-def _integer(what: str, value, least: int, most: int | None = None) -> None:
-    """what: the beginning of the message, up to the value."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{what} {value!r}; it must be an integer")
-    if value < least or (most is not None and value > most):
-        allowed = f"be at least {least}" if most is None else f"lie in [{least}, {most}]"
-        raise ArgumentError(f"{what} {value}; it must {allowed}")
-
-
-def _items(name: str, value) -> list:
-    """The entries of a sequence or tensor. A string and a tokenizer's mapping can be iterated too, but are mistakes."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        value = value.tolist()  # no list where there is only one number
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a list")
-    return list(value)
+    n = integer("share holds n =", share[1], 1)
+    return jobs[integer("share holds r =", share[0], 0, n - 1) :: n]

@@ -1,9 +1,7 @@
 """Decode attention: every kernel against float64 and, in a model, against plain forward passes; each lane reads its own
 length and nothing else; bits that no batchmate changes.
 
-torch's flash attention needs a CUDA device. `flash_on_the_host` gives the same operator a CPU kernel that follows its
-contract by the letter, in float64: what is tested with it is the description of the slab, lengths and windows that it
-gets, through torch's dispatcher and schema.
+torch's flash attention needs a CUDA device; on a CPU its stand-in computes (`tests/flash_attention.py`).
 """
 
 from __future__ import annotations
@@ -18,61 +16,17 @@ from power_kernels.api.engines.huggingface.decode_attention import FLASH, KERNEL
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout
 from power_kernels.errors import ArgumentError
 from power_kernels.state import LaneField, LaneStatus, Status
-from tests import tiny_models
+from tests import flash_attention, tiny_models
 from tests.devices import DEVICE, ON_CUDA, host_only
+from tests.flash_attention import flash_by_contract
 from tests.test_huggingface_engine import Script, decoded, plain_logits, prompt_of, ranges, run
 
 CPU = torch.device("cpu")
 
 
-def flash_by_contract(
-    query,  # [sum of queries, heads, dim]
-    key,  # [T, kv_heads, dim], any strides but the last
-    value,
-    cum_seq_q,  # int32 [N + 1]
-    cum_seq_k,  # int32 [N + 1]: where sequence n starts
-    max_q,
-    max_k,
-    dropout_p,
-    is_causal,
-    return_debug_mask,
-    *,
-    scale=None,
-    window_size_left=None,
-    window_size_right=None,
-    seqused_k=None,  # int32 [N]: how many positions of sequence n there are
-    alibi_slopes=None,
-    block_table=None,
-    num_splits=None,
-):
-    sequences = cum_seq_q.shape[0] - 1
-    assert cum_seq_k.shape == (sequences + 1,)
-    assert seqused_k.shape == (sequences,)
-    for index in (cum_seq_q, cum_seq_k, seqused_k):
-        assert index.dtype == torch.int32
-        assert index.is_contiguous()
-    assert (query.stride(-1), key.stride(-1), value.stride(-1)) == (1, 1, 1)
-    assert key.shape == value.shape
-    assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
-    assert cum_seq_q.tolist() == list(range(sequences + 1))
-    assert max_q == 1
-    assert int(seqused_k.min()) >= 1
-    assert int(seqused_k.max()) <= max_k
-    group = query.shape[1] // key.shape[1]
-    out = torch.empty_like(query)
-    for n in range(sequences):
-        seen = slice(int(cum_seq_k[n]), int(cum_seq_k[n]) + int(seqused_k[n]))
-        k, v = (x[seen].double().repeat_interleave(group, 1) for x in (key, value))
-        weight = (torch.einsum("hd,khd->hk", query[n].double(), k) * scale).softmax(-1)
-        out[n] = torch.einsum("hk,khd->hd", weight, v).to(out.dtype)
-    nothing = query.new_empty(0)
-    return out, nothing, nothing, nothing, nothing
-
-
 @pytest.fixture
 def flash_on_the_host():
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_flash_attention_forward", flash_by_contract, "CPU")
+    with flash_attention.on_the_host():
         yield
 
 

@@ -17,16 +17,17 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import power_kernels as pk
+from power_kernels.api import PowerConfig, PowerSampler
 from power_kernels.api.driver.engine import Engine, UnsupportedModelError
 from power_kernels.api.engines.huggingface import HuggingFaceEngine, lm_head
-from power_kernels.api.engines.huggingface.decode_attention import FLASH, PADDED
+from power_kernels.api.engines.huggingface.decode_attention import FLASH, PADDED, ROWS
 from power_kernels.api.engines.huggingface.length_bound import LengthBound
 from power_kernels.api.engines.huggingface.patches import Patches
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout, KvSlabs
 from power_kernels.api.engines.huggingface.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import ChainState, LaneField, LaneStatus, Law, Status
-from tests import tiny_models
+from tests import flash_attention, tiny_models
 from tests.devices import DEVICE, ON_CUDA
 
 MAX_LENGTH = 32  # five windows; below the longrope threshold
@@ -287,10 +288,10 @@ def test_a_forgotten_prompt_is_forwarded_again():
 BAD = 3  # a token whose embedding is NaN
 
 
-def poisoned_llama():
+def poisoned_llama(token: int = BAD):
     model = tiny_models.llama()
     with torch.no_grad():
-        model.get_input_embeddings().weight[BAD] = float("nan")
+        model.get_input_embeddings().weight[token] = float("nan")
     return model
 
 
@@ -330,10 +331,30 @@ def test_lanes_that_do_not_run_are_not_fed_and_change_nothing(family, monkeypatc
     engine.end()
 
 
-def test_bad_rows_are_reported_and_leave_nothing_behind():
+# How a step is taken: as a CPU does, or as a device does, which feeds all lanes and looks at none.
+WAYS = [(ROWS, "step"), (PADDED, "step"), (PADDED, "decode"), (FLASH, "decode")]
+
+
+@pytest.fixture(params=WAYS, ids=["-".join(way) for way in WAYS])
+def way(request):
+    """(kernel, what an engine's `step` is)"""
+    kernel, step = request.param
+    if ON_CUDA:
+        if step == "step":
+            pytest.skip("a device decodes")
+        yield PADDED if kernel == PADDED else None, HuggingFaceEngine.step
+    elif step == "step":
+        yield kernel, HuggingFaceEngine.step
+    else:
+        with flash_attention.on_the_host():
+            yield kernel, lambda engine, state: engine.decode(state, engine.plan(state))
+
+
+def test_bad_rows_are_reported_and_leave_nothing_behind(way):
     """A NaN stays in its row, and what it wrote cannot reach the lane's next proposal, chain or tenant."""
     model = poisoned_llama()
-    engine = HuggingFaceEngine(model)
+    kernel, step_of = way
+    engine = HuggingFaceEngine(model, attention=kernel)
     state = run(engine, chains=2, lanes=1)
     prompts = [prompt_of(5, 1), prompt_of(7, 2)]
     prompts = [[t if t != BAD else 4 for t in prompt] for prompt in prompts]
@@ -345,7 +366,12 @@ def test_bad_rows_are_reported_and_leave_nothing_behind():
         state.input_id.copy_(torch.tensor(tokens))
         state.position.copy_(torch.tensor(positions))
         state.exclude.fill_(-1)
-        return engine.step(state)
+        drawn = step_of(engine, state)
+        for slab, _ in engine._slabs.pairs:
+            assert torch.isfinite(slab[:, drawn.status == Status.OK]).all()
+            for lane, position in enumerate(positions):
+                assert torch.isfinite(slab[:, lane, :, position]).all()
+        return drawn
 
     step([prompts[0][4], prompts[1][6]], [4, 6])
     drawn = step([BAD, 11], [5, 7])
@@ -376,6 +402,28 @@ def test_bad_rows_are_reported_and_leave_nothing_behind():
         state.input_id.copy_(torch.tensor([want[-1], 14]))
         state.position.copy_(torch.tensor([len(want) - 1, 25]))  # a batchmate far ahead: all columns are read
         assert_close(decoded(engine, state)[:1], plain_logits(model, [want], MAX_LENGTH))
+
+
+def test_faults_end_the_same_chains_with_every_kernel(way, monkeypatch):
+    """Whole runs in which some chains draw a token whose embedding is NaN: they fault, in every way of decoding at the
+    same tokens, and the others are what `rows` draws."""
+    model = poisoned_llama(22)
+    config = PowerConfig(alpha=1.5, max_new_tokens=12, block_size=6, mcmc_steps=4, lanes=2)
+    kernel, step_of = way
+
+    def drawn(engine):
+        results = PowerSampler(engine).generate(
+            [[5, 6, 7], [8, 9, 10, 11]], config, num_chains=4, seed=3, eos_token_id=[], max_chains=3
+        )
+        return [(r.tokens, r.steps, r.accepted, r.finish) for r in results]
+
+    want = drawn(HuggingFaceEngine(model, attention=None if ON_CUDA else ROWS, self_check=False))
+    monkeypatch.setattr(HuggingFaceEngine, "step", step_of)
+    got = drawn(HuggingFaceEngine(model, attention=kernel, self_check=False, remember=False))
+    assert got == want
+    finishes = [finish for *_, finish in want]
+    assert 2 <= finishes.count("fault") <= 6, finishes
+    assert sum(accepted for _, _, accepted, finish in want if finish != "fault") >= 3
 
 
 def test_a_move_takes_every_position_written():
@@ -421,6 +469,29 @@ def test_step_draws_from_the_logits_with_the_state_s_counters(fused_rows, monkey
     assert not got.weight.is_inference()  # what the driver gets may be changed in place
     fewer = engine.step(state.first(1))
     assert fewer.token.tolist() == got.token[:2].tolist()
+
+
+def test_in_bfloat16_a_draw_does_not_depend_on_how_many_rows_are_drawn():
+    """Hidden states and weights whose products are exact in float32 in any order: the logits are rounded to bfloat16
+    alike however many rows there are, and so are the draws. (In float32 few rows take the fused operator, which rounds
+    the same; in bfloat16 it would not round at all.)"""
+    model = tiny_models.llama().to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight.copy_(torch.randint(-100, 101, weight.shape, generator=generator))
+    engine = HuggingFaceEngine(model, self_check=False)
+    rows = 2 * lm_head.FUSED_ROWS + 1
+    hidden = torch.randint(-100, 101, (rows, weight.shape[1]), generator=generator).to(DEVICE, torch.bfloat16) / 2048
+    state = run(engine, chains=rows, lanes=1)
+    state.exclude.fill_(-1)
+    state.counter.copy_(torch.arange(4 * rows, dtype=torch.int32).view(rows, 4))
+    every = engine._draw(state, slice(0, rows), hidden)
+    assert len(every.token.unique()) > 2
+    for count in (1, 2, lm_head.FUSED_ROWS, lm_head.FUSED_ROWS + 1):
+        some = engine._draw(state, slice(0, count), hidden[:count])
+        for name in ("token", "logq", "weight"):
+            assert torch.equal(getattr(some, name), getattr(every, name)[:count])
 
 
 def test_half_precision_goes_through_the_fused_attention():

@@ -124,6 +124,38 @@ def test_a_row_with_bad_logits_does_not_spoil_those_that_share_its_blocks(model)
     assert summary(paged) == summary(slabs)
 
 
+def test_what_a_bad_row_wrote_is_gone_before_another_row_reads_its_block_masked(model):
+    """A masked NaN spoils all the same: 0 * NaN is NaN. The row goes back before the bad position, its batchmate is
+    ahead, so that the whole block is read."""
+    weights = model.get_input_embeddings().weight
+    kept = weights[68].clone()
+    engine = PagedEngine(model, block_size=8)
+    engine.begin(chains=1, lanes=2, max_length=16, alpha=2.0, beta=2.0, seed=0)
+    state = pk.ChainState.allocate(1, 2, pk.Law(max_new_tokens=8, block_size=8, mcmc_steps=1), DEVICE)
+    state.exclude.fill_(-1)
+
+    def step(tokens, positions):
+        state.input_id.copy_(torch.tensor(tokens))
+        state.position.copy_(torch.tensor(positions))
+        return engine.step(state).status.tolist()
+
+    try:
+        with torch.no_grad():
+            weights[68] = float("nan")
+        engine.prefill([0], [[5, 6]])
+        nothing = torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
+        opens = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1]], dtype=torch.int32, device=DEVICE)
+        engine.transfer(nothing, opens)
+        assert step([6, 6], [1, 1]) == [pk.Status.OK] * 2
+        assert step([68, 7], [2, 2]) == [pk.Status.NAN, pk.Status.OK]
+        assert torch.isfinite(engine.pool).all()
+        assert step([6, 8], [1, 3]) == [pk.Status.OK] * 2
+    finally:
+        engine.end()
+        with torch.no_grad():
+            weights[68] = kept
+
+
 @pytest.mark.parametrize("name", ["mistral", "mixed_qwen2", "gemma2", "phi3", "dynamic_llama"])
 def test_models_that_the_example_does_not_compute_are_refused(name):
     with pytest.raises(UnsupportedModelError, match=r"this example takes llama, qwen2, qwen3 with full attention"):

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from power_kernels.api.bench.harness import clock_for
-from power_kernels.api.bench.run import SUITES, add_arguments, run
+from power_kernels.api.bench.options import add_arguments, run
+from power_kernels.api.bench.run import SUITES
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CASES = [

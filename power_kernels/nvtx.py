@@ -91,6 +91,10 @@ def traced(target: T, methods: Iterable[str]) -> T:
 
 
 def enable_from_environment() -> None:
-    """POWER_KERNELS_NVTX=1 switches the ranges on when the package is imported; unset, empty or 0 does not."""
+    """POWER_KERNELS_NVTX=1 switches the ranges on when the operators are imported; unset, empty or 0 does not."""
     if os.environ.get("POWER_KERNELS_NVTX", "0") not in ("", "0"):
         enable()
+
+
+# Whichever is imported first, this file or the operators, brings the other along: the switch holds for both.
+enable_from_environment()

@@ -16,19 +16,11 @@ from enum import IntEnum
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.law import CUTS, Cut, Law, check_integer  # noqa: F401  the law's names are found here, too
 from power_kernels.rng import MAX_PROMPT_ID
-
-_INT32_MAX = 2**31 - 1
 
 # Lanes a chain that the triton backend compiles for; the others take any number.
 MAX_LANES = 16
-
-
-def _check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
-    if not least <= value <= most:
-        raise ArgumentError(f"{name} is {value}; it must lie in [{least}, {most}]")
 
 
 class ChainField(IntEnum):
@@ -107,17 +99,6 @@ class Cost(IntEnum):
     SAVED_EARLY = 3  # positions left to the cap when a proposal was rejected early
 
 
-class Cut(IntEnum):
-    """The law of the place where a proposal leaves the answer (DESIGN 3.6), as the kernels take it."""
-
-    UNIFORM = 0
-    DIVERGENCE = 1
-    DIVERGENCE_ENTROPY = 2
-
-
-CUTS = ("uniform", "divergence", "divergence-entropy")  # names of `Cut`, in its order
-
-
 class Status(IntEnum):
     """What a row's logits were like. Reported by every op that reads logits or weights, one per row."""
 
@@ -128,68 +109,6 @@ class Status(IntEnum):
     NO_MASS = 3  # every logit is -inf
     BAD_TOKEN = 4  # a token outside [0, V)
     BAD_LENGTH = 5
-
-
-@dataclass(frozen=True)
-class Law:
-    """The constants of one run (DESIGN section 3). All are host values, fixed while a run lasts.
-
-    max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. cut: one of `CUTS` (3.6). free_prefix says nothing
-    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform".
-    Raises ArgumentError for another value, ArgumentTypeError for another type.
-    """
-
-    max_new_tokens: int
-    block_size: int
-    mcmc_steps: int
-    final_steps: int = 0
-    early_rejection: bool = True
-    free_prefix: bool = True
-    karan_du: bool = False
-    cut: str = "uniform"
-
-    def __post_init__(self) -> None:
-        # The kernels index by these numbers and do not look at them.
-        for name, least in (("max_new_tokens", 1), ("block_size", 1), ("mcmc_steps", 0), ("final_steps", 0)):
-            _check_integer(name, getattr(self, name), least)
-        for name in ("early_rejection", "free_prefix", "karan_du"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
-        if not isinstance(self.cut, str):
-            raise ArgumentTypeError(f"cut is {self.cut!r}, a {type(self.cut).__name__}; it must be a str")
-        if self.cut not in CUTS:
-            raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
-        if self.karan_du and self.diverges:
-            raise ArgumentError(f"cut is {self.cut!r} with karan_du; the published code cuts uniformly")
-
-    @property
-    def diverges(self) -> bool:
-        """Whether a step draws the divergence position itself."""
-        return self.cut != "uniform"
-
-    @property
-    def needs_entropy(self) -> bool:
-        return self.cut == "divergence-entropy"
-
-    @property
-    def stages(self) -> int:
-        return -(-self.max_new_tokens // self.block_size)
-
-    @property
-    def max_steps(self) -> int:
-        return self.stages * self.mcmc_steps + self.final_steps
-
-    def constants(self) -> tuple[int, ...]:
-        """The law as the last arguments of the operator `mh_advance`."""
-        return (
-            self.max_new_tokens, self.block_size, self.mcmc_steps, self.final_steps,
-            self.early_rejection, self.free_prefix, self.karan_du, CUTS.index(self.cut),
-        )  # fmt: skip
-
-    @staticmethod
-    def of_constants(*constants: int) -> Law:
-        return Law(*constants[:-1], cut=CUTS[constants[-1]])
 
 
 _PER_CHAIN = {"field", "token", "logq", "cumw", "cumz", "outcome", "left", "forwarded", "cost", "commit_range"}
@@ -230,8 +149,8 @@ class ChainState:
     @staticmethod
     def allocate(chains: int, lanes: int, law: Law, device: torch.device | str = "cpu") -> ChainState:
         """A state of `chains` >= 1 idle chains with `lanes` >= 1 lanes each. Raises as `Law` does."""
-        _check_integer("chains", chains, 1)
-        _check_integer("lanes", lanes, 1)
+        check_integer("chains", chains, 1)
+        check_integer("lanes", lanes, 1)
         if not isinstance(law, Law):
             raise ArgumentTypeError(f"law is a {type(law).__name__}; it must be a Law")
 
@@ -288,12 +207,12 @@ class ChainState:
         prompt: token ids, at least one. chain_id in [0, 2^31) and prompt_id in [0, `rng.MAX_PROMPT_ID`] are words of
         the chain's random numbers (DESIGN section 4). Raises as `Law` does.
         """
-        _check_integer("chain", chain, 0, self.chains - 1)
-        _check_integer("chain_id", chain_id, 0)
-        _check_integer("prompt_id", prompt_id, 0, MAX_PROMPT_ID)
+        check_integer("chain", chain, 0, self.chains - 1)
+        check_integer("chain_id", chain_id, 0)
+        check_integer("prompt_id", prompt_id, 0, MAX_PROMPT_ID)
         if len(prompt) == 0:
             raise ArgumentError("prompt is empty; the first decode feeds its last token")
-        _check_integer("prompt[-1]", prompt[-1], 0)
+        check_integer("prompt[-1]", prompt[-1], 0)
         row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32)
         row[ChainField.MODE] = Mode.START
         row[ChainField.BASE] = len(prompt)
@@ -310,7 +229,7 @@ class ChainState:
 
         Its answer, outcomes and costs stay until `admit`.
         """
-        _check_integer("chain", chain, 0, self.chains - 1)
+        check_integer("chain", chain, 0, self.chains - 1)
         lanes = slice(chain * self.lanes, (chain + 1) * self.lanes)
         self.field[chain, ChainField.MODE] = Mode.IDLE
         self._clear_lanes(chain)

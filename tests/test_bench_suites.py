@@ -8,7 +8,8 @@ import power_kernels as pk
 from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv
 from power_kernels.api.bench.harness import Point
 from power_kernels.api.bench.opponents import add_library
-from power_kernels.api.bench.run import GRIDS, SUITES
+from power_kernels.api.bench.options import GRIDS, OPS
+from power_kernels.api.bench.run import SUITES
 from power_kernels.state import Cost
 
 CPU = torch.device("cpu")
@@ -223,6 +224,7 @@ def test_a_cycle_of_block_tables_ends_where_it_began_and_shares_on_the_way():
 
 
 def test_grids_hold_the_sizes_of_real_models():
+    assert tuple(suite.op for suite in SUITES) == OPS  # the option's names, known without torch
     points = [p for suite in SUITES for device in ("cpu", "cuda") for p in suite.points("full", device)]
     assert {p.shape["vocab"] for p in points if p.op == "sample_tokens"} == set(logits.VOCABULARIES)
     assert {p.shape["width"] for p in points if "width" in p.shape and "vocab" in p.shape} >= {576, 3584, 4096, 8192}

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.commands import generate
+from power_kernels.api.commands import load
 from power_kernels.api.driver.distributed import RankLostError, Ranks, generate_sharded, join
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests.commands import command, environment, free_port, joined, markov_model, save, start
@@ -310,12 +310,12 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ranks = [Ranks(rank, 4, local_rank=rank % 2) for rank in range(4)]  # 2 machines of 2 GPUs
-    assert [generate._device(None, r) for r in ranks] == ["cuda:0", "cuda:1"] * 2
-    assert [generate._device("cuda", r) for r in ranks] == ["cuda:0", "cuda:1"] * 2
-    assert generate._device("cpu", ranks[1]) == "cpu"
-    assert generate._device("cuda:1", ranks[0]) == "cuda:1"
-    assert generate._device(None, Ranks()) == "cuda"
+    assert [load._device(None, r) for r in ranks] == ["cuda:0", "cuda:1"] * 2
+    assert [load._device("cuda", r) for r in ranks] == ["cuda:0", "cuda:1"] * 2
+    assert load._device("cpu", ranks[1]) == "cpu"
+    assert load._device("cuda:1", ranks[0]) == "cuda:1"
+    assert load._device(None, Ranks()) == "cuda"
     with pytest.raises(ArgumentError, match="process 2 of this machine has no GPU among the 2"):
-        generate._device(None, Ranks(2, 3, local_rank=2))
+        load._device(None, Ranks(2, 3, local_rank=2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert generate._device(None, ranks[1]) == "cpu"
+    assert load._device(None, ranks[1]) == "cpu"

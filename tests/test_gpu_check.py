@@ -17,7 +17,7 @@ import pytest
 
 from bench import gpu_check
 from bench.gpu_check import ABSENT, FAILED, LATE, PARTLY, PASSED, REFUSED, Check, Result, Stage
-from power_kernels.api.bench.run import SUITES, add_arguments
+from power_kernels.api.bench.options import OPS, add_arguments
 from power_kernels.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -555,7 +555,7 @@ def test_the_benchmark_takes_the_options_that_it_is_given(check, monkeypatch):
 
     def record(name, arguments, seconds, **environment):
         asked.append(arguments)
-        return gpu_check.Finished(0, 1.0, "OPS " + " ".join(suite.op for suite in SUITES) + "\n")
+        return gpu_check.Finished(0, 1.0, "OPS " + " ".join(OPS) + "\n")
 
     monkeypatch.setattr(check, "python", record)
     gpu_check.benchmarks(check, 30)
@@ -564,7 +564,7 @@ def test_the_benchmark_takes_the_options_that_it_is_given(check, monkeypatch):
     script, *options = map(str, asked[1])
     given = parser.parse_args(options)
     assert (ROOT / script).exists()
-    assert (given.ops, given.device, given.grid) == ([suite.op for suite in SUITES], "cpu", "default")
+    assert (given.ops, given.device, given.grid) == (list(OPS), "cpu", "default")
 
 
 def test_the_profiling_guide_names_every_kernel_and_only_what_exists():

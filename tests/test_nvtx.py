@@ -135,11 +135,24 @@ def test_switching_on_without_nvtx_is_refused_with_the_reason(monkeypatch):
     assert not nvtx.enabled()
 
 
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False)])
-def test_the_environment_switches_the_ranges_on_at_import(value, on):
-    code = (
-        "import torch; torch.cuda.nvtx.mark = lambda name: None\nimport power_kernels as pk; print(pk.nvtx.enabled())"
-    )
-    environment = {**os.environ, "POWER_KERNELS_NVTX": value}
+@pytest.mark.parametrize("value", ["", "0"])
+def test_the_environment_leaves_the_ranges_off(monkeypatch, value):
+    monkeypatch.setenv("POWER_KERNELS_NVTX", value)
+    nvtx.enable_from_environment()
+    assert not nvtx.enabled()
+
+
+def test_the_environment_switches_the_ranges_on_when_the_operators_are_imported():
+    """In a new process, which also imports the package before torch: the operators are then registered by name."""
+    code = """
+import sys
+import power_kernels as pk
+assert "torch" not in sys.modules
+import torch
+torch.cuda.nvtx.mark = lambda name: None
+import power_kernels.ops
+print(pk.nvtx.enabled(), hasattr(torch.ops.power_kernels, "sample_tokens"))
+"""
+    environment = {**os.environ, "POWER_KERNELS_NVTX": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(on)
+    assert run.stdout.split() == ["True", "True"]

@@ -6,6 +6,8 @@ ones check their arguments, allocate and call them. Shapes, dtypes and strides a
 there the kernels report bad exponents by row, as Status.NAN, and skip bad ranges.
 """
 
+import importlib
+
 from power_kernels.ops import dispatch
 from power_kernels.ops.chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
 from power_kernels.ops.dispatch import backend_for, use_backend
@@ -31,6 +33,7 @@ from power_kernels.ops.shards import sample_from_shards, score_from_shards, shar
 
 dispatch.load_extension()
 dispatch.choose_from_environment()
+importlib.import_module("power_kernels.nvtx")  # last, as it wraps what is above where the environment asks for ranges
 
 __all__ = [
     "AcceptOutput",

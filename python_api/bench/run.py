@@ -1,4 +1,4 @@
-"""`power-kernels bench`: run the suites, print them, keep them."""
+"""`power-kernels bench` at work: run the suites, print them, keep them. Its options are in `options.py`."""
 
 from __future__ import annotations
 
@@ -29,36 +29,14 @@ SUITES = (
     paged_kv.COPY,
     attention.DECODE,
 )
-GRIDS = ("quick", "default", "full")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `power-kernels bench` and of bench/ops.py."""
-    grid = parser.add_mutually_exclusive_group()
-    grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="tiny sizes, to see it run")
-    grid.add_argument("--full", dest="grid", action="store_const", const="full", help="on a CPU, the GPU's sizes too")
-    parser.set_defaults(grid="default")
-    names = [suite.op for suite in SUITES]
-    parser.add_argument("--ops", nargs="+", choices=names, default=names, metavar="OP", help=", ".join(names))
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU (default 1)")
-    parser.add_argument("--seconds", type=float, help="of rounds at each point (default 0.5, 0.02 with --quick)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/ops.json and DIR/ops.csv")
+def measure_suites(arguments: argparse.Namespace, seconds: float) -> int:
+    """Measure and print; with --out the results are written after every suite, so that an interruption keeps them.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; with --out the results are written after every suite, so that an interruption keeps them."""
+    arguments: sound ones (`options.run`). seconds: of rounds at each point.
+    """
     device = _device(arguments.device)
-    seconds = arguments.seconds if arguments.seconds is not None else 0.02 if arguments.grid == "quick" else 0.5
-    if arguments.threads < 1:
-        raise ArgumentError(f"--threads is {arguments.threads}; it must be at least 1")
-    if not seconds >= 0:
-        raise ArgumentError(f"--seconds is {seconds}; it must not be negative")
-    if arguments.out is not None:
-        try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(f"--out {arguments.out} cannot be written: {error}") from None
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:

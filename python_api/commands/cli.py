@@ -1,4 +1,8 @@
-"""The command line: `power-kernels generate`, `bench` and `doctor`."""
+"""The command line: `power-kernels generate`, `bench` and `doctor`.
+
+Nothing here imports torch before a command's options have been looked at: help, and the refusal of bad input, are what
+people wait for at a prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import sys
 
 from power_kernels import __version__
-from power_kernels.api.bench import run as bench_run
+from power_kernels.api.bench import options as bench_options
 from power_kernels.api.commands import generate
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.errors import ArgumentError, BackendError
@@ -48,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Acceptance throughput first, then every other op, each against eager torch, torch.compile and "
         "other libraries' kernels where they are installed.",
     )
-    bench_run.add_arguments(bench)
-    bench.set_defaults(run=bench_run.run)
+    bench_options.add_arguments(bench)
+    bench.set_defaults(run=bench_options.run)
 
     draw = commands.add_parser(
         "generate",
@@ -64,12 +68,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    generate.check_model_arguments(arguments)
+    generate.check_model_folder(arguments.model)
     from power_kernels.api.commands import doctor
 
-    generate.check_model_arguments(arguments)
     data = doctor.report()
     if arguments.model:
-        data["decoding"] = doctor.decoding(generate.load_sampler(arguments), arguments.model)
+        from power_kernels.api.commands.load import load_sampler
+
+        data["decoding"] = doctor.decoding(load_sampler(arguments), arguments.model)
     print(json.dumps(data, indent=2) if arguments.json else doctor.text(data))
     return 0
 

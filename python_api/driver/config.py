@@ -8,7 +8,7 @@ import numpy as np
 
 from power_kernels.api.driver.checks import integer, number, switch
 from power_kernels.errors import ArgumentError
-from power_kernels.state import CUTS, Law
+from power_kernels.law import CUTS, Law
 
 COMPAT = (None, "karan-du")
 _LARGEST = 1e37  # the exponents are used in float32, and so are their inverses

@@ -16,7 +16,6 @@ group uses, so that nobody's clock runs out while another one is computing.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from power_kernels.api.driver.config import PowerConfig
+from power_kernels.api.driver.launcher import from_environment
 from power_kernels.api.driver.results import PowerResult
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.errors import ArgumentError
@@ -85,14 +85,7 @@ def _meet(collective: Callable[[], object]):
 
 def launched() -> int:
     """Processes that a launcher says there are (WORLD_SIZE), or that the process group has."""
-    return dist.get_world_size() if dist.is_initialized() else _from_environment("WORLD_SIZE", 1, least=1)
-
-
-def _from_environment(name: str, default: int, least: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal() or int(value) < least:
-        raise ArgumentError(f"{name} is {value!r} in the environment; it must be an integer of at least {least}")
-    return int(value)
+    return dist.get_world_size() if dist.is_initialized() else from_environment("WORLD_SIZE", 1, least=1)
 
 
 @contextmanager
@@ -114,7 +107,7 @@ def join(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     group = _meet(lambda: dist.new_group(backend="gloo", timeout=patience))
     rank = dist.get_rank()
     try:
-        yield Ranks(rank, dist.get_world_size(), _from_environment("LOCAL_RANK", rank, least=0), group)
+        yield Ranks(rank, dist.get_world_size(), from_environment("LOCAL_RANK", rank, least=0), group)
     finally:
         dist.destroy_process_group(None if made else group)
 

@@ -1,0 +1,90 @@
+"""The law of a run: the constants of DESIGN section 3 and their checks, in plain Python: they need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from power_kernels.errors import ArgumentError, ArgumentTypeError
+
+_INT32_MAX = 2**31 - 1
+
+
+def check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
+    if not least <= value <= most:
+        raise ArgumentError(f"{name} is {value}; it must lie in [{least}, {most}]")
+
+
+class Cut(IntEnum):
+    """The law of the place where a proposal leaves the answer (DESIGN 3.6), as the kernels take it."""
+
+    UNIFORM = 0
+    DIVERGENCE = 1
+    DIVERGENCE_ENTROPY = 2
+
+
+CUTS = ("uniform", "divergence", "divergence-entropy")  # names of `Cut`, in its order
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of one run (DESIGN section 3). All are host values, fixed while a run lasts.
+
+    max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. cut: one of `CUTS` (3.6). free_prefix says nothing
+    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform".
+    Raises ArgumentError for another value, ArgumentTypeError for another type.
+    """
+
+    max_new_tokens: int
+    block_size: int
+    mcmc_steps: int
+    final_steps: int = 0
+    early_rejection: bool = True
+    free_prefix: bool = True
+    karan_du: bool = False
+    cut: str = "uniform"
+
+    def __post_init__(self) -> None:
+        # The kernels index by these numbers and do not look at them.
+        for name, least in (("max_new_tokens", 1), ("block_size", 1), ("mcmc_steps", 0), ("final_steps", 0)):
+            check_integer(name, getattr(self, name), least)
+        for name in ("early_rejection", "free_prefix", "karan_du"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
+        if not isinstance(self.cut, str):
+            raise ArgumentTypeError(f"cut is {self.cut!r}, a {type(self.cut).__name__}; it must be a str")
+        if self.cut not in CUTS:
+            raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
+        if self.karan_du and self.diverges:
+            raise ArgumentError(f"cut is {self.cut!r} with karan_du; the published code cuts uniformly")
+
+    @property
+    def diverges(self) -> bool:
+        """Whether a step draws the divergence position itself."""
+        return self.cut != "uniform"
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.cut == "divergence-entropy"
+
+    @property
+    def stages(self) -> int:
+        return -(-self.max_new_tokens // self.block_size)
+
+    @property
+    def max_steps(self) -> int:
+        return self.stages * self.mcmc_steps + self.final_steps
+
+    def constants(self) -> tuple[int, ...]:
+        """The law as the last arguments of the operator `mh_advance`."""
+        return (
+            self.max_new_tokens, self.block_size, self.mcmc_steps, self.final_steps,
+            self.early_rejection, self.free_prefix, self.karan_du, CUTS.index(self.cut),
+        )  # fmt: skip
+
+    @staticmethod
+    def of_constants(*constants: int) -> Law:
+        return Law(*constants[:-1], cut=CUTS[constants[-1]])

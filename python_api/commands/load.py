@@ -1,0 +1,49 @@
+"""The model that a command's options name, loaded and ready to sample from."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from power_kernels.api.driver.distributed import Ranks
+from power_kernels.api.driver.engine import UnsupportedModelError
+from power_kernels.api.driver.sampler import PowerSampler
+from power_kernels.errors import ArgumentError
+
+
+def _device(given: str | None, ranks: Ranks) -> str:
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cuda" or ranks.world == 1:
+        return device
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"process {ranks.local_rank} of this machine has no GPU among the {torch.cuda.device_count()} that are "
+            "visible; start one process a GPU (--nproc-per-node), or name a --device"
+        )
+    return f"cuda:{ranks.local_rank}"
+
+
+def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> PowerSampler:
+    """The model and the tokenizer of `generate.add_model_arguments`. Raises ArgumentError."""
+    model, tokenizer = _load(arguments, _device(arguments.device, ranks or Ranks()))
+    try:
+        return PowerSampler(model, tokenizer)
+    except UnsupportedModelError as error:
+        raise ArgumentError(f"--model {arguments.model}: {error}") from error
+
+
+def _load(arguments: argparse.Namespace, device: str):
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    try:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # kernels are launched on the current one
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # hubs, files, formats and devices fail in as many ways as there are
+        raise ArgumentError(f"--model {arguments.model} cannot be loaded on {device}: {error}") from error
+    return model, tokenizer

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 
+from power_kernels.api.driver.checks import integer
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.engines.huggingface.generate_call import (
+    GenerateCall,
+    check_mask,
+    check_model_kwargs,
+    check_settings,
+)
 from power_kernels.errors import ArgumentError
 
 # Stopping criteria that generate() adds by itself and that the chain already obeys.
@@ -18,7 +30,7 @@ _OBEYED = {"MaxLengthCriteria", "EosTokenCriteria"}
 _checked: weakref.WeakSet = weakref.WeakSet()
 
 
-def power_sample(
+def _power_sample(
     model,
     input_ids: torch.Tensor,
     logits_processor=None,
@@ -38,6 +50,7 @@ def power_sample(
     seed: int | None = None,
     max_chains: int = 16,
     power_results: list | None = None,
+    streamer=None,
     **model_kwargs,
 ) -> torch.Tensor:
     """A decoding method for `transformers.GenerationMixin.generate` that draws from p(x)^alpha.
@@ -47,67 +60,137 @@ def power_sample(
     num_chains: answers per prompt, in consecutive rows (num_return_sequences works too, with do_sample=True, top_k=0).
     seed: None draws one from torch's generator, so that torch.manual_seed governs the call.
     power_results: a list that receives the `PowerResult` of each row.
+    streamer: gets the answer whole, once it is final, and its end; of one answer, as with generate() itself.
 
     Returns int64 [B * num_chains, P + longest answer], right-padded, as generate() does.
-    Raises ArgumentError for logits processors (the chain targets the model's own distribution: do_sample=True brings
-    top_k=50 with it unless top_k=0 is passed) and for stopping criteria other than length and EOS.
+    Raises ArgumentError for every argument and setting of generate() that the chain does not follow
+    (`generate_call.py`), naming it and what to pass instead: the target is the model's own distribution, so there are
+    no logits processors (do_sample=True brings top_k=50 with it unless top_k=0 is passed), no stopping criteria but
+    length and EOS, and no inputs but token ids and their mask.
     """
-    if logits_processor:
-        names = ", ".join(type(p).__name__ for p in logits_processor)
-        raise ArgumentError(
-            f"logits_processor holds {names}; power sampling draws from the model's own distribution, so none is "
-            "allowed (no temperature, top_p or penalties; with do_sample=True pass top_k=0, since 50 is the default)"
+    call = GenerateCall.current()
+    streamer = call.streamer if streamer is None and call is not None else streamer
+    with _ended(streamer):
+        if call is None:  # else they were checked when generate() began
+            check_model_kwargs(model_kwargs)
+        check_settings(vars(generation_config))
+        _check_hooks(logits_processor or (), stopping_criteria or ())
+        num_chains = integer("num_chains is", num_chains, 1)
+        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        if streamer is not None and len(prompts) * num_chains > 1:
+            raise ArgumentError(
+                f"a streamer is given with {len(prompts)} prompts and num_chains = {num_chains}; it takes one answer"
+            )
+        length = input_ids.shape[1]
+        limit = generation_config.max_length - length
+        if limit < 1:
+            raise ArgumentError(
+                f"max_length is {generation_config.max_length} with {length} prompt tokens; it must leave room for an "
+                "answer"
+            )
+        config = PowerConfig(
+            alpha=alpha,
+            max_new_tokens=limit,
+            block_size=block_size,
+            mcmc_steps=mcmc_steps,
+            final_steps=final_steps,
+            temperature=proposal_temperature,
+            early_rejection=early_rejection,
+            free_prefix=free_prefix,
+            lanes=lanes,
+            cut=cut,
+            compat=compat,
         )
-    others = [type(c).__name__ for c in stopping_criteria or () if type(c).__name__ not in _OBEYED]
-    if others:
-        raise ArgumentError(f"stopping_criteria holds {', '.join(others)}; only length and EOS are allowed")
-    for name, value, only in (
-        ("num_beams", generation_config.num_beams, (None, 1)),
-        ("return_dict_in_generate", generation_config.return_dict_in_generate, (None, False)),
-    ):
-        if value not in only:
-            raise ArgumentError(f"{name} is {value}; power sampling allows only {only[1]}")
-    length = input_ids.shape[1]
-    limit = generation_config.max_length - length
-    if limit < 1:
-        raise ArgumentError(
-            f"max_length is {generation_config.max_length} with {length} prompt tokens; it must leave room for an "
-            "answer"
+        engine = HuggingFaceEngine(model, self_check=model not in _checked)
+        _checked.add(model)
+        eos = _list(generation_config.eos_token_id)
+        results = PowerSampler(engine).generate(
+            prompts,
+            config,
+            num_chains=num_chains,
+            seed=int(torch.randint(2**62, (), device="cpu")) if seed is None else seed,
+            eos_token_id=eos,
+            max_chains=max_chains,
         )
-    config = PowerConfig(
-        alpha=alpha,
-        max_new_tokens=limit,
-        block_size=block_size,
-        mcmc_steps=mcmc_steps,
-        final_steps=final_steps,
-        temperature=proposal_temperature,
-        early_rejection=early_rejection,
-        free_prefix=free_prefix,
-        lanes=lanes,
-        cut=cut,
-        compat=compat,
-    )
-    mask = model_kwargs.get("attention_mask")  # padding, the one thing in generate()'s own arguments that matters here
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
-    engine = HuggingFaceEngine(model, self_check=model not in _checked)
-    _checked.add(model)
-    eos = generation_config.eos_token_id
-    results = PowerSampler(engine).generate(
-        prompts,
-        config,
-        num_chains=num_chains,
-        seed=int(torch.randint(2**62, ())) if seed is None else seed,
-        eos_token_id=[] if eos is None else eos,
-        max_chains=max_chains,
-    )
+        if streamer is not None and results[0].tokens:
+            streamer.put(torch.tensor(results[0].tokens, device="cpu"))
     if power_results is not None:
         power_results.extend(results)
-    padding = generation_config.pad_token_id
-    if padding is None:
-        padding = 0 if eos is None else eos if isinstance(eos, int) else eos[0]
+    # A negative id stands for none.
+    padding = next((t for t in [*_list(generation_config.pad_token_id), *eos] if t >= 0), 0)
     longest = max(len(result.tokens) for result in results)
     answers = input_ids.new_full((len(results), longest), padding)
     for row, result in zip(answers, results, strict=True):
-        row[: len(result.tokens)] = torch.tensor(result.tokens, dtype=answers.dtype)
+        row[: len(result.tokens)] = torch.tensor(result.tokens, dtype=answers.dtype, device=answers.device)
     return torch.cat([input_ids.repeat_interleave(num_chains, dim=0), answers], dim=1)
+
+
+def _check_hooks(logits_processor, stopping_criteria) -> None:
+    """Of those that the settings do not name: the user's own."""
+    names = [type(processor).__name__ for processor in logits_processor]
+    if names:
+        raise ArgumentError(
+            f"logits_processor holds {', '.join(names)}; power sampling draws from the model's own distribution, so "
+            "none is allowed"
+        )
+    names = [type(c).__name__ for c in stopping_criteria if type(c).__name__ not in _OBEYED]
+    if names:
+        raise ArgumentError(f"stopping_criteria holds {', '.join(names)}; only length and EOS are allowed")
+
+
+class _CheckedBeforeWork:
+    """A decoding method whose call is checked as soon as generate() asks for its signature, before any other work.
+
+    Later would be too late for a message that is right: generate() would have looked for the tokenizer of stop strings
+    that it does not pass on, or have run another method for beams.
+    """
+
+    def __init__(self, method):
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *arguments, **named):
+        return self.__wrapped__(*arguments, **named)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.__wrapped__)
+        call = GenerateCall.current()
+        if call is not None:
+            try:
+                call.check(frozenset(signature.parameters))
+            except ArgumentError:
+                if call.streamer is not None:
+                    call.streamer.end()
+                raise
+        return signature
+
+    def __reduce__(self) -> str:
+        return "power_sample"
+
+
+power_sample = _CheckedBeforeWork(_power_sample)
+
+
+@contextmanager
+def _ended(streamer) -> Iterator[None]:
+    """The streamer's end comes whatever happens: somebody waits for it in another thread."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
+    """Without their padding."""
+    if mask is None:
+        return input_ids.tolist()
+    check_mask(input_ids, mask)
+    return [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+
+
+def _list(token_ids) -> list[int]:
+    """Of a token id, of several or of none, as a generation config has them."""
+    if isinstance(token_ids, torch.Tensor):
+        token_ids = token_ids.tolist()
+    return [] if token_ids is None else [token_ids] if isinstance(token_ids, Integral) else list(token_ids)

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 from power_kernels.triton.__main__ import hot_loop
+from tests.triton_requests import key
 
 ROOT = Path(__file__).resolve().parents[1]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -112,14 +113,7 @@ def test_the_mass_kernel_leaves_room_for_its_loads_in_flight(report):
 
 def test_what_the_launchers_ask_for_is_what_is_compiled(requests):
     """Types, constants, alignment and options of each launch, over a spread of shapes, dtypes and alignments, are those
-    of a configuration. Where entries are read singly the alignment of the base changes nothing (the test below)."""
-
-    def key(asked: dict) -> str:
-        constants = asked["constexprs"]
-        if constants.get("VEC", 4) < 4 or constants.get("UNIT", 4) < 4 or asked["kernel"] == "_score_kernel":
-            data = ("logits_ptr", "hidden_ptr", "head_ptr", "dst_ptr", "src_ptr")
-            asked = {**asked, "aligned": [name for name in asked["aligned"] if name not in data]}
-        return json.dumps({k: v for k, v in asked.items() if k != "kind"}, sort_keys=True)
+    of a configuration (triton_requests.key says what two lines of the same code have in common)."""
 
     listed = {key(r) for r in requests if r["kind"] == "listed"}
     asked = {key(r) for r in requests if r["kind"] == "request"}

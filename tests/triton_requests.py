@@ -19,45 +19,90 @@ import power_kernels as pk
 from power_kernels.state import ChainState, Law
 from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring
 
-TARGET = GPUTarget("cuda", 90, 32)
 SEEN: set[str] = set()
 
 
 class Driver:
+    """In place of a GPU's: it only names the target that launches are compiled for. Each is a device of its own, so
+    that binders, which Triton keeps by device, are not another target's."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
     def get_current_target(self):
-        return TARGET
+        return self.target
 
     def get_current_device(self):
-        return 0
+        return self.target.arch
 
     def get_current_stream(self, _device):
         return 0
 
 
-def record(self, *args, grid, warmup, **kwargs):
-    _, _, _, backend, binder = self.device_caches[0]
-    kwargs["debug"] = False
+def bind(function: JITFunction, args, kwargs):
+    """What Triton's binder makes of a launch: arguments by name, options, types, constants, attributes."""
+    _, _, _, backend, binder = function.device_caches[triton.runtime.driver.active.get_current_device()]
+    kwargs = {**kwargs, "debug": False}
     bound, specialization, _ = binder(*args, **kwargs)
-    options, signature, constexprs, attributes = self._pack_args(backend, kwargs, bound, specialization, None)
-    names = [parameter.name for parameter in self.params]
-    SEEN.add(
-        line(
-            "request",
-            self.fn.__name__,
-            {k: v for k, v in signature.items() if v != "constexpr"},
-            {names[path[0]]: value for path, value in constexprs.items()},
-            [names[path[0]] for path, found in attributes.items() if found],
-            options.num_warps,
-            options.num_stages,
-            options.maxnreg,
-        )
+    return bound, *function._pack_args(backend, kwargs, bound, specialization, None)
+
+
+def request(function: JITFunction, options, signature, constexprs, attributes) -> str:
+    """A launch, as `bind` has it, as a line."""
+    names = [parameter.name for parameter in function.params]
+    return line(
+        "request",
+        function.fn.__name__,
+        {k: v for k, v in signature.items() if v != "constexpr"},
+        {names[path[0]]: value for path, value in constexprs.items()},
+        [names[path[0]] for path, found in attributes.items() if found],
+        options.num_warps,
+        options.num_stages,
+        options.maxnreg,
     )
+
+
+def record(self, *args, grid, warmup, **kwargs):
+    _, *asked = bind(self, args, kwargs)
+    SEEN.add(request(self, *asked))
 
 
 def line(kind, kernel, signature, constexprs, aligned, num_warps, num_stages, maxnreg) -> str:
     asked = {"signature": signature, "constexprs": constexprs, "aligned": sorted(aligned)}
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     return json.dumps({"kind": kind, "kernel": kernel, **asked, **options}, sort_keys=True)
+
+
+def key(asked: dict) -> str:
+    """What two lines have in common that are compiled to the same code.
+
+    Where entries are read singly the alignment of the base changes nothing
+    (test_single_entry_loads_do_not_depend_on_the_alignment_of_the_base).
+    """
+    constants = asked["constexprs"]
+    if constants.get("VEC", 4) < 4 or constants.get("UNIT", 4) < 4 or asked["kernel"] == "_score_kernel":
+        data = ("logits_ptr", "hidden_ptr", "head_ptr", "dst_ptr", "src_ptr")
+        asked = {**asked, "aligned": [name for name in asked["aligned"] if name not in data]}
+    return json.dumps({k: v for k, v in asked.items() if k != "kind"}, sort_keys=True)
+
+
+def listed(capability: int) -> dict[str, str]:
+    """Every configuration for a target: its line -> its name."""
+    default = triton.compiler.make_backend(GPUTarget("cuda", capability, 32)).parse_options({}).num_stages
+    return {
+        line(
+            "listed",
+            c.kernel.fn.__name__,
+            dict(c.signature),
+            dict(c.constexprs),
+            c.aligned,
+            c.num_warps,
+            c.num_stages or default,
+            c.maxnreg,
+        ): c.name
+        for c in configurations()
+        if c.targets is None or f"sm_{capability}" in c.targets
+    }
 
 
 def logits_launches() -> None:
@@ -156,29 +201,14 @@ def block_table_launches() -> None:
 
 
 def main() -> int:
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver(90))
     JITFunction.run = record
     logits_launches()
     lm_head_launches()
     chain_launches()
     kv_launches()
     block_table_launches()
-    default = triton.compiler.make_backend(TARGET).parse_options({}).num_stages
-    listed = {
-        line(
-            "listed",
-            c.kernel.fn.__name__,
-            dict(c.signature),
-            dict(c.constexprs),
-            c.aligned,
-            c.num_warps,
-            c.num_stages or default,
-            c.maxnreg,
-        )
-        for c in configurations()
-        if c.targets is None or "sm_90" in c.targets
-    }
-    print("\n".join(sorted(SEEN | listed)))
+    print("\n".join(sorted(SEEN | set(listed(90)))))
     return 0
 
 

@@ -128,6 +128,7 @@ def _fork_kernel(
         tl.store(refcount_ptr + to, 1, mask=take)
         _store_copy(copies_ptr, row, to, of, tl.where(take, rest, 0), live)
         tl.store(status_ptr + row, status, mask=live)
+    tl.debug_barrier()  # every lane has read the count that changes
     tl.store(free_count_ptr, available - tl.minimum(asked, available))
 
 
@@ -208,6 +209,7 @@ def _extend_kernel(
         while chosen < rows:
             block = _pick(row, chosen, last)
             holders = tl.load(refcount_ptr + block)
+            tl.debug_barrier()  # every lane has counted the holders before one leaves
             tl.store(refcount_ptr + block, tl.maximum(holders - 1, 1))
             leaves &= (row != chosen) | (holders > 1)
             tl.debug_barrier()
@@ -332,6 +334,7 @@ def _rollback_kernel(
             stop = _pick(row, chosen, have)
             available = _release(blocks, start, stop, refcount_ptr, free_list_ptr, available, COLUMNS)
             chosen = tl.min(tl.where(cut & (row > chosen), row, rows), 0)
+    tl.debug_barrier()  # every lane has read the count that changes
     tl.store(free_count_ptr, available)
 
 

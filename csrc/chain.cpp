@@ -172,7 +172,8 @@ struct State {
   int32_t* commit_range;
   int32_t* open_range;
   const double* log_n;
-  uint64_t seed;
+  const int64_t* seeds;
+  bool own_seeds;  // one a chain, or one for all
   const int64_t* eos;
   int64_t eos_count;
   const int64_t* sampled_token;
@@ -195,6 +196,7 @@ class Advance {
         c_(chain),
         first_(chain * s.lanes),
         end_(first_ + s.lanes),
+        seed_(static_cast<uint64_t>(s.seeds[s.own_seeds ? chain : 0])),
         field_(s.field + chain * CHAIN_FIELDS),
         token_(s.token + chain * s.width),
         logq_(s.logq + chain * s.width),
@@ -246,7 +248,7 @@ class Advance {
     return uniforms(counter_words(static_cast<uint32_t>(position), static_cast<uint32_t>(serial),
                                   static_cast<uint32_t>(field(ChainField::CHAIN_ID_)),
                                   static_cast<uint32_t>(field(ChainField::PROMPT_ID_)), stream),
-                    s_.seed);
+                    seed_);
   }
 
   // -- 1. the sampled token of one running lane
@@ -514,6 +516,7 @@ class Advance {
   const State& s_;
   const Law& law_;
   const int64_t c_, first_, end_;
+  const uint64_t seed_;
   int32_t* const field_;
   int32_t* const token_;
   float* const logq_;
@@ -540,6 +543,7 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
                 int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du, int64_t cut) {
   const int64_t chains = field.size(0);
   STD_TORCH_CHECK(chains > 0 && lane_field.size(0) % chains == 0, "every chain must have as many lanes");
+  STD_TORCH_CHECK(seed.numel() == 1 || seed.numel() == chains, "seed must have shape [1] or [chains]");
   const State state{
       data<int32_t>(field),
       data<int32_t>(token),
@@ -563,7 +567,8 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
       data<int32_t>(commit_range),
       data<int32_t>(open_range),
       data<const double>(log_n),
-      static_cast<uint64_t>(*data<const int64_t>(seed)),
+      data<const int64_t>(seed),
+      seed.numel() != 1,
       data<const int64_t>(eos),
       eos.numel(),
       data<const int64_t>(sampled_token),

@@ -90,8 +90,8 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
                   "counter must be int32 [rows, 4]");
   const uint32_t* counter = static_cast<const uint32_t*>(counter_.data_ptr());
   const int64_t row_stride = counter_.stride(0), word_stride = counter_.stride(1);
-  STD_TORCH_CHECK(seed_.numel() == 1 && seed_.element_size() == 8, "seed must be int64 [1]");
-  const uint64_t seed = *static_cast<const uint64_t*>(seed_.data_ptr());
+  const bool own_seeds = seed_.numel() != 1;
+  const auto seed = vector_of<const uint64_t>(seed_, own_seeds ? B : 1, "seed");
 
   TileMass* all_slots = mass_pass(logits, beta, has_entropy, workspace);
   torch::stable::parallel_for(0, B, 4, [&](int64_t begin, int64_t end) {
@@ -104,7 +104,7 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
       if (row.status == Status::OK_) {
         Words words;
         for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
-        x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed).u0, excluded, slots);
+        x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed[own_seeds ? b : 0]).u0, excluded, slots);
       }
       status[b] = static_cast<int32_t>(row.status);
       if (row.status != Status::OK_) {

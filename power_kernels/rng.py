@@ -26,9 +26,10 @@ MAX_PROMPT_ID = (1 << (32 - STREAM_BITS)) - 1
 
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
-_WEYL_0 = 0x9E3779B9
-_WEYL_1 = 0xBB67AE85
+_WEYL_0 = np.uint64(0x9E3779B9)
+_WEYL_1 = np.uint64(0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_KEY_MASK = (1 << 64) - 1
 _LOW = np.uint64(_MASK)
 _HALF = np.uint64(32)
 
@@ -39,31 +40,33 @@ def as_int64(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
+def philox4x32_10(counter: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     """Ten rounds of Philox4x32.
 
-    counter: integers [..., 4], each word taken modulo 2**32. seed: 64-bit key (low word first).
+    counter: integers [..., 4], each word taken modulo 2**32. seed: 64-bit key (low word first), or an int64 array of
+    keys that broadcasts with counter[..., 0].
     Returns uint32 [..., 4].
     """
     c = np.asarray(counter).astype(np.int64).astype(np.uint64) & _LOW
     c0, c1, c2, c3 = (c[..., i] for i in range(4))
-    key_0, key_1 = seed & _MASK, (seed >> 32) & _MASK
+    key = np.uint64(seed & _KEY_MASK) if isinstance(seed, int) else seed.astype(np.uint64)
+    key_0, key_1 = key & _LOW, key >> _HALF
     for _ in range(10):
         product_0 = c0 * _MULTIPLIER_0
         product_1 = c2 * _MULTIPLIER_1
         c0, c1, c2, c3 = (
-            (product_1 >> _HALF) ^ c1 ^ np.uint64(key_0),
+            (product_1 >> _HALF) ^ c1 ^ key_0,
             product_1 & _LOW,
-            (product_0 >> _HALF) ^ c3 ^ np.uint64(key_1),
+            (product_0 >> _HALF) ^ c3 ^ key_1,
             product_0 & _LOW,
         )
-        key_0 = (key_0 + _WEYL_0) & _MASK
-        key_1 = (key_1 + _WEYL_1) & _MASK
+        key_0 = (key_0 + _WEYL_0) & _LOW
+        key_1 = (key_1 + _WEYL_1) & _LOW
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def uniforms(counter: np.ndarray, seed: int) -> np.ndarray:
-    """The two uniforms of each block. counter: integers [..., 4]. Returns float64 [..., 2] in [0, 1)."""
+def uniforms(counter: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
+    """The two uniforms of each block. counter, seed: as `philox4x32_10`. Returns float64 [..., 2] in [0, 1)."""
     words = philox4x32_10(counter, seed).astype(np.float64)
     high = np.floor(words[..., 0::2] / 32.0)
     low = np.floor(words[..., 1::2] / 64.0)

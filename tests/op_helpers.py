@@ -73,7 +73,7 @@ def counters(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-def uniforms_of(counter: torch.Tensor, seed: int = SEED) -> np.ndarray:
+def uniforms_of(counter: torch.Tensor, seed: int | np.ndarray = SEED) -> np.ndarray:
     return rng.uniforms(counter.numpy().view(np.uint32), seed)[..., 0]
 
 

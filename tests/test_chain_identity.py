@@ -769,7 +769,9 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
     law, lanes, ends = LAWS[name]
     generator = np.random.default_rng(seed)
     log_n = torch.from_numpy(reference.log_table(law.max_new_tokens))
-    key, eos = torch.tensor([-seed]), torch.tensor(ends, dtype=torch.int64)
+    # one seed a chain, or one for all
+    key = torch.arange(-seed, chains - seed) if lanes == 4 else torch.tensor([-seed])
+    eos = torch.tensor(ends, dtype=torch.int64)
     states = {"reference": poisoned(chains, lanes, law, -7), backend: poisoned(chains, lanes, law, 99)}
     want, tally, admitted = states["reference"], Tally(), 0
     for launch in range(launches):
@@ -794,6 +796,35 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
         assert_same_state(states[backend], want, theta=(1e-13 if ON_CUDA else 1e-15) if backend == "triton" else 0.0)
         tally.add(before, want, sampled)
     return tally
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chains_with_their_own_seeds_are_those_chains_run_alone(backend):
+    """Two chains of two lanes, alike but for their seeds, 6 launches of the same samples."""
+    law, chains, lanes = Law(7, 3, 4, 3), 2, 2
+    log_n, eos = torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([0])
+    seeds, generator = torch.tensor([2**62, -1]), np.random.default_rng(4)
+    together = ChainState.allocate(chains, lanes, law)
+    alone = [ChainState.allocate(1, lanes, law) for _ in range(chains)]
+    for state in (together, *alone):
+        for slot in range(state.chains):
+            state.admit(slot, [3], chain_id=1, prompt_id=0)
+    with serving(backend):
+        for launch in range(6):
+            drawn = made_up(generator, alone[0], 6)
+            drawn = [column[:1].repeat(lanes) for column in (drawn.token, drawn.logq, drawn.weight, drawn.status)]
+            if launch == 0:
+                drawn[3].fill_(Status.PENDING)
+            pk.mh_advance(together, law, log_n, seeds, eos, *(column.repeat(chains) for column in drawn))
+            for c, state in enumerate(alone):
+                pk.mh_advance(state, law, log_n, seeds[c : c + 1], eos, *drawn)
+    places = {"commit_range": slice(2, 4), "open_range": slice(2, 4)}  # the others name the slot
+    for c, state in enumerate(alone):
+        for name in ChainState.__dataclass_fields__:
+            want = getattr(state, name)
+            got = getattr(together, name)[c * len(want) : (c + 1) * len(want)]
+            assert torch.equal(got[..., places.get(name, slice(None))], want[..., places.get(name, slice(None))]), name
+    assert len({tuple(row) for row in together.left.tolist()}) == chains, "every seed made the same chain"
 
 
 POISON = [  # weight, logq and status of a sample, and what its chain must say of it

@@ -37,12 +37,12 @@ def backend(request):
 # ---- arguments of every operator. Each returns fresh tensors, since some operators write theirs.
 
 
-def sample_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True):
+def sample_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True, own_seeds=False):
     return (
         normal_logits(rows, vocab, dtype, seed=vocab),
         per_row(4.0, rows),
         per_row(2.5, rows),
-        torch.tensor([SEED]),
+        torch.arange(SEED, SEED + rows) if own_seeds else torch.tensor([SEED]),
         counters(rows),
         torch.arange(rows) - 1 if exclude else None,
     )
@@ -61,8 +61,9 @@ def head_tensors(rows: int, vocab: int, dtype) -> tuple:
     )
 
 
-def sample_from_hidden_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True):
-    return (*head_tensors(rows, vocab, dtype), *sample_arguments(rows, 1, exclude=exclude)[1:], 20.0, 0.75)
+def sample_from_hidden_arguments(rows=3, vocab=300, dtype=torch.float32, exclude=True, own_seeds=False):
+    rest = sample_arguments(rows, 1, exclude=exclude, own_seeds=own_seeds)[1:]
+    return (*head_tensors(rows, vocab, dtype), *rest, 20.0, 0.75)
 
 
 def score_from_hidden_arguments(rows=3, vocab=300, dtype=torch.float32):
@@ -197,6 +198,9 @@ OTHER_ARGUMENTS = {
         "sample_tokens_out",
         lambda: (*sample_arguments(exclude=False), *sample_outputs(entropy=False)),
     ),
+    "own seeds": ("sample_tokens", lambda: (*sample_arguments(own_seeds=True), True)),
+    "own seeds, out": ("sample_tokens_out", lambda: (*sample_arguments(own_seeds=True), *sample_outputs())),
+    "own seeds, hidden": ("sample_from_hidden", lambda: (*sample_from_hidden_arguments(own_seeds=True), True)),
     "one row of one entry": ("sample_tokens", lambda: (*sample_arguments(1, 1), True)),
     "no rows": ("sample_tokens", lambda: (*sample_arguments(0), True)),
     "bfloat16": ("sample_tokens", lambda: (*sample_arguments(dtype=torch.bfloat16), True)),
@@ -220,6 +224,28 @@ OTHER_ARGUMENTS = {
     "no answers": ("mh_accept", lambda: accept_arguments(0)),
     "bfloat16 slabs": ("kv_copy_ranges", lambda: copy_arguments(torch.bfloat16)),
 }
+
+
+@pytest.mark.parametrize("name", ["sample_tokens", "sample_from_hidden"])
+def test_a_row_with_its_own_seed_draws_what_it_draws_alone(backend, name):
+    """Four rows with the same counter, so that nothing but the seed tells them apart."""
+    rows = 4
+    head, vectors = {"sample_tokens": (0, 1), "sample_from_hidden": (2, 3)}[name]
+    arguments = list((sample_arguments if head == 0 else sample_from_hidden_arguments)(rows, own_seeds=True))
+    arguments[0][:] = arguments[0][0]
+    arguments[vectors + 1].fill_(0.1)  # many tokens are likely
+    at = vectors + 3  # alpha, beta, seed, counter, exclude
+    arguments[at][:] = arguments[at][0]
+    arguments[at + 1] = None
+    together = call(name, (*arguments, True))
+    assert len(set(together.token.tolist())) > 1, "every seed drew the same"
+    for row in range(rows):
+        one = slice(row, row + 1)
+        alone = [
+            a[one] if isinstance(a, torch.Tensor) and i in (0, *range(vectors, at + 1)) else a
+            for i, a in enumerate(arguments)
+        ]
+        assert_same_bits(call(name, (*alone, True)), [column[one] for column in together])
 
 
 def test_every_operator_of_the_namespace_is_tested_here():

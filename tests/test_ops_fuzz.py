@@ -180,6 +180,13 @@ def check_errors(ours, theirs) -> bool:
     return failed[0]
 
 
+def draw_seeds(data, rows: int) -> torch.Tensor:
+    """One seed for all rows, or one a row."""
+    many = rows if data.draw(st.booleans(), "own seeds") else 1
+    seeds = st.sampled_from([SEED, 0, -1, -(2**63), 2**63 - 1])
+    return torch.tensor(data.draw(st.lists(seeds, min_size=many, max_size=many), "seed"), dtype=torch.int64)
+
+
 # ---- the laws
 
 
@@ -191,8 +198,8 @@ def test_samples_are_the_references(backend, data):
     counter = draw_vector(data, 4 * rows, WORD, torch.int32, "counter").view(rows, 4)
     exclude = draw_vector(data, rows, token_in_or_near(vocab), torch.int64, "exclude")
     exclude = exclude if data.draw(st.booleans(), "excluding") else None
-    seed = data.draw(st.sampled_from([SEED, 0, -1, -(2**63), 2**63 - 1]), "seed")
-    arguments = (z, alpha, beta, torch.tensor([seed]), counter, exclude)
+    seed = draw_seeds(data, rows)
+    arguments = (z, alpha, beta, seed, counter, exclude)
     entropy = data.draw(st.booleans(), "entropy")
     ours = result_or_error(pk.sample_tokens, *arguments, return_entropy=entropy)
     with pk.use_backend("reference"):
@@ -200,7 +207,7 @@ def test_samples_are_the_references(backend, data):
     if check_errors(ours, theirs):
         return
     assert ours.status.tolist() == theirs.status.tolist()
-    assert_sample(z, alpha, beta, counter, exclude, ours, seed=seed)
+    assert_sample(z, alpha, beta, counter, exclude, ours, seed=seed.numpy())
     good = (ours.status == Status.OK).nonzero()[:, 0].tolist()
     if good:  # alone, contiguous, and asked for the entropy or not: the same bits
         row = slice(data.draw(st.sampled_from(good), "row"), None)
@@ -209,7 +216,7 @@ def test_samples_are_the_references(backend, data):
             z[row].contiguous(),
             alpha[row],
             beta[row],
-            arguments[3],
+            seed[row] if len(seed) == rows else seed,
             counter[row],
             None if exclude is None else exclude[row],
             return_entropy=entropy,
@@ -264,11 +271,12 @@ def test_heads_draw_and_score_what_the_reference_does_alone_and_in_a_batch(backe
     counter = draw_vector(data, 4 * rows, WORD, torch.int32, "counter").view(rows, 4)
     exclude = draw_vector(data, rows, token_in_or_near(vocab), torch.int64, "exclude")
     head = dict(bias=bias, scale=scale, return_entropy=True)
-    seed = torch.tensor([SEED])
+    seed = draw_seeds(data, rows)
 
     def both(part: slice):
         arguments = (alpha[part], beta[part])
-        drawn = pk.sample_from_hidden(hidden[part], lm_head, *arguments, seed, counter[part], exclude[part], **head)
+        seeds = seed[part] if len(seed) == rows else seed
+        drawn = pk.sample_from_hidden(hidden[part], lm_head, *arguments, seeds, counter[part], exclude[part], **head)
         return drawn, pk.score_from_hidden(hidden[part], lm_head, exclude[part], *arguments, **head)
 
     ours = result_or_error(both, slice(0, rows))
@@ -278,7 +286,7 @@ def test_heads_draw_and_score_what_the_reference_does_alone_and_in_a_batch(backe
         return
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.status.tolist() == other.status.tolist()
-    assert_sample(z, alpha, beta, counter, exclude, ours[0])
+    assert_sample(z, alpha, beta, counter, exclude, ours[0], seed=seed.numpy())
     assert_score(z, exclude, alpha, beta, ours[1])
     if rows:
         row = data.draw(st.integers(0, rows - 1), "row")
@@ -396,7 +404,7 @@ def test_a_misfitting_size_dtype_or_stride_raises_the_same_typed_error_whatever_
     arguments[name] = {
         "dtype": lambda: value.to(torch.complex64),
         "shape": lambda: value[None],
-        "longer": lambda: torch.cat([value, value]),
+        "longer": lambda: torch.cat([value] * (rows + 1)),
         "stride": lambda: torch.stack([value, value], -1)[..., 0],
         "device": lambda: value.to("meta"),
     }[damage]()

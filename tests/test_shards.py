@@ -51,7 +51,7 @@ def sample(z, sizes, alpha=4.0, beta=None, counter=None, exclude=None, *, entrop
     """`pk.sample_tokens` of z, split into shards of the given sizes, each with its own tensor."""
     rows = z.shape[0]
     beta = per_row(alpha if beta is None else beta, rows).to(DEVICE)
-    alpha, seed = per_row(alpha, rows).to(DEVICE), torch.tensor([seed]).to(DEVICE)
+    alpha, seed = per_row(alpha, rows).to(DEVICE), torch.as_tensor(seed).reshape(-1).to(DEVICE)
     counter = (counters(rows) if counter is None else counter).to(DEVICE)
     exclude = None if exclude is None else per_row(exclude, rows, torch.int64).to(DEVICE)
     shards = [part.contiguous().to(DEVICE) for part in z.split(list(sizes), -1)]
@@ -170,6 +170,15 @@ def test_draws_follow_the_distribution_in_every_bin():
     assert count[30] == 0
     kept = np.arange(vocab) != 30
     assert stats.chisquare(count[kept], draws * p[kept] / p.sum()).pvalue > 1e-5
+
+
+def test_a_row_with_its_own_seed_draws_what_it_draws_alone():
+    z, words = normal_logits(1, 300, scale=1.0, seed=8).repeat(5, 1), counters(1, 8).repeat(5, 1)
+    seeds = torch.arange(SEED, SEED + 5)
+    together = sample(z, (100, 200), counter=words, seed=seeds)
+    assert len(set(together.token.tolist())) > 1, "every seed drew the same"
+    alone = [int(sample(z[i : i + 1], (100, 200), counter=words[:1], seed=int(s)).token) for i, s in enumerate(seeds)]
+    assert together.token.tolist() == alone
 
 
 @pytest.mark.parametrize("seed", [0, SEED, -1, -(2**63), 2**63 - 1])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_rows, check_tensor, check_vectors
+from power_kernels.ops.checks import check_rows, check_seed, check_tensor, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
 from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainState, Cost, Law
 
@@ -121,7 +121,8 @@ def mh_advance(
     rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then the plan
     is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy before it,
     first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
-    log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1]. eos: int64 [E], E may be 0.
+    log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1], or [C] where each chain has its own.
+    eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
     returned them for the last plan; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P], nats, of the
     same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
@@ -206,11 +207,12 @@ def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor, ...]) -
         "commit_range": (torch.int32, (chains, 4)),
         "open_range": (torch.int32, (rows, 4)),
         "log_n": (torch.float64, (law.max_new_tokens + 2,)),
-        "seed": (torch.int64, (1,)),
+        "seed": (torch.int64, (None,)),
         "eos": (torch.int64, (None,)),
     }
     vectors = {name: (tensor, *want) for (name, want), tensor in zip(shapes.items(), tensors, strict=True)}
     check_vectors(state.field, **vectors)
+    check_seed(state.field, tensors[-2], chains)
     no_entropy = torch.empty(0, dtype=torch.float32, device=state.field.device)
     return _CheckedRun(law, tensors, law.constants(), no_entropy)
 

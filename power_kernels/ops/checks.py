@@ -61,6 +61,13 @@ def check_vectors(like: torch.Tensor, **vectors: tuple) -> None:
         check_vector(name, value)
 
 
+def check_seed(like: torch.Tensor, seed, rows: int) -> None:
+    """seed: int64, one for all rows or one a row."""
+    check_vectors(like, seed=(seed, torch.int64, (None,)))
+    if seed.shape[0] not in (1, rows):
+        raise ArgumentError(f"seed has shape {list(seed.shape)}; it must be [1] or [{rows}]")
+
+
 def check_exponents(**exponents: torch.Tensor) -> None:
     for name, values in exponents.items():
         if values.device.type != "cpu" or torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ from power_kernels.ops.checks import (
     check_exponents,
     check_flag,
     check_rows,
+    check_seed,
     check_tensor,
     check_vectors,
 )
@@ -64,9 +65,9 @@ def _check_sample(hidden, lm_head, bias, alpha, beta, seed, counter, exclude, so
         hidden,
         alpha=(alpha, torch.float32, rows),
         beta=(beta, torch.float32, rows),
-        seed=(seed, torch.int64, (1,)),
         counter=(counter, torch.int32, (*rows, 4)),
     )
+    check_seed(hidden, seed, *rows)
     if exclude is not None:
         check_vectors(hidden, exclude=(exclude, torch.int64, rows))
     check_exponents(alpha=alpha, beta=beta)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_vectors
+from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_seed, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
 from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs, workspace_size
 
@@ -29,9 +29,9 @@ def _check_sample(logits, alpha, beta, seed, counter, exclude) -> None:
         logits,
         alpha=(alpha, torch.float32, rows),
         beta=(beta, torch.float32, rows),
-        seed=(seed, torch.int64, (1,)),
         counter=(counter, torch.int32, (*rows, 4)),
     )
+    check_seed(logits, seed, *rows)
     if exclude is not None:
         check_vectors(logits, exclude=(exclude, torch.int64, rows))
     check_exponents(alpha=alpha, beta=beta)
@@ -51,7 +51,8 @@ def sample_tokens(
 
     logits: float32, float16 or bfloat16 [B, V], unit inner stride, any row stride; -inf entries are never drawn.
     alpha, beta: float32 [B], finite and positive; where they are on a device and so are not looked at beforehand, a row
-        with others has Status.NAN. seed: int64 [1].
+        with others has Status.NAN.
+    seed: int64 [1], or [B] where each row has its own: it then draws what it would alone with that seed.
     counter: int32 [B, 4], the Philox counter of each row (`power_kernels.rng`): its first uniform draws the token.
     exclude: int64 [B] or None: a token that may not be drawn (-1: none); q is renormalised for the draw, while logq and
         weight are those of the full row. It is returned all the same when nothing else has mass.

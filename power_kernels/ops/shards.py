@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_tensor, check_vectors
+from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_seed, check_tensor, check_vectors
 from power_kernels.ops.sampling import SampleOutput
 from power_kernels.ops.scoring import ScoreOutput
 from power_kernels.state import Status
@@ -216,7 +216,8 @@ def sample_from_shards(
     check_logits(logits)
     rows, width = logits.shape
     check_tensor("logits", logits, shape=(records.shape[1], None), like=records)
-    check_vectors(records, seed=(seed, torch.int64, (1,)), counter=(counter, torch.int32, (rows, 4)))
+    check_vectors(records, counter=(counter, torch.int32, (rows, 4)))
+    check_seed(records, seed, rows)
     if exclude is not None:
         check_vectors(records, exclude=(exclude, torch.int64, (rows,)))
     check_flag("return_entropy", return_entropy)
@@ -278,7 +279,7 @@ def _last(flags: torch.Tensor) -> torch.Tensor:
 def token_uniform(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     """The first uniform of each Philox block (DESIGN 4), in tensor operations. float64 [B]; bits: `power_kernels.rng`.
 
-    seed: int64 [1]. counter: int32 [B, 4].
+    seed: int64 [1] or [B]. counter: int32 [B, 4].
     """
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = (counter.long() & low).unbind(-1)

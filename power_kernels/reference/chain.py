@@ -64,7 +64,7 @@ def mh_advance(*args) -> None:
         host,
         law,
         log_n.cpu().numpy(),
-        int(seed.item()),
+        seed.tolist() * (host.chains if len(seed) == 1 else 1),
         frozenset(eos.tolist()),
         (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist(), h),
     )
@@ -82,14 +82,14 @@ def log_z(z: float) -> float:
 class _Advance:
     """One launch. Chains are independent of each other; `chain` is what one Triton program does."""
 
-    def __init__(self, state: ChainState, law: Law, log_n, seed: int, eos: frozenset[int], sampled):
-        self.law, self.log_n, self.seed, self.eos = law, log_n, seed, eos
+    def __init__(self, state: ChainState, law: Law, log_n, seeds: list[int], eos: frozenset[int], sampled):
+        self.law, self.log_n, self.seeds, self.eos = law, log_n, seeds, eos
         self.lanes = state.lanes
         self.sampled = sampled
         self.s = {name: getattr(state, name).numpy() for name in ChainState.__dataclass_fields__}
 
     def chain(self, c: int) -> None:
-        self.c = c
+        self.c, self.seed = c, self.seeds[c]
         self.field = self.s["field"][c]
         self.first = c * self.lanes
         self.mine = range(self.first, self.first + self.lanes)

@@ -36,7 +36,7 @@ def sample_tokens_out(
     """One token of softmax(beta z) a row, with its quantities. Shapes: see `power_kernels.sample_tokens`."""
     out_token, out_logp, out_logq, out_weight, out_entropy, out_status = [], [], [], [], [], []
     words = counter.cpu().numpy().view(np.uint32)
-    uniform = rng.uniforms(words, int(seed.item()))[..., 0]
+    uniform = rng.uniforms(words, seed.cpu().numpy())[..., 0]
     skip = [-1] * logits.shape[0] if exclude is None else exclude.tolist()
     for i, z in enumerate(float64_rows(logits)):
         a, b = float(alpha[i]), float(beta[i])

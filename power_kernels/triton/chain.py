@@ -35,7 +35,7 @@ from power_kernels.state import (
 )
 from power_kernels.triton import Configuration, launch, split
 from power_kernels.triton.rng import uniforms
-from power_kernels.triton.sampling import take
+from power_kernels.triton.sampling import seed_step, take
 
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))
@@ -317,7 +317,7 @@ _ADVANCE_POINTERS = {
     "new_entropy_ptr": "*fp32",
 }
 _ADVANCE_INTEGERS = (
-    "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+    "seed_step", "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
     "early_rejection", "free_prefix", "karan_du", "cut", "lanes",
 )  # fmt: skip
 
@@ -346,13 +346,14 @@ def _mh_advance_kernel(
     commit_range_ptr,  # [C, 4] i32
     open_range_ptr,  # [C*P, 4] i32
     log_n_ptr,  # [width + 1] fp64
-    seed_ptr,  # [1] i64
+    seed_ptr,  # [1] or [C] i64
     eos_ptr,  # [eos_count] i64
     new_token_ptr,  # [C*P] i64
     new_logq_ptr,  # [C*P] fp32
     new_weight_ptr,  # [C*P] fp32
     new_status_ptr,  # [C*P] i32
     new_entropy_ptr,  # [C*P] fp32, read by the cut law that weighs by entropy
+    seed_step,  # from a chain's seed to the next one's: 0 or 1
     eos_count,
     width,  # max_new_tokens + 1
     serials,  # one more than the steps of a chain
@@ -376,7 +377,7 @@ def _mh_advance_kernel(
     cumw_ptr += chain_row
     cumz_ptr += chain_row
     steps = c.to(tl.int64) * serials  # where the chain's rows by serial begin
-    seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr + c * seed_step)
 
     field = field_ptr + c * CHAIN_PITCH
     mode = tl.load(field + _MODE)
@@ -701,14 +702,14 @@ _WIDTHS = (1, 4, MAX_LANES)
 def mh_advance(*args) -> None:
     """One decode step of the whole law for every lane, in one launch. See `power_kernels.mh_advance`.
 
-    Takes the tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1], eos i64 [E], the sampled token i64,
-    logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and `Law.constants()`. Raises ArgumentError for
-    more than MAX_LANES lanes a chain.
+    Takes the tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1] or [C], eos i64 [E], the sampled token
+    i64, logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and `Law.constants()`. Raises ArgumentError
+    for more than MAX_LANES lanes a chain.
     """
     n_state = len(ChainState.__dataclass_fields__)
     *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du, cut = args
     state = ChainState(*tensors[:n_state])
-    _log_n, _seed, eos, *_sampled = tensors[n_state:]
+    _log_n, seed, eos, *_sampled = tensors[n_state:]
     if state.chains == 0:
         return
     if state.lanes > MAX_LANES:
@@ -718,6 +719,7 @@ def mh_advance(*args) -> None:
         (state.chains,),
         state.field.device,
         *tensors,
+        seed_step(seed),
         eos.shape[0],
         state.token.shape[1],
         state.outcome.shape[1],

@@ -40,7 +40,14 @@ import triton.language as tl
 
 from power_kernels.state import Status
 from power_kernels.triton import LOGITS, POINTER, Configuration, launch, logits_configurations, split
-from power_kernels.triton.sampling import _FINISH_POINTERS, _finish_kernel, row_masses, store_quantities, vector_width
+from power_kernels.triton.sampling import (
+    FINISH_SIGNATURE,
+    _finish_kernel,
+    finish_out,
+    row_masses,
+    store_quantities,
+    vector_width,
+)
 
 TILE = 256  # entries: what the workspace has room for, and what 8 warps hold the fp32 sums of in registers
 LEAST_TILES = 1024  # every vocabulary up to 262,144 shares one specialisation of the finishers
@@ -312,34 +319,14 @@ def sample_from_hidden_out(
     hidden [B, D], lm_head [V, D], bias [V]; logits f32 [B, V], unit inner stride, holds z afterwards; workspace f32,
     B * 4 * ceil(V / 256) entries or more; the rest as `sampling.sample_tokens_out`.
     """
-    rows, vocabulary = logits.shape
     _head_out(hidden, lm_head, bias, beta, None, logits, workspace, workspace, softcap, scale)
-    launch(
-        _finish_kernel,
-        (rows,),
-        logits.device,
-        logits,
-        alpha,
-        beta,
-        seed,
-        counter,
-        token if exclude is None else exclude,
-        workspace,
-        token,
-        logp,
-        logq,
-        weight,
-        logp if entropy is None else entropy,
-        status,
-        vocabulary,
-        logits.stride(0),
-        tile_count(vocabulary),
-        int(exclude is not None),
-        int(entropy is not None),
-        TILES=tiles_block(vocabulary),
-        VEC=1,  # a tile is one entry a thread
-        **FINISH,
-    )
+    columns = (token, logp, logq, weight, entropy, status)
+    vocabulary = lm_head.shape[0]
+    finish_out(
+        logits, alpha, beta, seed, counter, exclude, workspace, *columns,
+        width=1,  # a tile is one entry a thread
+        tiles=tile_count(vocabulary), tiles_block=tiles_block(vocabulary), constants=FINISH,
+    )  # fmt: skip
 
 
 def score_from_hidden_out(
@@ -397,7 +384,6 @@ _HEAD = {
     **dict.fromkeys(("stride_hidden", "stride_head", "stride_logits"), "i64"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
-_FINISH = {**_FINISH_POINTERS, **dict.fromkeys(("V", "tiles", "has_exclude", "has_entropy"), "i32")}
 _GIVEN = {
     "tokens_ptr": "*i64",
     **dict.fromkeys(("alpha_ptr", "beta_ptr", "given_ptr", "work_ptr"), "*fp32"),
@@ -437,7 +423,7 @@ def configurations() -> list[Configuration]:
                 else:
                     heads += [replace(plain, targets=_REGISTERS), replace(other, targets=_TENSOR_MEMORY)]
     widths = {"TILES": (LEAST_TILES, MOST_TILES)}
-    finishers = logits_configurations("head_finish", _finish_kernel, _FINISH, FINISH, widths)
+    finishers = logits_configurations("head_finish", _finish_kernel, FINISH_SIGNATURE, FINISH, widths)
     given = [
         Configuration(f"head_given TILES={n}", _given_kernel, _GIVEN, {"TILES": n}, num_warps=SCORE["num_warps"])
         for n in widths["TILES"]

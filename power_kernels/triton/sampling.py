@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 
 from power_kernels.state import Status
-from power_kernels.triton import LOGITS, Configuration, launch, logits_configurations, split  # noqa: F401
+from power_kernels.triton import Configuration, launch, logits_configurations
 from power_kernels.triton.rng import uniforms
 
 # A tile is one warp's, 32 entries a thread: the reductions of larger programs through shared memory were a third of the
 # kernel's instructions. The same for every batch, so that a row's bits do not depend on it.
 TILE = 1024
-_LANES = tl.constexpr(32)  # what a tile's entries are summed over last; a wave of 64 adds one step
+_THREADS = tl.constexpr(32)  # of a warp: what a tile's entries are summed over last; a wave of 64 adds one step
 MASS = {"TILE": TILE, "num_warps": 1}
 _PROGRAMS = 8192  # one-warp programs that fill any device; beyond that each takes more tiles, to save their starts
 FINISH = {"TILE": TILE, "num_warps": 4}
@@ -82,26 +82,26 @@ def _row_of(logits_ptr, row, stride_row, VEC: tl.constexpr):
 
 
 @triton.jit
-def _lane_sums(x, VEC: tl.constexpr):
-    """The sum of the entries that each lane of a warp holds when they come VEC at a time: [TILE] -> [_LANES]."""
-    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0] // (_LANES * VEC), _LANES, VEC]), 2), 0)
+def _thread_sums(x, VEC: tl.constexpr):
+    """The sum of the entries that each thread of a warp holds when they come VEC at a time: [TILE] -> [_THREADS]."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0] // (_THREADS * VEC), _THREADS, VEC]), 2), 0)
 
 
 @triton.jit
-def _lane_maxima(x, VEC: tl.constexpr):
-    return tl.max(tl.max(tl.reshape(x, [x.shape[0] // (_LANES * VEC), _LANES, VEC]), 2), 0)
+def _thread_maxima(x, VEC: tl.constexpr):
+    return tl.max(tl.max(tl.reshape(x, [x.shape[0] // (_THREADS * VEC), _THREADS, VEC]), 2), 0)
 
 
 @triton.jit
 def _power_sums(e, n, VEC: tl.constexpr):
-    """Each lane's sum of e**n, n = 1, 2, 3, ...: by squaring, the last square together with the sum."""
+    """Each thread's sum of e**n, n = 1, 2, 3, ...: by squaring, the last square together with the sum."""
     while ((n & 1) == 0) & (n > 2):
         e = e * e
         n = n >> 1
     if n == 2:
-        sums = _lane_sums(e * e, VEC)
+        sums = _thread_sums(e * e, VEC)
     elif n == 1:
-        sums = _lane_sums(e, VEC)
+        sums = _thread_sums(e, VEC)
     else:
         odd = e
         while n > 3:
@@ -109,7 +109,7 @@ def _power_sums(e, n, VEC: tl.constexpr):
             e = e * e
             if (n & 1) == 1:
                 odd = odd * e
-        sums = _lane_sums(odd * (e * e), VEC)
+        sums = _thread_sums(odd * (e * e), VEC)
     return sums
 
 
@@ -120,19 +120,19 @@ def _tile_record(
     """The four numbers of one tile, from logits (a pointer to its first entry, of which `left` remain) to record."""
     entry = tl.arange(0, TILE)
     z = tl.load(logits + entry, mask=entry < left, other=-_INF).to(tl.float32)
-    highest = _lane_maxima(z, VEC)
+    highest = _thread_maxima(z, VEC)
     top = tl.max(highest, 0)
     if top == _INF:  # NaN is told first, and max() skips it
         top = tl.where(tl.max((z != z).to(tl.int32), 0) > 0, _UNDEFINED, top)
     shift = tl.where(top == -_INF, 0.0, top)
 
     # One argmax must leave the sums before anything is added to it, or its 1 would round the rest away. Comparing every
-    # entry with the maximum was a quarter of the instructions. Instead the lane that holds an argmax is left out of
-    # the sums, and its 32 entries are read once more, one a lane: only these are compared.
-    lane = tl.arange(0, _LANES)
-    winner = tl.min(tl.where(highest == top, lane, _LANES - 1), 0)
-    others = lane != winner
-    held = (lane // VEC) * (_LANES * VEC) + winner * VEC + lane % VEC
+    # entry with the maximum was a quarter of the instructions. Instead the thread that holds an argmax is left out
+    # of the sums, and its 32 entries are read once more, one a thread: only these are compared.
+    thread = tl.arange(0, _THREADS)
+    winner = tl.min(tl.where(highest == top, thread, _THREADS - 1), 0)
+    others = thread != winner
+    held = (thread // VEC) * (_THREADS * VEC) + winner * VEC + thread % VEC
     y = tl.load(logits + held, mask=held < left, other=-_INF).to(tl.float32)
     peak = y == shift
     # Every entry at the maximum leaves these 32, all but one come back.
@@ -142,9 +142,9 @@ def _tile_record(
     d = (z - shift) * _LOG2E
     rb = tl.zeros_like(highest)
     if power == 0:  # before e, so that the two exponentials never share the registers
-        rb = _lane_sums(tl.exp2(d * beta), VEC)
+        rb = _thread_sums(tl.exp2(d * beta), VEC)
     e = tl.exp2(d)
-    r1 = tl.sum(tl.where(others, _lane_sums(e, VEC), 0.0) + tl.exp2(dy), 0)
+    r1 = tl.sum(tl.where(others, _thread_sums(e, VEC), 0.0) + tl.exp2(dy), 0)
     if ENTROPY:
         # The argmax adds 0. exp2(-300) is 0 in fp32, so the bound only keeps -inf * 0 out.
         tl.store(record + 3 * tiles, tl.sum(tl.maximum(d, -300.0) * e, 0) * _LN2)
@@ -272,7 +272,7 @@ def _tile_masses(z, top, beta, TILE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["V", "stride_row", "tiles", "has_exclude", "has_entropy"],
+    do_not_specialize=["V", "stride_row", "tiles", "seed_step", "has_exclude", "has_entropy"],
     do_not_specialize_on_alignment=[
         "alpha_ptr", "beta_ptr", "seed_ptr", "counter_ptr", "exclude_ptr", "work_ptr", "token_ptr",
         "logp_ptr", "logq_ptr", "weight_ptr", "entropy_ptr", "status_ptr",
@@ -282,7 +282,7 @@ def _finish_kernel(
     logits_ptr,  # [B, V] fp32 | fp16 | bf16, row stride stride_row
     alpha_ptr,  # [B] fp32
     beta_ptr,  # [B] fp32
-    seed_ptr,  # [1] i64
+    seed_ptr,  # [1] or [B] i64
     counter_ptr,  # [B, 4] i32, the bit patterns of uint32
     exclude_ptr,  # [B] i64, negative: none; not read unless has_exclude
     work_ptr,  # [B, 4, tiles] fp32, see _mass_kernel
@@ -295,6 +295,7 @@ def _finish_kernel(
     V,
     stride_row: tl.int64,  # in units of VEC entries
     tiles,
+    seed_step,  # from a row's seed to the next one's: 0 or 1
     has_exclude,
     has_entropy,
     TILES: tl.constexpr,
@@ -323,7 +324,7 @@ def _finish_kernel(
     x = -1
     if status == _OK:
         c = counter_ptr + row * 4
-        u, _ = uniforms(tl.load(seed_ptr), tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
+        u, _ = uniforms(tl.load(seed_ptr + row * seed_step), tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
         if skip >= 0:
             # Only the excluded token's tile changes; its new maximum keeps what is left from underflowing.
             z = _read_tile(row_ptr, skip // TILE, V, skip, TILE, VEC)
@@ -394,6 +395,11 @@ def vector_width(logits: torch.Tensor) -> int:
     return 1 if (logits.data_ptr() | logits.stride(0) * item | logits.shape[1] * item) % 16 else 16 // item
 
 
+def seed_step(seed: torch.Tensor) -> int:
+    """From a row's seed to the next one's, in a vector of one for all or one a row."""
+    return int(seed.shape[0] != 1)
+
+
 def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
     """Write the tile records of every row. logits [B, V], beta [B] f32, workspace f32 (>= B * 4 * tiles entries)."""
     rows, vocabulary = logits.shape
@@ -420,10 +426,13 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
 
 
 def finish_out(
-    logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status
-) -> None:
-    """`sample_tokens_out` from tile records that are in the workspace already."""
-    width = vector_width(logits)
+    logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status, *,
+    width, tiles, tiles_block, constants,
+) -> None:  # fmt: skip
+    """`sample_tokens_out` from tile records that are in the workspace already.
+
+    width: entries a load. tiles, tiles_block: of a row, and the width of vectors over them. constants: `FINISH`.
+    """
     launch(
         _finish_kernel,
         (logits.shape[0],),
@@ -443,12 +452,13 @@ def finish_out(
         status,
         logits.shape[1],
         logits.stride(0) // width,
-        tile_count(logits.shape[1]),
+        tiles,
+        seed_step(seed),
         int(exclude is not None),
         int(entropy is not None),
-        TILES=tiles_block(logits.shape[1]),
+        TILES=tiles_block,
         VEC=width,
-        **FINISH,
+        **constants,
     )
 
 
@@ -469,14 +479,20 @@ def sample_tokens_out(
 ) -> None:
     """`sample_tokens` into preallocated tensors: two launches, no synchronisation, no allocation.
 
-    logits [B, V]; seed i64 [1]; counter i32 [B, 4]; exclude, token i64 [B]; status i32 [B]; alpha, beta, logp, logq,
-    weight, entropy f32 [B] (nats); workspace f32, B * 4 * ceil(V / 256) entries or more. All but logits contiguous.
+    logits [B, V]; seed i64 [1] or [B]; counter i32 [B, 4]; exclude, token i64 [B]; status i32 [B]; alpha, beta, logp,
+    logq, weight, entropy f32 [B] (nats); workspace f32, B * 4 * ceil(V / 256) entries or more. All but logits
+    contiguous.
     """
     mass_out(logits, beta, workspace, entropy=entropy is not None)
-    finish_out(logits, alpha, beta, seed, counter, exclude, workspace, token, logp, logq, weight, entropy, status)
+    columns = (token, logp, logq, weight, entropy, status)
+    vocabulary = logits.shape[1]
+    finish_out(
+        logits, alpha, beta, seed, counter, exclude, workspace, *columns,
+        width=vector_width(logits), tiles=tile_count(vocabulary), tiles_block=tiles_block(vocabulary), constants=FINISH,
+    )  # fmt: skip
 
 
-_FINISH_POINTERS = {
+FINISH_SIGNATURE = {
     "alpha_ptr": "*fp32",
     "beta_ptr": "*fp32",
     "seed_ptr": "*i64",
@@ -489,6 +505,7 @@ _FINISH_POINTERS = {
     "weight_ptr": "*fp32",
     "entropy_ptr": "*fp32",
     "status_ptr": "*i32",
+    **dict.fromkeys(("V", "tiles", "seed_step", "has_exclude", "has_entropy"), "i32"),
 }
 
 
@@ -504,7 +521,7 @@ def configurations() -> list[Configuration]:
     finishers = logits_configurations(
         "finish",
         _finish_kernel,
-        {**_FINISH_POINTERS, **dict.fromkeys(("V", "tiles", "has_exclude", "has_entropy"), "i32")},
+        FINISH_SIGNATURE,
         FINISH,
         {"TILES": (LEAST_TILES, MOST_TILES)},
     )

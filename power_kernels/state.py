@@ -213,7 +213,7 @@ class ChainState:
         if len(prompt) == 0:
             raise ArgumentError("prompt is empty; the first decode feeds its last token")
         check_integer("prompt[-1]", prompt[-1], 0)
-        row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32)
+        row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32, device="cpu")
         row[ChainField.MODE] = Mode.START
         row[ChainField.BASE] = len(prompt)
         row[ChainField.PROMPT_TOKEN] = prompt[-1]

@@ -154,6 +154,15 @@ def moe_qwen3(**changes):
     )
 
 
+def gpt2():
+    """Learned positions."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=1, eos_token_id=EOS
+    )
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval().to(DEVICE)
+
+
 FAMILIES = {
     model.__name__: model
     for model in (llama, qwen2, mixed_qwen2, qwen3, phi3, mistral, gemma2, gemma3, dynamic_llama, moe_qwen3)

@@ -43,7 +43,7 @@ def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, l
         accepts.append(verdict[0])
         ratios.append(verdict[1])
         statuses.append(row)
-    accept.copy_(torch.tensor(accepts, dtype=torch.bool))
+    accept.copy_(torch.tensor(accepts, dtype=torch.bool, device="cpu"))
     write(log_ratio, ratios)
     write(status, statuses)
 

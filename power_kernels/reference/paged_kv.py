@@ -38,7 +38,7 @@ class _Tables:
         values = (self.table, self.length, self.refcount, self.free + self.void, [available], copies, status)
         for tensor, value in zip(self.tensors, values, strict=True):
             if value is not None:
-                tensor.copy_(torch.tensor(value, dtype=torch.int32).view(tensor.shape))
+                tensor.copy_(torch.tensor(value, dtype=torch.int32, device="cpu").view(tensor.shape))
 
 
 def block_table_fork(

@@ -21,7 +21,7 @@ def float64_rows(logits: torch.Tensor):
 
 def write(target: torch.Tensor | None, values: list) -> None:
     if target is not None:
-        target.copy_(torch.tensor(values, dtype=torch.float64).reshape(target.shape))
+        target.copy_(torch.tensor(values, dtype=torch.float64, device="cpu").reshape(target.shape))
 
 
 def row_status(z: np.ndarray, alpha: float, beta: float) -> Status:
@@ -53,7 +53,7 @@ def sample_tokens_out(
             (out_token, out_logp, out_logq, out_weight, out_entropy, out_status), (*values, row), strict=True
         ):
             column.append(value)
-    token.copy_(torch.tensor(out_token, dtype=torch.int64))
+    token.copy_(torch.tensor(out_token, dtype=torch.int64, device="cpu"))
     write(logp, out_logp)
     write(logq, out_logq)
     write(weight, out_weight)

@@ -35,7 +35,7 @@ class Poll:
     def __init__(self, device: torch.device, slots: int):
         self._asynchronous = device.type == "cuda"
         self.every = _EVERY if self._asynchronous else 1
-        self._on_host = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self._asynchronous)
+        self._on_host = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self._asynchronous, device="cpu")
         self._pending: tuple[torch.cuda.Event, int] | None = None  # when it is there, and for how many chains
 
     def look(self, state: ChainState, chains: int) -> Seen | None:

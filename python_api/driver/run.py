@@ -89,7 +89,7 @@ class Run:
         self.prompts = {job.prompt_id: job.prompt for job in jobs}
         self.seed = seed
         self.max_length = max_length
-        self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32))
+        self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32, device="cpu"))
         self.can_end_early = bool(eos)
         device = engine.device
         self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)

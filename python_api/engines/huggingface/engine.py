@@ -17,13 +17,22 @@ from transformers import PreTrainedModel
 import power_kernels
 from power_kernels.api.driver.engine import EngineBusyError, Sampled, UnsupportedModelError
 from power_kernels.api.engines.huggingface import decode_attention
+from power_kernels.api.engines.huggingface.adapters import Adapters, without_wrapper
 from power_kernels.api.engines.huggingface.compiled import CompiledForward
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
-from power_kernels.api.engines.huggingface.inspection import check_windows, eos_token_ids, find_head, probe, refuse
+from power_kernels.api.engines.huggingface.inspection import (
+    check_windows,
+    context_of,
+    eos_token_ids,
+    find_head,
+    probe,
+    refuse,
+    refuse_autocast,
+)
 from power_kernels.api.engines.huggingface.length_bound import LengthBound
 from power_kernels.api.engines.huggingface.lm_head import LmHead
 from power_kernels.api.engines.huggingface.memory_account import run_bytes
-from power_kernels.api.engines.huggingface.patched_model import attention_configs, patched
+from power_kernels.api.engines.huggingface.patched_model import attention_configs, patched, placed_on
 from power_kernels.api.engines.huggingface.patches import Patches
 from power_kernels.api.engines.huggingface.prefill import HeldPrompts, check_prompts, packed
 from power_kernels.api.engines.huggingface.prefix_memory import PrefixMemory
@@ -57,6 +66,8 @@ class HuggingFaceEngine:
         takes 64 on a device, and on a CPU just what the longest row needs.
     attention: the kernel that decodes, of `decode_attention.KERNELS`; None takes the best that works here, and the
         attribute `attention` says which that is.
+    max_context: the most positions of a prompt and its answer; None takes what the model's configuration says, and what
+        YaRN makes of it.
     self_check: first compare a small ragged batch with a rollback to plain forward passes of the untouched model.
     compile: run decode forward passes under torch.compile (`compiled.py`). It compiles here, which takes a
         minute or so the first time. A string names a backend of torch.compile other than its default.
@@ -78,12 +89,18 @@ class HuggingFaceEngine:
         remember: bool = True,
         length_multiple: int | None = None,
         attention: str | None = None,
+        max_context: int | None = None,
         self_check: bool = True,
         compile: bool | str = False,
     ):
+        model = without_wrapper(model)
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
-        for name, value in (("prefill_chunk", prefill_chunk), ("length_multiple", length_multiple)):
+        for name, value in (
+            ("prefill_chunk", prefill_chunk),
+            ("length_multiple", length_multiple),
+            ("max_context", max_context),
+        ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
         refuse(model)
@@ -93,7 +110,8 @@ class HuggingFaceEngine:
         self._decoder = model.get_decoder()
         self.device = next(model.parameters()).device
         self.dtype = model.dtype
-        self.max_context = getattr(self._config, "max_position_embeddings", None)
+        refuse_autocast(self.device)
+        self.max_context = context_of(model, max_context)
         self.eos_token_ids = eos_token_ids(model)
         on_device = self.device.type != "cpu"
         self.length_multiple = length_multiple or (_DEVICE_MULTIPLE if on_device else 1)
@@ -112,7 +130,6 @@ class HuggingFaceEngine:
             attention = decode_attention.PADDED  # the flash kernel has no soft cap
         self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
         self.compile = compile
-        self._step_times = known_times(self)
         self._head = self._find_head()
         self._compiled = None
         if compile is not False:
@@ -140,6 +157,7 @@ class HuggingFaceEngine:
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value > 0):
                 raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
+        refuse_autocast(self.device)
         if self.max_context is not None and max_length > self.max_context:
             raise ArgumentError(f"max_length is {max_length}; the model's context is {self.max_context}")
         if self._slabs is not None:
@@ -159,6 +177,8 @@ class HuggingFaceEngine:
         self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
         self._held = HeldPrompts(chains, slabs.positions)
         self._length = LengthBound(self.device)
+        self._adapters = Adapters(self.model)
+        self._active_adapters = self._adapters.active()
         # On a device it would have to be waited for what is known and what is not.
         self._memory = None
         if self.remember and self._head is not None and self.device.type == "cpu":
@@ -326,7 +346,7 @@ class HuggingFaceEngine:
 
     def decode_seconds(self, rows: Sequence[int]) -> list[float]:
         """Seconds of the forward pass of a step of each number of rows. See `step_timing.py`."""
-        return decode_seconds(self, self._step_times, rows)
+        return decode_seconds(self, known_times(self), rows)
 
     def _positions(self, max_length: int) -> int:
         return _round_up(max_length, self.length_multiple)
@@ -349,7 +369,7 @@ class HuggingFaceEngine:
 
     def _forward(self, module, view, input_ids: torch.Tensor, position_ids: torch.Tensor):
         self._cache.attach(view)
-        with self._forward_clock(), self._patches, attached(view), torch.inference_mode():
+        with self._forward_clock(), placed_on(self.device), self._patches, attached(view), torch.inference_mode():
             if self._compiled is not None and not view.of_chains:
                 return self._compiled(module, self._cache, input_ids, position_ids)
             return module(input_ids=input_ids, position_ids=position_ids, past_key_values=self._cache, use_cache=True)
@@ -411,6 +431,12 @@ class HuggingFaceEngine:
     def _check_running(self) -> None:
         if self._slabs is None:
             raise ArgumentError("no run is on; call begin() first")
+        refuse_autocast(self.device)
+        if self._adapters.active() != self._active_adapters:
+            raise ArgumentError(
+                "the model's adapters have changed while a run is on, whose past is of the others; exhaust its stream "
+                "or close() it before they change"
+            )
 
     # -- what the model is like
 

@@ -15,9 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.engines.huggingface.lm_head import LmHead
-from power_kernels.api.engines.huggingface.patched_model import patched
+from power_kernels.api.engines.huggingface.patched_model import patched, placed_on
 from power_kernels.api.engines.huggingface.ragged_attention import Probe, attached
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout, RaggedLayer
+from power_kernels.errors import ArgumentError
 
 _REWINDABLE = frozenset({"full_attention", "sliding_attention", "attention"})
 
@@ -44,6 +45,40 @@ def refuse(model: PreTrainedModel) -> None:
         reason = f"has its parameters on {', '.join(sorted(devices))}; they must all be on one device"
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}")
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raise ArgumentError inside torch.autocast, which changes dtypes between the layers and their cache."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        raise ArgumentError(
+            f"torch.autocast is on for {device.type!r}; the engine runs a model in the dtype it was loaded in. Load it "
+            f"with dtype={torch.get_autocast_dtype(device.type)}, and make these calls outside of autocast or inside "
+            f"torch.autocast({device.type!r}, enabled=False)"
+        )
+
+
+def context_of(model: PreTrainedModel, asked: int | None) -> int | None:
+    """The most positions of a sequence: `asked`, or what the configuration says; None where it sets no limit.
+
+    YaRN stretches `original_max_position_embeddings` by `factor`, and publishers leave `max_position_embeddings` at the
+    one or the other: the larger counts. Raises ArgumentError where the model has learned fewer positions than asked.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        rope = getattr(config, "rope_parameters", None) or {}
+        schemes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+        for scheme in schemes:
+            original = scheme.get("original_max_position_embeddings")
+            if limit is not None and scheme.get("rope_type") == "yarn" and original:
+                limit = max(limit, int(scheme.get("factor", 1.0) * original))
+        return limit
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    learned = [table.num_embeddings for table in tables if limit is not None and 0 <= table.num_embeddings - limit <= 2]
+    if learned and asked > limit:
+        raise ArgumentError(f"max_context is {asked}; {type(model).__name__} has learned {limit} positions")
+    return asked
 
 
 def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -92,7 +127,7 @@ def _one_token(model: PreTrainedModel, module: torch.nn.Module):
     recorder = Cache(layers=[_RecorderLayer() for _ in range(model.config.get_text_config().num_hidden_layers)])
     seen = Probe(recorder.layers)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with patched(model, 1), attached(seen), torch.inference_mode():
+    with placed_on(device), patched(model, 1), attached(seen), torch.inference_mode():
         output = module(input_ids=token, position_ids=token, past_key_values=recorder, use_cache=True)
     return output, recorder, seen
 

@@ -25,7 +25,7 @@ class LengthBound:
         self._since = 0  # steps since the copy in flight was started
         self._on_host = device.type == "cpu"
         self._asynchronous = device.type == "cuda"
-        self._value = torch.zeros((), dtype=torch.int64, pin_memory=self._asynchronous)
+        self._value = torch.zeros((), dtype=torch.int64, pin_memory=self._asynchronous, device="cpu")
         self._in_flight = False
 
     def admit(self, prompt_length: int) -> None:

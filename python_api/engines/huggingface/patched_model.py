@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from transformers import PreTrainedModel
 
 from power_kernels.api.engines.huggingface.cpu_linear import speed_up
@@ -23,6 +26,12 @@ def patched(model: PreTrainedModel, max_length: int, *, attention: bool = True) 
         for config in attention_configs(model):
             patches.add(config, "_attn_implementation_internal", NAME)
     return patches
+
+
+def placed_on(device: torch.device) -> AbstractContextManager:
+    """Tensors that a model makes without saying where lie on its own device, whatever default the caller has set."""
+    default = torch.get_default_device()
+    return nullcontext() if default.type in ("cpu", device.type) else torch.device(device)
 
 
 def attention_configs(model: PreTrainedModel) -> list:

@@ -10,7 +10,7 @@ import torch
 
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
-from power_kernels.api.engines.huggingface.patched_model import patched
+from power_kernels.api.engines.huggingface.patched_model import patched, placed_on
 
 # Root mean square error of the logits, relative to that of the centred logits. A wrong mask or position gives more than
 # a half; rounding through the layers stays well below these.
@@ -63,7 +63,7 @@ def self_check(engine) -> None:
 def _compare(engine, got: list[tuple[list[int], torch.Tensor]], max_length: int) -> None:
     plain: dict[tuple[int, ...], torch.Tensor] = {}
     errors = []
-    with patched(engine.model, max_length, attention=False), torch.inference_mode():
+    with placed_on(engine.device), patched(engine.model, max_length, attention=False), torch.inference_mode():
         for tokens, _ in sorted(got, key=lambda pair: -len(pair[0])):
             if not any(known[: len(tokens)] == tuple(tokens) for known in plain):
                 full = torch.tensor([tokens], device=engine.device)
@@ -78,6 +78,7 @@ def _compare(engine, got: list[tuple[list[int], torch.Tensor]], max_length: int)
     worst = errors[-1] if engine.dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
     tolerance = _TOLERANCE.get(engine.dtype, _TOLERANCE[torch.bfloat16])
     if not engine._agreed(worst) <= tolerance:
+        _refuse_rows_that_depend_on_others(engine, tolerance)
         raise UnsupportedModelError(
             f"{type(engine.model).__name__} decodes differently through the ragged cache than by itself: "
             f"relative error {worst:.2g}, allowed {tolerance:.2g} for {engine.dtype}. It uses "
@@ -91,3 +92,24 @@ def decode_rows(engine, tokens: list[int], positions: list[int]) -> torch.Tensor
     view = DecodeView(position, max(positions) + 1, engine.attention)
     ids = torch.tensor(tokens, device=engine.device)[:, None]
     return engine._logits(engine._output(view, ids, position[:, None]))
+
+
+def _refuse_rows_that_depend_on_others(engine, tolerance: float) -> None:
+    """The reason that some models cannot pass, ragged cache or not: the same row has other logits in another batch.
+
+    Dynamic quantisation does that where one scale is taken from the activations of the whole batch.
+    """
+    limit = min(engine._input_vocab, engine.vocab_size)
+    ids = torch.randint(0, limit, (8, 6), generator=torch.Generator().manual_seed(1), device="cpu").to(engine.device)
+    with placed_on(engine.device), patched(engine.model, ids.shape[1], attention=False), torch.inference_mode():
+        alone = engine.model(input_ids=ids[:1], use_cache=False).logits[0].double()
+        among = engine.model(input_ids=ids, use_cache=False).logits[0].double()
+    scale = (alone - alone.mean(-1, keepdim=True)).square().mean().sqrt()
+    difference = ((among - alone).square().mean().sqrt() / scale).item()
+    if engine._agreed(difference) > tolerance:
+        raise UnsupportedModelError(
+            f"{type(engine.model).__name__}: a row's logits depend on its batchmates (relative difference "
+            f"{difference:.2g} alone and among eight rows, allowed {tolerance:.2g}), as with dynamic quantisation "
+            "whose scale is taken from the whole batch. There is then no p(x) of one answer to sample from; quantise "
+            "weights only, or activations by row"
+        )

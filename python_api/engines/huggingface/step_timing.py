@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from power_kernels.api.driver import captured
 from power_kernels.api.engines.huggingface import decode_attention
+from power_kernels.api.engines.huggingface.adapters import Adapters
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
 
 _TIMED_LENGTH = (64, 512)  # positions that each row of a timed step reads, on a CPU and on a device
@@ -20,7 +21,8 @@ _measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 def known_times(engine) -> dict[int, float]:
     """Seconds by number of rows, shared by all engines that decode the same model alike."""
-    alike = engine.device, engine.dtype, engine.attention, engine.compile, torch.get_num_threads()
+    adapters = Adapters(engine.model).active()
+    alike = engine.device, engine.dtype, engine.attention, engine.compile, torch.get_num_threads(), adapters
     return _measured.setdefault(engine.model, {}).setdefault(alike, {})
 
 

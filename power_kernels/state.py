@@ -252,3 +252,28 @@ class ChainState:
                 tensor[target] = tensor[source]
             else:
                 tensor[target * lanes : (target + 1) * lanes] = tensor[source * lanes : (source + 1) * lanes]
+
+    def widened(self, chains: int, lanes: int) -> ChainState:
+        """The first `chains` chains with `lanes` lanes each, no fewer than now; those that are new are idle.
+
+        Chains stay where they are in memory, lanes are copied. The KV ranges of the last launch are not: they must have
+        been followed. Raises as `Law` does.
+        """
+        check_integer("chains", chains, 1, self.chains)
+        check_integer("lanes", lanes, self.lanes)
+
+        def of_lanes(name: str) -> torch.Tensor:
+            old = getattr(self, name)
+            new = old.new_zeros(chains, lanes, *old.shape[1:])
+            if name == "exclude":
+                new.fill_(-1)
+            if name != "open_range":
+                new[:, : self.lanes] = old[: chains * self.lanes].unflatten(0, (chains, self.lanes))
+            return new.flatten(0, 1)
+
+        return ChainState(
+            **{
+                f.name: getattr(self, f.name)[:chains] if f.name in _PER_CHAIN else of_lanes(f.name)
+                for f in fields(self)
+            }
+        )

@@ -117,8 +117,9 @@ def main(directory: Path) -> dict:
     # Each process has its own clock and its own memory; the plan is one.
     enough = 1 + int(engine.run_bytes(chains=2, lanes=1, max_length=17) / planning.MOST_OF_MEMORY)
     planning.free_bytes = lambda device: enough if rank == 1 else 4 * enough
-    plan = planning.plan_run(engine, PowerConfig(max_new_tokens=12), chains=4, max_length=17)
-    seen["plan"] = [plan.slots, plan.lanes, engine.decode_seconds([1, 2])]
+    plan = planning.plan_run(engine, PowerConfig(max_new_tokens=12), jobs=4, max_chains=4, max_length=17)
+    seen["plan"] = [plan.slots, plan.lanes, engine.decode_seconds([1, 2], 17)]
+    seen["plan fits"] = engine.run_bytes(chains=plan.slots, lanes=plan.lanes, max_length=17) <= enough
 
     seen["refused"]["ungathered"] = refusal(HuggingFaceEngine, load("llama", {"lm_head": "colwise"}))
     seen["refused"]["heads"] = refusal(HuggingFaceEngine, load("one head"))

@@ -439,13 +439,16 @@ def test_the_doctor_says_how_a_model_is_decoded_and_in_how_many_lanes(model_path
     decoding = json.loads(capsys.readouterr().out)["decoding"]
     assert decoding["attention"] in ("rows", "padded")
     assert decoding["captured"] is False
-    assert decoding["lanes"].keys() == decoding["step_seconds"].keys() >= {"1", "2", "16"}
+    assert decoding["step_seconds"].keys() >= {"1", "2", "16"}
     assert all(seconds > 0 for seconds in decoding["step_seconds"].values())
-    assert decoding["lanes"]["16"] == 1  # more rows are not asked for on a CPU
+    assert list(decoding["plans"]) == ["1", "4", "16", "64", "1000"]
+    for jobs, (slots, lanes) in decoding["plans"].items():
+        assert 1 <= slots <= int(jobs)
+        assert 1 <= lanes <= 10  # steps of a stage
     assert main(["doctor", "--model", str(model_path)]) == 0
     printed = capsys.readouterr().out
     assert f"decoding of {model_path} on cpu, float32" in printed
-    assert "lanes of so many chains" in printed
+    assert "chains at once x lanes of each" in printed
 
 
 @pytest.mark.parametrize(

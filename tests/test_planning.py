@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
 from power_kernels.api.driver import memory, planning, run
-from power_kernels.api.driver.planning import Plan, lane_gain, plan_run
+from power_kernels.api.driver.planning import Plan, StepTimes, lane_gain, plan_run
 from power_kernels.api.driver.sampler import GenerationError
 from power_kernels.errors import ArgumentError
 from tests import tiny_models
@@ -34,7 +35,7 @@ class Sized(ToyEngine):
     def run_bytes(self, *, chains, lanes, max_length):
         return chains * (1 + lanes) * max_length * 10
 
-    def decode_seconds(self, rows):
+    def decode_seconds(self, rows, length):
         self.asked += rows
         return [self.seconds(r) for r in rows]
 
@@ -50,8 +51,8 @@ def free(monkeypatch):
     return have
 
 
-def plan(engine, config=CONFIG, *, chains=1, max_length=10) -> Plan:
-    return plan_run(engine, config, chains=chains, max_length=max_length)
+def plan(engine, config=CONFIG, *, jobs=1, max_length=10, **options) -> Plan:
+    return plan_run(engine, config, jobs=jobs, max_length=max_length, **options)
 
 
 def silent(*args, **kwargs) -> Plan:
@@ -61,7 +62,7 @@ def silent(*args, **kwargs) -> Plan:
 
 
 def test_lanes_are_taken_while_rows_cost_nothing(free):
-    assert silent(Sized()) == Plan(1, 16)
+    assert silent(Sized()) == Plan(1, 13)  # three more would save less than 2 %
 
 
 def test_one_lane_where_every_row_costs_as_much_as_the_first(free):
@@ -72,39 +73,79 @@ def test_lanes_stop_where_rows_begin_to_cost(free):
     """Free up to 8 rows, three times the time beyond: one chain takes 8 lanes, two take 4 each."""
     engine = Sized(lambda rows: 1.0 if rows <= 8 else 3.0)
     assert silent(engine) == Plan(1, 8)
-    assert silent(engine, chains=2) == Plan(2, 4)
-    assert silent(engine, chains=8) == Plan(8, 1)
+    assert silent(engine, jobs=2) == Plan(2, 4)
+    assert silent(engine, jobs=8) == Plan(8, 1)
+
+
+def test_chains_that_wait_fill_the_rows_before_lanes_do(free):
+    engine = Sized(lambda rows: 1.0 if rows <= 16 else rows / 16)
+    assert silent(engine, jobs=16) == Plan(16, 1)
+    assert silent(engine, jobs=160) == Plan(16, 1)
+    assert silent(engine, jobs=160, max_chains=4) == Plan(4, 4)
 
 
 def test_rows_beyond_what_the_engine_finds_worth_asking_are_not_measured(free):
-    engine = Sized()
-    silent(engine, chains=4)
-    assert engine.asked == [4, 8, 16]
-    assert silent(engine, chains=16) == Plan(16, 1)
-    assert engine.asked == [4, 8, 16]
+    engine = Sized(lambda rows: 1 + rows / 100)
+    silent(engine, jobs=4)
+    assert engine.asked == [1, 2, 4, 8, 16]
+    engine = Sized(lambda rows: 1 + rows / 100)
+    assert silent(engine, PowerConfig(max_new_tokens=8, mcmc_steps=2), jobs=3, max_chains=1) == Plan(1, 2)
+    assert engine.asked == [1, 2]
+
+
+def test_more_rows_are_measured_only_while_more_at_once_save_time(free):
+    """Each row costs its own time from 64 on, so 128 are the last to be tried."""
+    engine = Sized(lambda rows: max(1.0, rows / 64))
+    engine.most_rows = 1024
+    assert silent(engine, jobs=1024) == Plan(64, 1)
+    assert engine.asked == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def test_a_measurement_that_was_disturbed_does_not_make_fewer_rows_dear():
+    times = StepTimes(Sized(lambda rows: {1: 5.0, 2: 1.0, 4: 1.5}[rows]), 10, most=4)
+    times.measure(4)
+    assert [times(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 1.0, 1.25, 1.5, 3.0]
+
+
+def test_steps_are_timed_at_the_typical_position_of_the_run(free):
+    seen = []
+
+    class Engine(Sized):
+        def decode_seconds(self, rows, length):
+            seen.append(length)
+            return super().decode_seconds(rows, length)
+
+    PowerSampler(Engine()).generate([[5] * 3, [5] * 5], PowerConfig(max_new_tokens=5, block_size=5, mcmc_steps=2))
+    assert seen == [4 + 5 // 2]
 
 
 def test_no_more_lanes_than_a_stage_has_steps(free):
-    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=5)) == Plan(1, 4)
-    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=1, final_steps=9)) == Plan(1, 8)
+    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=5)) == Plan(1, 5)
+    assert silent(Sized(), PowerConfig(max_new_tokens=8, mcmc_steps=1, final_steps=9)) == Plan(1, 9)
 
 
 def test_nothing_is_measured_where_lanes_are_given_or_idle(free):
     engine = Sized()
     assert silent(engine, PowerConfig(max_new_tokens=8, lanes=3)) == Plan(1, 3)
     assert silent(engine, PowerConfig(max_new_tokens=8, mcmc_steps=0)) == Plan(1, 1)
+    assert silent(engine, PowerConfig(max_new_tokens=8, mcmc_steps=0), jobs=20) == Plan(10, 1)  # not 16 and 4
+    assert silent(engine, PowerConfig(max_new_tokens=8, lanes=3), jobs=20) == Plan(5, 3)
+    assert silent(engine, PowerConfig(max_new_tokens=8, lanes=3), jobs=20, max_chains=18) == Plan(18, 3)
     assert engine.asked == []
 
 
 def test_an_engine_that_cannot_say_what_it_takes_gets_one_lane(free):
-    assert silent(ToyEngine(power_toy()), chains=5) == Plan(5, 1)
+    assert silent(ToyEngine(power_toy()), jobs=5) == Plan(5, 1)
+    assert silent(ToyEngine(power_toy()), jobs=50) == Plan(16, 1)
+    assert silent(ToyEngine(power_toy()), jobs=50, max_chains=20) == Plan(20, 1)
 
 
 def test_more_lanes_are_worth_less_each(free):
     gains = [lane_gain(p) for p in range(1, 40)]
     assert gains[0] == pytest.approx(1.0)
+    assert gains[1] == pytest.approx(1.75)  # of two proposals the second is in vain in a quarter of the cases (3.5)
     steps = [b - a for a, b in itertools.pairwise(gains)]
-    assert all(0 < later < earlier for earlier, later in itertools.pairwise(steps))
+    assert all(later == pytest.approx(0.75 * earlier) for earlier, later in itertools.pairwise(steps))
 
 
 def test_lanes_that_nobody_asked_for_shrink_to_the_memory_in_silence(free):
@@ -115,11 +156,26 @@ def test_lanes_that_nobody_asked_for_shrink_to_the_memory_in_silence(free):
     assert max(engine.asked) == 4
 
 
+def test_chains_that_nobody_asked_for_shrink_to_the_memory_in_silence(free):
+    free(1200)  # 1080 bytes: five chains of two rows
+    assert silent(Sized(lambda rows: 1 + rows), jobs=100) == Plan(5, 1)
+    assert silent(Sized(), PowerConfig(max_new_tokens=8, lanes=3), jobs=100) == Plan(2, 3)
+
+
 def test_steps_that_cannot_be_tried_for_want_of_memory_mean_one_lane(free):
     def seconds(rows):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert silent(Sized(seconds)) == Plan(1, 1)
+
+
+def test_steps_are_tried_as_far_as_memory_goes(free):
+    def seconds(rows):
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    assert silent(Sized(seconds)) == Plan(1, 2)
 
 
 def test_lanes_that_were_asked_for_shrink_with_a_warning(free):
@@ -131,7 +187,81 @@ def test_lanes_that_were_asked_for_shrink_with_a_warning(free):
 def test_chains_that_do_not_fit_wait_with_a_warning(free):
     free(1200)  # 1080 bytes: five chains of two rows
     with pytest.warns(RuntimeWarning, match=r"9 chains could run at once; .* holds 5, so the others wait"):
-        assert plan(Sized(), chains=9) == Plan(5, 1)
+        assert plan(Sized(lambda rows: 1 + rows), jobs=9, max_chains=9) == Plan(5, 1)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Against the best of all pairs
+
+
+@dataclass(frozen=True)
+class Model:
+    """Seconds of a step by what it reads and computes, and what a run holds."""
+
+    weights: float = 15.2e9  # bytes: Qwen2.5-7B in 16 bits
+    token: float = 57_344  # bytes of a position's KV
+    bandwidth: float = 3.0e12  # of an H100, bytes a second
+    flops: float = 700e12
+    memory: float | None = 64.8e9  # bytes that the weights leave
+
+    def seconds(self, rows: int, length: int) -> float:
+        read = self.weights + rows * length * self.token
+        return max(read / self.bandwidth, rows * self.weights / self.flops)
+
+
+class Modelled(Sized):
+    most_rows = 1024
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def run_bytes(self, *, chains, lanes, max_length):
+        return int(chains * (1 + lanes) * max_length * self.model.token)
+
+    def decode_seconds(self, rows, length):
+        self.asked += rows
+        return [self.model.seconds(r, length) for r in rows]
+
+
+def seconds_of_all(jobs: int, slots: int, lanes: int, seconds) -> float:
+    """Seconds to draw all answers, per step that one lane would take for one: full rounds, and the rest in as many
+    lanes of the same rows as are best."""
+    rounds, rest = divmod(jobs, slots)
+    last = (
+        [seconds(rest * p) / lane_gain(p) for p in range(lanes, slots * lanes // rest + 1) if p <= 16] if rest else [0]
+    )
+    return rounds * seconds(slots * lanes) / lane_gain(lanes) + min(last)
+
+
+@pytest.mark.parametrize("jobs", [1, 4, 16, 64, 1000])
+@pytest.mark.parametrize(
+    "model", [Model(), Model(memory=None), Model(flops=20e12), Model(token=458_752, memory=120e9)],
+    ids=["7B", "7B in any memory", "7B on a slow processor", "7B without grouped heads"],
+)  # fmt: skip
+def test_the_plan_is_within_a_twentieth_of_the_best_of_all_pairs(model, jobs, free):
+    free(None if model.memory is None else int(model.memory))
+    config = PowerConfig(max_new_tokens=3072)
+    engine, length = Modelled(model), 128 + 3072 // 2
+    got = silent(engine, config, jobs=jobs, max_length=3200, length=length)
+    assert len(engine.asked) <= 11  # 1, 2, 4, ... rows
+
+    def seconds(rows):
+        return model.seconds(rows, length)
+
+    def fits(slots, lanes):
+        return (
+            model.memory is None or engine.run_bytes(chains=slots, lanes=lanes, max_length=3200) <= 0.9 * model.memory
+        )
+
+    best = min(
+        seconds_of_all(jobs, slots, lanes, seconds)
+        for slots in range(1, jobs + 1)
+        for lanes in range(1, config.mcmc_steps + 1)
+        if fits(slots, lanes)
+    )
+    assert fits(got.slots, got.lanes)
+    assert seconds_of_all(jobs, got.slots, got.lanes, seconds) <= 1.05 * best
 
 
 def test_a_run_that_cannot_hold_one_chain_is_refused_before_it_begins(free):
@@ -178,12 +308,13 @@ def test_the_hugging_face_engine_takes_no_more_than_it_said():
 @pytest.mark.measured
 def test_steps_are_measured_once():
     engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
-    first = engine.decode_seconds([1, 4])
+    first = engine.decode_seconds([1, 4], 100)
     assert all(seconds > 0 for seconds in first)
-    assert engine.decode_seconds([4, 1]) == first[::-1]
+    assert engine.decode_seconds([4, 1], 100) == engine.decode_seconds([4, 1], 128) == first[::-1]
+    assert engine.decode_seconds([1, 4], 60) != first  # other rows are another measurement
     assert engine._slabs is None
-    assert HuggingFaceEngine(engine.model, self_check=False).decode_seconds([1, 4]) == first
-    assert HuggingFaceEngine(tiny_models.llama(), self_check=False).decode_seconds([1, 4]) != first
+    assert HuggingFaceEngine(engine.model, self_check=False).decode_seconds([1, 4], 100) == first
+    assert HuggingFaceEngine(tiny_models.llama(), self_check=False).decode_seconds([1, 4], 100) != first
 
 
 # -----------------------------------------------------------------------------------------------------------

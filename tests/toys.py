@@ -148,5 +148,11 @@ class ToyEngine:
         self.lane_kv[:, target * p : (target + 1) * p] = self.lane_kv[:, source * p : (source + 1) * p]
         self.prompts[target] = self.prompts[source]
 
+    def widen(self, chains: int, lanes: int) -> None:
+        old = self.lane_kv[:, : chains * self.lanes].unflatten(1, (chains, self.lanes)).clone()
+        self.lane_kv = torch.full_like(self.lane_kv, -1)
+        self.lane_kv[:, : chains * lanes].unflatten(1, (chains, lanes))[:, :, : self.lanes] = old
+        self.lanes = lanes
+
     def end(self) -> None:
         self.running = False

@@ -11,7 +11,7 @@ import torch
 
 import power_kernels
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.planning import LANES, default_lanes
+from power_kernels.api.driver.planning import plan_run
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface.decode_attention import KERNELS
 from power_kernels.errors import BackendError
@@ -78,22 +78,34 @@ def _missing() -> list[str]:
     return missing
 
 
+_JOBS = (1, 4, 16, 64, 1000)  # answers to draw, that a plan is shown for
+_TOKENS = 512  # of each
+
+
 def decoding(sampler: PowerSampler, model: str) -> dict:
     """How a run of the Hugging Face engine decodes, as plain data: measures some steps.
 
-    step_seconds: by rows of a step. lanes: that the driver chooses for so many chains at once, with the default
-    PowerConfig.
+    tokens: of the answers that are planned for, fewer where the model's context is shorter. positions: that each row of
+    a timed step reads. step_seconds: by rows of a step. plans: (chains at once, lanes of each) that the driver chooses
+    for so many answers, with the default PowerConfig.
     """
     engine = sampler.engine
-    rows = [count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256) if count <= engine.most_rows]
+    limit = engine.max_context or _TOKENS + 64
+    tokens = min(_TOKENS, max(1, limit // 2))
+    prompt = min(64, limit - tokens)
+    positions = prompt + tokens // 2
+    config = PowerConfig(max_new_tokens=tokens)
+    plans = {jobs: plan_run(engine, config, jobs=jobs, max_length=prompt + tokens, length=positions) for jobs in _JOBS}
     return {
         "model": model,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "attention": engine.attention,
         "captured": sampler.capture,
-        "step_seconds": dict(zip(rows, engine.decode_seconds(rows), strict=True)),
-        "lanes": {chains: default_lanes(engine, PowerConfig(), chains) for chains in rows},
+        "tokens": tokens,
+        "positions": positions,
+        "step_seconds": plans[_JOBS[-1]].seconds.measured,
+        "plans": {jobs: (plan.slots, plan.lanes) for jobs, plan in plans.items()},
     }
 
 
@@ -105,12 +117,14 @@ def _decoding_text(data: dict) -> list[str]:
         f"decoding of {data['model']} on {data['device']}, {data['dtype']}",
         f"  attention     {data['attention']}: {KERNELS[data['attention']]}",
         f"  steps         {kind}",
-        f"  lanes         chosen from {', '.join(map(str, LANES))} unless --lanes says otherwise",
-        "  chains or rows at once, ms a step, times one row, lanes of so many chains",
+        f"  rows of a step that read {data['positions']} positions each: ms, times one row, ms a row",
         *(
-            f"    {rows:>5} {1e3 * seconds:>10.2f} {seconds / one:>8.2f} {data['lanes'][rows]:>6}"
+            f"    {rows:>5} {1e3 * seconds:>10.2f} {seconds / one:>8.2f} {1e3 * seconds / rows:>10.2f}"
             for rows, seconds in data["step_seconds"].items()
         ),
+        f"  answers of {data['tokens']} tokens to draw: chains at once x lanes of each, where --max-chains and --lanes",
+        "  do not say otherwise",
+        *(f"    {jobs:>5} {slots:>10} x {lanes}" for jobs, (slots, lanes) in data["plans"].items()),
     ]
 
 

@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-chains", type=int, default=1, help="independent answers per prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-chains", type=int, default=16, help="chains that run at once, in each process")
+    parser.add_argument(
+        "--max-chains", type=int, help="the most chains that run at once, in each process (default: what pays here)"
+    )
     parser.add_argument("--alpha", type=float, default=4.0)
     parser.add_argument("--max-new-tokens", type=int, default=3072)
     parser.add_argument("--block-size", type=int, default=192, help="0: one stage of max-new-tokens")
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     # What needs no model is looked at before torch is imported.
     check_model_arguments(arguments)
     for option, value in (("--num-chains", arguments.num_chains), ("--max-chains", arguments.max_chains)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ArgumentError(f"{option} is {value}; it must be at least 1")
     if arguments.out and os.path.isdir(arguments.out):
         raise ArgumentError(f"--out {arguments.out} cannot be written: it is a folder")

@@ -140,6 +140,20 @@ class CapturableEngine(Engine, Protocol):
 
 
 @runtime_checkable
+class WideningEngine(Engine, Protocol):
+    """An engine whose chains can get more lanes while a run is on."""
+
+    def widen(self, chains: int, lanes: int) -> None:
+        """From now on there are `chains` slots of `lanes` lanes each: fewer slots, more lanes, no more rows in all.
+
+        What was lane p of slot c, row c * P + p, is row c * lanes + p now. The chains of the slots that stay and the
+        lanes that they had are what they were; the others hold nothing (LaneField.VALID is 0). Called between two
+        steps, after `transfer`.
+        """
+        ...
+
+
+@runtime_checkable
 class SizedEngine(Engine, Protocol):
     """An engine that can say what a run would take.
 
@@ -152,6 +166,9 @@ class SizedEngine(Engine, Protocol):
         """Bytes that a run of this size takes on `device`, on top of what is taken now."""
         ...
 
-    def decode_seconds(self, rows: Sequence[int]) -> list[float]:
-        """Seconds of one decode step of so many rows each, measured when first asked. Raises EngineBusyError."""
+    def decode_seconds(self, rows: Sequence[int], length: int) -> list[float]:
+        """Seconds of one decode step of so many rows each, that each read about `length` positions.
+
+        Measured when first asked. Raises EngineBusyError.
+        """
         ...

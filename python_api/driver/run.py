@@ -3,7 +3,8 @@
     admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
 
 What stands in brackets is a step. On a CUDA device it is recorded and replayed as one graph (`captured.py`), and the
-host only looks at the chains every few steps (`poll.py`); elsewhere the same code runs as it is.
+host only looks at the chains every few steps (`poll.py`); elsewhere the same code runs as it is. When nobody waits for
+a free slot any more, the chains that still run share its rows out among them, as more lanes of each (`widen`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from power_kernels import nvtx, reference
 from power_kernels.api.driver import captured
 from power_kernels.api.driver.captured import CapturedSteps
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import Engine, EngineBusyError, Sampled
+from power_kernels.api.driver.engine import Engine, EngineBusyError, Sampled, WideningEngine
 from power_kernels.api.driver.planning import Plan
 from power_kernels.api.driver.poll import Poll
 from power_kernels.api.driver.results import PowerResult, read_result
@@ -43,22 +44,32 @@ class Job:
 class RunReport:
     """What the last call of a sampler did, up to now.
 
-    slots: chains at once. lanes: of each. captured: whether steps are replayed from recordings. steps: decode steps.
-    lane_steps: rows that went through the model in them; useful_lane_steps: those that brought an extension or a
-    proposal on, counted when their answer is finished. replays: steps that were replayed. restarts: how often the run
-    began anew in less memory. seconds: wall-clock seconds of the host by phase, one of `PHASES`. Where a step is
-    replayed, "replay" is the time to launch it; where the head and the draw are one operator, "forward" includes both.
+    slots: chains at once. lanes: of each, as the run was planned; widened: how often its last chains got more lanes.
+    captured: whether steps are replayed from recordings. steps: decode steps. row_steps: slots times lanes, summed over
+    them. lane_steps: rows that went through the model in them; useful_lane_steps: those that brought an extension or a
+    proposal on, counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: steps
+    that were replayed. restarts: how often the run began anew in less memory. seconds: wall-clock seconds of the host
+    by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch it; where the head and the draw
+    are one operator, "forward" includes both.
     """
 
     slots: int
     lanes: int
     captured: bool
     steps: int = 0
+    row_steps: int = 0
     lane_steps: int = 0
     useful_lane_steps: int = 0
+    drawn: int = 0
+    widened: int = 0
     replays: int = 0
     restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @property
+    def filled(self) -> float:
+        """The share of `row_steps` that drew a token: a lane that waits or idles and a free slot count as empty."""
+        return self.drawn / max(self.row_steps, 1)
 
 
 class Run:
@@ -95,7 +106,8 @@ class Run:
         self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
-        self.graphs = captured.recorder(device) if capture else None
+        self.capture = capture
+        self.widens = isinstance(engine, WideningEngine)
         # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
         self.prefill_cost: list[int] = []
         self.recalled: list[int] = []
@@ -108,6 +120,7 @@ class Run:
         known = sum(self.seconds.values())
         try:
             while self.admit():
+                self.widen()
                 stopped: list[int] = []
                 while not stopped:
                     for _ in range(self.poll.every):
@@ -146,14 +159,19 @@ class Run:
                 entropy=self.law.needs_entropy,
             )
             self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
-            self.views: dict[int, ChainState] = {}
             self.poll = Poll(self.engine.device, plan.slots)
-            self.recordings = CapturedSteps(self.graphs) if self.graphs is not None else None
+            self.new_layout()
         except EngineBusyError:
             raise
         except BaseException:
             self.engine.end()
             raise
+
+    def new_layout(self) -> None:
+        """The tensors of the state are new: forget views of the old ones and what was recorded with them."""
+        self.views: dict[int, ChainState] = {}
+        self.recordings = None  # first, so that its memory is free
+        self.recordings = CapturedSteps(captured.recorder(self.engine.device)) if self.capture else None
 
     # -- a step
 
@@ -161,6 +179,7 @@ class Run:
         """Feed every lane of the active slots once."""
         report, clock = self.report, time.perf_counter
         report.steps += 1
+        report.row_steps += self.plan.rows
         if self.recordings is None:
             state = self.view(len(self.prefill_cost))
             forward, start = self.forward_seconds(), clock()
@@ -173,14 +192,14 @@ class Run:
             self.advance(state, sampled)
         else:
             # Slots behind the active ones may be fed: their lanes are idle. So few numbers of rows are recorded.
-            state = self.view(_rounded(len(self.prefill_cost), self.plan.slots))
+            state = self.view(_rounded(len(self.prefill_cost), self.state.chains))
             report.lane_steps += state.chains * state.lanes
             start = clock()
             plan = self.engine.plan(state)
             key, launch = (state.chains, plan), lambda: self.advance(state, self.engine.decode(state, plan))
             report.replays += self.recordings.run(key, launch)
             self.seconds["replay"] += clock() - start
-            report.captured = self.recordings.work
+            report.captured = self.capture = self.recordings.work
 
     def advance(self, state: ChainState, sampled: Sampled) -> None:
         """Hand the draws to the chains, and move the KV that their decisions ask for.
@@ -230,6 +249,23 @@ class Run:
             self.poll.discard()
         return len(self.prefill_cost)
 
+    def widen(self) -> None:
+        """Give the rows of slots that nobody waits for to the chains that still run. They stay what they are."""
+        active = len(self.prefill_cost)
+        if self.waiting or not self.widens:
+            return
+        fed = active if self.recordings is None else _rounded(active, self.state.chains)
+        lanes = self.plan.lanes_for(fed, self.state.lanes)
+        if lanes == self.state.lanes:
+            return
+        chains = self.plan.rows // lanes
+        self.engine.widen(chains, lanes)
+        self.state = self.state.widened(chains, lanes)
+        self.new_layout()
+        self.report.widened += 1
+        state = self.view(active)
+        self.advance(state, self.nothing_sampled(state))  # opens the new lanes
+
     def nothing_sampled(self, state: ChainState) -> Sampled:
         rows, device = state.lane_field.shape[0], self.engine.device
         values = torch.zeros(rows, dtype=torch.float32, device=device)
@@ -249,7 +285,9 @@ class Run:
             tokenizer=self.tokenizer,
             prompts=self.prompts,
         )
-        self.report.useful_lane_steps += result.cost.extension + result.cost.proposal - result.cost.recalled
+        drawn = result.cost.extension + result.cost.proposal
+        self.report.drawn += drawn
+        self.report.useful_lane_steps += drawn - result.cost.recalled
         if slot != last:
             self.state.move(last, slot)
             self.engine.move(last, slot)

@@ -85,7 +85,7 @@ class PowerSampler:
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         prompt_ids: Sequence[int] | None = None,
-        max_chains: int = 16,
+        max_chains: int | None = None,
         share: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> list[PowerResult]:
@@ -97,10 +97,12 @@ class PowerSampler:
         num_chains: independent answers per prompt. seed: 64 bits; the same seed gives the same chains, whatever batch
         they run in. eos_token_id: an int or a sequence; None takes the engine's and, where a prompt is a conversation,
         the token that ends a turn in the chat template; [] or -1 runs every answer to max_new_tokens. prompt_ids: the
-        prompts' identities in the random-number contract; their index in this call by default. max_chains: chains that
-        run at once, fewer where memory does not hold them (RuntimeWarning); the others wait for a free slot, first
-        come, first served. share: (r, n) draws only each n-th answer from the r-th on, in prompt-major order.
-        progress: show a bar. Integers may be of NumPy or tensors without dimensions.
+        prompts' identities in the random-number contract; their index in this call by default. max_chains: the most
+        chains that run at once; None leaves their number to the driver, which weighs waiting chains against lanes by
+        what steps take here (`planning.py`). Fewer run where memory does not hold them (RuntimeWarning where a number
+        was given); the others wait for a free slot, first come, first served. share: (r, n) draws only each n-th answer
+        from the r-th on, in prompt-major order. progress: show a bar. Integers may be of NumPy or tensors without
+        dimensions.
 
         Where some prompts leave less than max_new_tokens of the model's context, the horizon of each of them is what
         it leaves: its answer is drawn from p^alpha at that horizon, and one that reaches it has finish "context". A
@@ -137,7 +139,7 @@ class PowerSampler:
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         prompt_ids: Sequence[int] | None = None,
-        max_chains: int = 16,
+        max_chains: int | None = None,
         skip: Collection[tuple[int, int]] = (),
         share: tuple[int, int] = (0, 1),
         progress: bool = False,
@@ -189,7 +191,7 @@ class PowerSampler:
         if not isinstance(config, PowerConfig):
             raise ArgumentTypeError(f"config is a {type(config).__name__}; it must be a PowerConfig")
         seed = integer("seed is", seed, -(2**63), 2**64 - 1)
-        max_chains = integer("max_chains is", max_chains, 1)
+        max_chains = None if max_chains is None else integer("max_chains is", max_chains, 1)
         if self._ranks is not None:
             self._ranks.check_same(answers=jobs, config=config, seed=seed, eos_token_id=eos, max_chains=max_chains)
         if not jobs:
@@ -219,7 +221,11 @@ class PowerSampler:
     def _results(self, jobs: list[Job], max_length, config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
         """Runs until every answer is drawn: one, and another in less memory each time that memory runs out."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
-        plan = plan_run(self.engine, config, chains=min(max_chains, len(jobs)), max_length=max_length)
+        prompt = sum(len(job.prompt) for job in jobs) // len(jobs)
+        plan = plan_run(
+            self.engine, config, jobs=len(jobs), max_chains=max_chains,
+            max_length=max_length, length=prompt + config.max_new_tokens // 2,
+        )  # fmt: skip
         report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
         while left:
             run = Run(

@@ -48,7 +48,7 @@ def _power_sample(
     compat: str | None = None,
     num_chains: int = 1,
     seed: int | None = None,
-    max_chains: int = 16,
+    max_chains: int | None = None,
     power_results: list | None = None,
     streamer=None,
     **model_kwargs,

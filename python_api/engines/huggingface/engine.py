@@ -49,8 +49,8 @@ from power_kernels.state import ChainState, LaneField, LaneStatus, Status
 
 _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distinct shapes small
 
-# Rows of a step beyond which lanes cannot be nearly free, on a CPU and on a device: the processor is busy by then.
-_MOST_ROWS = (16, 256)
+# Rows of a step beyond which more at once save little, on a CPU and on a device: the processor is busy by then.
+_MOST_ROWS = (64, 1024)
 
 
 class HuggingFaceEngine:
@@ -338,15 +338,29 @@ class HuggingFaceEngine:
         if self._memory is not None:
             self._memory.move(source, target)
 
+    def widen(self, chains: int, lanes: int) -> None:
+        """From now on `chains` slots of `lanes` lanes each. See the protocol."""
+        self._check_running()
+        if not (lanes >= self._slabs.lanes and 1 <= chains <= self._chains and chains * lanes <= len(self._row)):
+            raise ArgumentError(
+                f"chains is {chains} and lanes {lanes}; a run of {self._chains} chains in {self._slabs.lanes} lanes "
+                f"can only have fewer chains in more lanes, {len(self._row)} in all"
+            )
+        self._slabs.widen(chains, lanes, max(self._held.reach(slot) for slot in range(self._chains)))
+        self._chains = chains
+        if self._memory is not None:
+            self._memory.widen(lanes)
+
     # -- what a run takes
 
     def run_bytes(self, *, chains: int, lanes: int, max_length: int) -> int:
         """Bytes of the KV of a run, of its logits, and on a CPU of what speeds it up."""
         return run_bytes(self, chains=chains, lanes=lanes, positions=self._positions(max_length))
 
-    def decode_seconds(self, rows: Sequence[int]) -> list[float]:
-        """Seconds of the forward pass of a step of each number of rows. See `step_timing.py`."""
-        return decode_seconds(self, known_times(self), rows)
+    def decode_seconds(self, rows: Sequence[int], length: int) -> list[float]:
+        """Seconds of the forward pass of a step of each number of rows that read `length` positions, or about as many.
+        See `step_timing.py`."""
+        return decode_seconds(self, known_times(self), rows, length)
 
     def _positions(self, max_length: int) -> int:
         return _round_up(max_length, self.length_multiple)

@@ -68,6 +68,10 @@ class PrefixMemory:
     def move(self, source: int, target: int) -> None:
         self._root[target], self._prompt[target] = self._root[source], self._prompt[source]
 
+    def widen(self, lanes: int) -> None:
+        """Each slot has so many lanes from now on; their nodes have moved with their KV."""
+        self._lanes = lanes
+
     def recall(self, state: ChainState) -> tuple[list[int], torch.Tensor]:
         """The running lanes whose next prefix is known, and its hidden state for each [n, hidden_size].
 

@@ -97,6 +97,22 @@ class KvSlabs:
             lane[:, lane_rows, :, :lanes_stop].zero_()
             chain[:, chain_row, :, chain_start:chain_stop].zero_()
 
+    def widen(self, chains: int, lanes: int, stop: int) -> None:
+        """Lanes [c * P, (c + 1) * P) of the first slots become [c * lanes, c * lanes + P), positions [0, stop); the
+        others of `chains` slots become zero."""
+        for lane, _ in self.pairs:
+            # From the last row on, so that none is written before it was read: rows only move up.
+            for row in reversed(range(chains * lanes)):
+                slot, place = divmod(row, lanes)
+                if place >= self.lanes:
+                    continue
+                source = slot * self.lanes + place
+                if source != row:
+                    lane[:, row, :, :stop].copy_(lane[:, source, :, :stop])
+            for slot in range(chains):
+                lane[:, slot * lanes + self.lanes : (slot + 1) * lanes, :, :stop].zero_()
+        self.lanes = lanes
+
     def copy_chain(self, source: int, target: int, stop: int) -> None:
         """Give chain row `target` the positions [0, stop) of chain row `source`."""
         for _, chain in self.pairs:

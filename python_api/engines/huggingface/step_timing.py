@@ -1,4 +1,7 @@
-"""What a decode step takes on this machine, by its number of rows: measured once for a model, for the driver's plan."""
+"""What a decode step takes on this machine, by its rows and the positions that they read, for the driver's plan.
+
+Measured once for a model, a number of rows and a length; lengths are rounded, four to an octave.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,45 @@ from power_kernels.api.engines.huggingface import decode_attention
 from power_kernels.api.engines.huggingface.adapters import Adapters
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
 
-_TIMED_LENGTH = (64, 512)  # positions that each row of a timed step reads, on a CPU and on a device
+_LEAST_LENGTH = 64  # shorter rows cost no less
+_ROUNDS = 4
+_ENOUGH_SECONDS = 1.0  # after so long no further round is begun
 
 _measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
-def known_times(engine) -> dict[int, float]:
-    """Seconds by number of rows, shared by all engines that decode the same model alike."""
+def known_times(engine) -> dict[tuple[int, int], float]:
+    """Seconds by rows and rounded length, shared by all engines that decode the same model alike."""
     adapters = Adapters(engine.model).active()
     alike = engine.device, engine.dtype, engine.attention, engine.compile, torch.get_num_threads(), adapters
     return _measured.setdefault(engine.model, {}).setdefault(alike, {})
 
 
-def decode_seconds(engine, known: dict[int, float], rows: Sequence[int]) -> list[float]:
-    """Seconds of the forward pass of a step of each number of rows, the least of four; replayed where the driver
+def decode_seconds(engine, known: dict[tuple[int, int], float], rows: Sequence[int], length: int) -> list[float]:
+    """Seconds of the forward pass of a step of each number of rows, the least of some; replayed where the driver
     replays its steps. What is not in `known` is measured and put there."""
-    new = sorted(set(rows) - set(known))
+    length = min(rounded(length), engine.max_context or length)
+    new = sorted({count for count in rows if (count, length) not in known})
     if new:
-        length = _TIMED_LENGTH[engine.device.type != "cpu"]
-        length = min(length, engine.max_context or length)
         engine.begin(chains=1, lanes=new[-1], max_length=length, alpha=1.0, beta=1.0, seed=0)
         try:
             steps = [_step(engine, count, length) for count in new]
-            # In turns, so that what else the machine does meets all of them.
-            rounds = [[_elapsed(step, engine.device) for step in steps] for _ in range(4)]
+            rounds, spent = [], 0.0
+            while len(rounds) < _ROUNDS and spent < _ENOUGH_SECONDS:
+                # In turns, so that what else the machine does meets all of them.
+                rounds.append([_elapsed(step, engine.device) for step in steps])
+                spent = engine._agreed(spent + sum(rounds[-1]))
             for count, seconds in zip(new, zip(*rounds, strict=True), strict=True):
-                known[count] = engine._agreed(min(seconds))
+                known[count, length] = engine._agreed(min(seconds))
         finally:
             engine.end()
-    return [known[count] for count in rows]
+    return [known[count, length] for count in rows]
+
+
+def rounded(length: int) -> int:
+    """The next of four lengths to an octave, of at least _LEAST_LENGTH."""
+    step = max(_LEAST_LENGTH, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 def _step(engine, rows: int, length: int) -> Callable[[], None]:

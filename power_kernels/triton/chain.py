@@ -173,7 +173,9 @@ def mh_accept_out(
 # ---------------------------------------------------------------------------------------------------------------
 # mh_advance
 
-# 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads.
+# 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads: every thread
+# reads the chain's scalars, one writes them back. So all that a program counts on (its fields, its costs, what each step
+# has forwarded) is read before the first barrier and written after it.
 ADVANCE = {"BLOCK": 128, "num_warps": 4}
 # ptxas would rather spill than give up a step of occupancy, of which one program a chain has no use. NVIDIA only.
 REGISTERS = 128
@@ -407,6 +409,8 @@ def _mh_advance_kernel(
     lane_fault = tl.load(lane_field + _LANE_FAULT, mask=live, other=0)
     epoch = tl.load(lane_field + _LANE_EPOCH, mask=live, other=0)
 
+    column = tl.arange(0, 4)
+    cost = tl.load(cost_ptr + c * 4 + column)
     saved_prefix = 0
     commit_lane = 0
     commit_start = 0
@@ -418,12 +422,11 @@ def _mh_advance_kernel(
     extending = mode == _EXTEND
     status = tl.load(new_status_ptr + lane, mask=live, other=_PENDING)
     got = live & (lane_status == _RUNNING) & (status != _PENDING) & (extending | (mode == _PROPOSE))
-    cost = cost_ptr + c * 4
-    cause = cost + tl.where(extending, _COST_EXTENSION, _COST_PROPOSAL)
-    tl.store(cause, tl.load(cause) + tl.sum(got.to(tl.int32), 0))
+    cause = tl.where(extending, _COST_EXTENSION, _COST_PROPOSAL)
+    cost += tl.where(column == cause, tl.sum(got.to(tl.int32), 0), 0)
     of_step = got & (extending == 0)
-    spent = tl.load(forwarded_ptr + steps + serial, mask=of_step, other=0)
-    tl.store(forwarded_ptr + steps + serial, spent + 1, mask=of_step)
+    forwarded = forwarded_ptr + steps + serial
+    spent = tl.load(forwarded, mask=of_step, other=0)
     # up to the divergence the token that was fed is the chain's own
     valid = tl.where(got & (pos <= div), base + pos, valid)
 
@@ -486,7 +489,7 @@ def _mh_advance_kernel(
     rejected = rejected | (tested & closed & (cut != _UNIFORM) & (z == 0.0))
     tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
     saved_early = tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)
-    tl.store(cost + _COST_EARLY, tl.load(cost + _COST_EARLY) + saved_early)
+    cost += tl.where(column == _COST_EARLY, saved_early, 0)
     lane_status = tl.where(rejected, _IDLE, tl.where(closed, _CLOSED_LANE, lane_status))
 
     # lanes whose token was kept after all walk on
@@ -520,6 +523,8 @@ def _mh_advance_kernel(
     # ---- 2. resolve the lowest unresolved serial
     # Lane rows were written by one thread and are read by others from here on; chain rows were read, and may change.
     tl.debug_barrier()
+    # Here, so that the barrier of a commit comes before a voided step opens again and counts from 0.
+    tl.store(forwarded, spent + 1, mask=of_step)
     active = extending | (mode == _PROPOSE)
     lowest = tl.min(tl.where(live & (lane_status != _IDLE), serial, _FAR), 0)
     if active & (lowest != _FAR):
@@ -691,8 +696,8 @@ def _mh_advance_kernel(
     tl.store(field + _STAGE, stage)
     tl.store(field + _FINAL, final)
     tl.store(field + _CLOSED, chain_closed)
-    cost = cost_ptr + c * 4
-    tl.store(cost + _COST_PREFIX, tl.load(cost + _COST_PREFIX) + saved_prefix)
+    cost += tl.where(column == _COST_PREFIX, saved_prefix, 0)
+    tl.store(cost_ptr + c * 4 + column, cost)
 
 
 # Vectors over lanes: one lane needs no reductions, and most users have one or a few.

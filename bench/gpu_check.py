@@ -2,14 +2,16 @@
 
 The plan `kernels`, the default:
 
-    kernels      every kernel once at small odd sizes against the reference, so that what does not run shows first
+    smoke        two minutes at most: every operator once against the reference, small and at real sizes, chains of
+                 long answers, a tiny model with and without graphs; all that is wrong, on top of the summary
     tests        the test suite on the device (`pytest --device cuda`), a process a file, several at once
     benchmarks   bench/ops.py: every operator against its opponents
     durations    the time of each kernel at real sizes (torch.profiler)
     sanitizer    compute-sanitizer's memcheck and racecheck over the launches of the first stage
     ncu          Nsight Compute: traffic, throughput, registers and occupancy of each kernel at real sizes
 
-Whole answers (bench/end_to_end.py) of the shapes of real models with random weights, a folder OUT for each plan:
+The plan `smoke` is that first stage alone. Whole answers (bench/end_to_end.py) of the shapes of real models with random
+weights, a folder OUT for each plan:
 
     decode       a decode step of Qwen2.5-7B, Qwen2.5-Math-7B and Phi-3.5-mini against the memory's bandwidth; its waits
     latency      Qwen2.5-7B, one prompt: 768 tokens by 1, 2, 4, 8 lanes and the default; the paper's 3072 by the default
@@ -18,9 +20,9 @@ Whole answers (bench/end_to_end.py) of the shapes of real models with random wei
 Uses the Python that runs it and what is installed there; needs no network, no compiled extension and no installed
 package, and says what is missing. A stage that is over its time is killed and reported; time that a stage leaves over
 goes to those behind it. Everything is written as it comes: OUT/summary.md is for people, OUT/stages.json,
-OUT/environment.json, OUT/tests.jsonl, OUT/kernels.jsonl, OUT/durations.jsonl, OUT/bench/, OUT/ncu.csv hold the figures,
-OUT/logs/ what was printed. Exits with 1 if kernels, tests or a sanitizer failed or could not be run to their end, or if
-a stage of whole answers failed, or was over its time with nothing in its table; with 2 if there is no device. Targets
+OUT/environment.json, OUT/smoke.json, OUT/tests.jsonl, OUT/durations.jsonl, OUT/bench/, OUT/ncu.csv hold the figures,
+OUT/logs/ what was printed. Exits with 1 if smoke, tests or a sanitizer failed or could not be run to their end, or if a
+stage of whole answers failed, or was over its time with nothing in its table; with 2 if there is no device. Targets
 that are missed are named and change no exit code.
 """
 
@@ -46,8 +48,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOKE_SECONDS = 120.0  # for a first look, whatever time there is
 BUDGET = 520.0  # seconds for everything; the ninth minute is a reserve for what kills slowly
 
+BROKEN = 3  # of bench/gpu_smoke.py: the device takes no more work from this process
 PASSED, FAILED, LATE, ABSENT, REFUSED = "passed", "failed", "over its time", "not installed", "not permitted"
 PARTLY = "over its time, partly measured"
 HARMLESS = (PASSED, PARTLY, ABSENT, REFUSED)  # of a stage that must pass
@@ -96,11 +100,13 @@ METRICS = {  # of Nsight Compute, and what the summary calls them; in base units
 
 @dataclass
 class Result:
-    """What came of a stage. lines: markdown for the summary. figures: anything for stages.json."""
+    """What came of a stage. lines: markdown for the summary. figures: anything for stages.json. top: markdown for the
+    beginning of the summary."""
 
     status: str
     lines: list[str] = field(default_factory=list)
     figures: dict = field(default_factory=dict)
+    top: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,7 @@ class Check:
     def write_summary(self, waiting: tuple[str, ...] = ()) -> None:
         environment = read_json(self.out / "environment.json") or {}
         lines = ["# GPU check", "", environment.get("title", "the environment is not known"), ""]
+        lines += [line for r in self.results if r["top"] for line in (*r["top"], "")]
         lines += ["| stage | result | seconds |", "|---|---|---|"]
         lines += [f"| {r['stage']} | {r['status']} | {r['seconds']} |" for r in self.results]
         lines += [f"| {name} | not reached | |" for name in waiting]
@@ -352,22 +359,52 @@ def environment(check: Check, seconds: float) -> Result:
 # The stages
 
 
-def kernels(check: Check, seconds: float) -> Result:
-    path = check.out / "kernels.jsonl"
-    arguments = ["bench/gpu_targets.py", "check", "--device", check.device, "--out", path]
-    done = check.python("kernels", arguments, seconds)
-    rows = read_lines(path)
+def smoke(check: Check, seconds: float, script: Path = ROOT / "bench" / "gpu_smoke.py") -> Result:
+    """Every group of bench/gpu_smoke.py in a process of its own, several at once; all items and facts in smoke.json."""
+    end = time.monotonic() + min(seconds, SMOKE_SECONDS)
+    listed = check.python("smoke-groups", [script, "--list"], min(seconds, SMOKE_SECONDS))
+    groups = listed.text.splitlines()
+    if listed.code != 0 or not groups:
+        return Result(LATE if listed.code is None else FAILED, last_lines(listed.text))
+    at_once = max(1, min(len(groups), (os.cpu_count() or 2) - 1))
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(lambda numbered: smoke_group(check, script, *numbered, end), enumerate(groups))
+    rows = [row for rows in found for row in rows]
     wrong = [row for row in rows if row["error"]]
-    slowest = max((row.get("seconds") or 0 for row in rows), default=0)
-    right = f"{len(rows) - len(wrong)} of {len(rows)} launches agree with the reference"
-    lines = [f"{right}; the slowest first launch, its compilation included, took {slowest} s."]
-    lines += [f"- {row['launch']}: {row['error']}" for row in wrong]
-    figures = {"launches": len(rows), "wrong": len(wrong)}
-    if done.code is None:
-        return Result(LATE, lines, figures)
-    if done.code or wrong or not rows:
-        return Result(FAILED, lines + ([] if wrong else last_lines(done.text)), figures)
-    return Result(PASSED, lines, figures)
+    never = [row for row in rows if row["seconds"] is None]
+    right = len(rows) - len(wrong) - len(never)
+    top = [f"Smoke: {right} of {len(rows)} right, {len(wrong)} wrong, {len(never)} not reached (smoke.json)."]
+    top += [f"- {row['group']}: {row['name']}: {' '.join(row['error'].split())[:300]}" for row in wrong]
+    top += [f"- {row['group']}: {row['name']}: not reached when the time was over" for row in never]
+    seen = [(row, ", ".join(f"{name} {value}" for name, value in row["facts"].items())) for row in rows]
+    lines = [f"- {row['group']}: {row['name']}: {facts}" for row, facts in seen if facts]
+    figures = {"right": right, "wrong": len(wrong), "not_reached": len(never)}
+    (check.out / "smoke.json").write_text(json.dumps({**figures, "items": rows}, indent=1))
+    return Result(FAILED if wrong else LATE if never else PASSED, lines, figures, top)
+
+
+def smoke_group(check: Check, script: Path, number: int, group: str, end: float) -> list[dict]:
+    """What came of each item. Where one ended its process, by a crash, a hang or a device that takes no more work from
+    it, another process goes on behind it."""
+    names, rows = ["(its start)"], []
+    while len(rows) < len(names) and (left := end - time.monotonic()) > 1:
+        before = len(rows)
+        log = f"smoke-{number}-{before}"
+        told = check.logs / f"{log}.jsonl"
+        told.unlink(missing_ok=True)  # of an earlier run in the same folder
+        # Half of what is left for an item, so that one that hangs leaves time to those behind it.
+        options = ["--after", before, "--seconds", left / 2, "--out", told]
+        done = check.python(log, [script, group, "--device", check.device, *options], left)
+        lines = read_lines(told)
+        names = next((line["items"] for line in lines if "items" in line), names)
+        rows += [line for line in lines if "error" in line]
+        if done.code is None:
+            break
+        if done.code not in (0, BROKEN) or len(rows) == before:
+            how = f"ended its process with code {done.code}: {' '.join(last_lines(done.text)[1:-1])}"
+            rows.append({"error": how, "trace": done.text[-6000:], "facts": {}, "seconds": done.seconds})
+    rows += [{"error": None, "trace": None, "facts": {}, "seconds": None}] * (len(names) - len(rows))
+    return [{"group": group, "name": name, **row} for name, row in zip(names, rows, strict=True)]
 
 
 def parts_of(folder: Path) -> list[tuple[str, str]]:
@@ -591,16 +628,18 @@ def end_to_end_stage(name: str, seconds: float, suite: str, *options: str) -> St
     return Stage(name, seconds, end_to_end(name, suite, *options), must_pass=True)
 
 
+SMOKE = Stage("smoke", SMOKE_SECONDS, smoke, must_pass=True)
 STAGES = (
-    Stage("kernels", 70, kernels, must_pass=True),
-    Stage("tests", 180, suite, must_pass=True),
-    Stage("benchmarks", 140, benchmarks),
+    SMOKE,
+    Stage("tests", 160, suite, must_pass=True),
+    Stage("benchmarks", 120, benchmarks),
     Stage("durations", 25, durations),
-    Stage("sanitizer", 55, sanitizer, must_pass=True),
+    Stage("sanitizer", 50, sanitizer, must_pass=True),
     Stage("ncu", 45, ncu),
 )
 PLANS = {
     "kernels": STAGES,
+    "smoke": (SMOKE,),
     "decode": tuple(
         end_to_end_stage(f"decode-{shape}", 170, "decode", "--model", shape)
         for shape in ("qwen2.5-7b", "qwen2.5-math-7b", "phi-3.5-mini")

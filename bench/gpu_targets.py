@@ -1,7 +1,6 @@
-"""Launches every kernel, for a check, a sanitizer or a profiler (bench/gpu_check.py, bench/profile.md).
+"""Launches every kernel, for a sanitizer or a profiler (bench/gpu_check.py, bench/profile.md).
 
-    python bench/gpu_targets.py check      small odd sizes, against the reference on the host; a JSON line each
-    python bench/gpu_targets.py launch     the same launches and nothing else: what compute-sanitizer watches
+    python bench/gpu_targets.py launch     small odd sizes and nothing else: what compute-sanitizer watches
     python bench/gpu_targets.py profile    real sizes, warmed up, between cudaProfilerStart and -Stop: for ncu and nsys
     python bench/gpu_targets.py durations  real sizes, the time of every kernel by torch.profiler; needs no privileges
 
@@ -17,7 +16,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -52,58 +50,6 @@ def without_arguments() -> list[str]:
     from tests import test_ops_contract as contract
 
     return sorted(set(dispatch.KERNELS) - set(contract.ARGUMENTS))
-
-
-def difference(name: str, ours: tuple, theirs: tuple, outputs: tuple) -> str | None:
-    """What is not as the reference says, or None: integers exactly, floats to 1e-4 of max(1, value)."""
-    import torch
-
-    schema = getattr(torch.ops.power_kernels, name).default._schema
-    for declared, a, b in zip(schema.arguments, ours, theirs, strict=True):
-        if isinstance(a, torch.Tensor) and declared.name != "workspace":
-            outputs += ((declared.name, a, b),)
-    for label, a, b in outputs:
-        a = a.cpu()
-        if a.is_floating_point():
-            same = torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
-        else:
-            same = a == b
-        if not bool(same.all()):
-            where = int((~same).flatten().nonzero()[0])
-            return f"{label}[{where}] is {a.flatten()[where].item()}; the reference has {b.flatten()[where].item()}"
-    return None
-
-
-def check(device: str, out) -> int:
-    """Every launch against the reference; a line of JSON each, written at once. Returns how many are wrong."""
-    import torch
-
-    import power_kernels as pk
-
-    wrong = 0
-    for case, (name, make, contract) in small_arguments(device).items():
-        line = {"launch": case, "operator": name, "error": None}
-        begin = time.perf_counter()
-        try:
-            ours, theirs = contract.placed(make()), make()
-            with torch.inference_mode():
-                returned = contract.call(name, ours)
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                line["seconds"] = round(time.perf_counter() - begin, 3)
-                with pk.use_backend("reference"):
-                    expected = contract.call(name, theirs)
-            columns = zip(getattr(returned, "_fields", ()), returned or (), expected or (), strict=False)
-            outputs = tuple((label, a, b) for label, a, b in columns if a is not None)
-            line["error"] = difference(name, ours, theirs, outputs)
-        except Exception as error:  # one kernel that does not run hides no other
-            line["error"] = f"{type(error).__name__}: {error}"[:2000]
-        wrong += line["error"] is not None
-        print(json.dumps(line), file=out, flush=True)
-    for name in without_arguments():
-        wrong += 1
-        print(json.dumps({"launch": name, "operator": name, "error": "no arguments for it in the tests"}), file=out)
-    return wrong
 
 
 def launch(device: str) -> int:
@@ -193,15 +139,13 @@ def durations(device: str, grid: str, out) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("check", "launch", "profile", "durations"))
+    parser.add_argument("mode", choices=("launch", "profile", "durations"))
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--grid", default="default", choices=("quick", "default", "full"))
     parser.add_argument("--out", type=Path, help="the file for the JSON lines (default: the screen)")
     given = parser.parse_args(arguments)
     out = given.out.open("w") if given.out else sys.stdout
     match given.mode:
-        case "check":
-            return 1 if check(given.device, out) else 0
         case "launch":
             return launch(given.device)
         case "profile":

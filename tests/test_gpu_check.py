@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import json
 import os
 import re
@@ -12,20 +14,44 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import gpu_check
+import power_kernels as pk
+from bench import gpu_check, gpu_smoke, gpu_targets
 from bench.gpu_check import ABSENT, FAILED, LATE, PARTLY, PASSED, REFUSED, Check, Result, Stage
 from power_kernels.api.bench.options import OPS, add_arguments
+from power_kernels.api.driver import captured
 from power_kernels.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+HOURS = 7200.0  # what no machine is too slow for: these tests prove nothing by the clock
+
+
 @pytest.fixture
 def check(tmp_path):
-    return Check(tmp_path / "out", "cpu", 60.0)
+    return Check(tmp_path / "out", "cpu", HOURS)
+
+
+@pytest.fixture
+def time_is_over(monkeypatch):
+    """time_is_over(name, path): for a command with `name` in its arguments as soon as the file is there, however long
+    that takes; for no other ever."""
+    ends, wait = {}, subprocess.Popen.wait
+
+    def waiting(self, timeout=None):
+        path = next((path for name, path in ends.items() if name in " ".join(map(str, self.args))), None)
+        if timeout is None or path is None:
+            return wait(self)
+        wait_until(path.exists)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waiting)
+    return ends.__setitem__
 
 
 def shell(text: str):
@@ -58,8 +84,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    """Of what must come about, sooner or later."""
+    end = time.monotonic() + HOURS
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.02)
@@ -91,10 +118,11 @@ def test_a_failing_stage_is_named_and_fails_the_whole_only_if_it_must_pass(check
     assert check.failed()
 
 
-def test_a_stage_over_its_time_is_killed_with_its_children_and_the_others_go_on(check):
+def test_a_stage_over_its_time_is_killed_with_its_children_and_the_others_go_on(check, time_is_over):
     """What it printed until then stays."""
     note = check.out / "child"
-    stuck = f"echo begun; (echo $$ > {note}; sleep 300) & sleep 300"
+    stuck = f"echo begun; (sh -c 'echo $PPID > {note}.part; mv {note}.part {note}'; sleep infinity) & sleep infinity"
+    time_is_over("begun", note)
     stages = (Stage("stuck", 1, shell(stuck), must_pass=True), Stage("after", 58, shell("true")))
     gpu_check.run_stages(check, stages)
     assert statuses(check) == {"stuck": LATE, "after": PASSED}
@@ -103,20 +131,27 @@ def test_a_stage_over_its_time_is_killed_with_its_children_and_the_others_go_on(
     assert check.failed()
 
 
-def test_time_left_over_goes_to_later_stages_and_never_comes_from_them(check):
-    given = []
+def test_time_left_over_goes_to_later_stages_and_never_comes_from_them(tmp_path, monkeypatch):
+    """By a clock of our own, which stages move on."""
+    now, given = 0.0, []
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: now))
 
-    def noting(c, seconds):
-        given.append(seconds)
-        return Result(PASSED)
+    def taking(took):
+        def run(c, seconds):
+            nonlocal now
+            given.append(seconds)
+            now += took
+            return Result(PASSED)
 
-    gpu_check.run_stages(check, (Stage("a", 10, noting), Stage("b", 10, noting), Stage("c", 10, noting)))
-    assert 35 < given[0] <= 40  # 60 less what b and c are owed
-    assert 45 < given[1] <= 50
-    assert 55 < given[2] <= 60
-    late = Check(check.out, "cpu", 0.5)
-    gpu_check.run_stages(late, (Stage("a", 10, noting),))
+        return run
+
+    check = Check(tmp_path, "cpu", 60.0)
+    gpu_check.run_stages(check, (Stage("a", 10, taking(3)), Stage("b", 10, taking(49)), Stage("c", 10, taking(0))))
+    assert given == [40, 47, 8]  # 60 less what b and c are owed; 57 less c's; what is left
+    late = Check(tmp_path, "cpu", 0.5)
+    gpu_check.run_stages(late, (Stage("a", 10, taking(0)),))
     assert statuses(late) == {"a": LATE}
+    assert len(given) == 3
 
 
 def test_a_stage_that_raises_is_a_failed_one_and_the_others_go_on(check):
@@ -136,14 +171,15 @@ sys.path.insert(0, {str(ROOT)!r})
 from bench import gpu_check as g
 g.environment = lambda check, seconds: g.Result(g.PASSED, [], {{"usable": True}})
 def stuck(check, seconds):
-    check.command("stuck", ["sh", "-c", "echo $$ > {out}/pid; sleep 300"], seconds)
+    check.command("stuck", ["sh", "-c", "echo $$ > {out}/pid; sleep infinity"], seconds)
 first = g.Stage("first", 5, lambda c, s: g.Result(g.PASSED, ["found this"]))
-g.main(["--out", "{out}", "--device", "cpu"], (first, g.Stage("stuck", 60, stuck), g.Stage("last", 5, stuck)))
+stages = (first, g.Stage("stuck", 60, stuck), g.Stage("last", 5, stuck))
+g.main(["--out", "{out}", "--device", "cpu", "--seconds", "{HOURS}"], stages)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     wait_until(lambda: (out / "pid").exists() and (out / "pid").read_text().strip())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert process.wait(timeout=HOURS) == 128 + signal.SIGTERM
     wait_until(lambda: not alive(int((out / "pid").read_text())))
     summary = (out / "summary.md").read_text()
     assert "found this" in summary
@@ -164,10 +200,11 @@ def test_the_stages_of_a_plan_fit_nine_minutes(plan):
 
 def test_what_shows_mistakes_must_pass_and_figures_of_kernels_need_not():
     every = [stage for stages in gpu_check.PLANS.values() for stage in stages]
-    assert len({stage.name for stage in every}) == len(every)
-    answers = {s.name for name, stages in gpu_check.PLANS.items() if name != "kernels" for s in stages}
-    assert {s.name for s in every if s.must_pass} == {"kernels", "tests", "sanitizer"} | answers
-    assert {s.name for s in gpu_check.STAGES if s.must_pass} == {"kernels", "tests", "sanitizer"}
+    assert len({stage.name for stage in every}) == len(every) - 1
+    assert gpu_check.PLANS["smoke"] == gpu_check.STAGES[:1]  # the only one of two plans
+    answers = {s.name for name, stages in gpu_check.PLANS.items() if name not in ("kernels", "smoke") for s in stages}
+    assert {s.name for s in every if s.must_pass} == {"smoke", "tests", "sanitizer"} | answers
+    assert {s.name for s in gpu_check.STAGES if s.must_pass} == {"smoke", "tests", "sanitizer"}
 
 
 def test_a_machine_without_a_device_is_told_so(tmp_path):
@@ -251,7 +288,7 @@ def test_tools_are_found_on_the_path(tmp_path, monkeypatch):
 )
 def test_memcheck_passes_only_with_launches_and_without_errors(check, tool, printed, code, status):
     tool(f'printf "{printed}\\n"; exit {code}')
-    result = gpu_check.sanitize(check, "memcheck", 20)
+    result = gpu_check.sanitize(check, "memcheck", HOURS)
     assert result.status == status
     if "Invalid" in printed:
         assert any("Invalid __global__ read" in line for line in result.lines)
@@ -260,7 +297,7 @@ def test_memcheck_passes_only_with_launches_and_without_errors(check, tool, prin
 def test_racecheck_counts_hazards(check, tool):
     for count, status in ((0, PASSED), (2, FAILED)):
         tool(f'echo "launched a"; echo "========= RACECHECK SUMMARY: {count} hazards displayed (0 errors, 0 warnings)"')
-        assert gpu_check.sanitize(check, "racecheck", 20).status == status
+        assert gpu_check.sanitize(check, "racecheck", HOURS).status == status
 
 
 def test_the_worse_of_the_two_tools_counts(check, tool):
@@ -268,7 +305,7 @@ def test_the_worse_of_the_two_tools_counts(check, tool):
         'echo "launched a"; [ $2 = memcheck ] && echo "== ERROR SUMMARY: 0 errors" && exit 0\n'
         'echo "== RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 86'
     )
-    result = gpu_check.sanitizer(check, 20)
+    result = gpu_check.sanitizer(check, HOURS)
     assert result.status == FAILED
     assert {tool: figures["status"] for tool, figures in result.figures.items()} == {
         "memcheck": PASSED,
@@ -289,7 +326,7 @@ profiling sample_tokens bfloat16: 5 bytes by the formula, 0 flops
 def test_a_profile_becomes_a_table_and_a_csv(check, tool, tmp_path):
     (tmp_path / "page").write_text(RAW_PAGE)
     tool(f"cat {tmp_path / 'page'}")
-    result = gpu_check.ncu(check, 20)
+    result = gpu_check.ncu(check, HOURS)
     assert (result.status, result.figures) == (PASSED, {"kernels": 2})
     assert "| `_mass_kernel` | 7200 | 19447808 | not measured | not measured | not measured | 128 |" in "\n".join(
         result.lines
@@ -303,6 +340,115 @@ def test_counters_that_this_user_may_not_read_are_reported_and_fail_nothing(chec
     assert statuses(check) == {"ncu": REFUSED}
     assert "bench/profile.md" in (check.out / "summary.md").read_text()
     assert not check.failed()
+
+
+# ---- the first look
+
+
+@pytest.mark.parametrize("group", gpu_smoke.GROUPS)
+def test_every_item_of_the_first_look_is_right_on_the_host(group, monkeypatch):
+    monkeypatch.setattr(captured, "recorder", captured.recorder)  # set by a group, brought back here
+    rows = smoked(group)
+    assert rows
+    assert [row["error"] for row in rows] == [None] * len(rows), rows
+
+
+def smoked(group: str) -> list[dict]:
+    """What the first look says of each item of a group, run in this process."""
+    out = io.StringIO()
+    assert gpu_smoke.run_group(group, "cpu", after=0, seconds=HOURS, out=out) == 0
+    lines = list(map(json.loads, out.getvalue().splitlines()))
+    rows = [{"name": lines[0]["items"][line["item"]], **line} for line in lines if "item" in line]
+    assert [row["name"] for row in rows] == lines[0]["items"]
+    return rows
+
+
+def test_the_first_look_launches_every_kernel():
+    assert {f"{family} kernels" for family in dispatch.KERNELS.values()} < set(gpu_smoke.GROUPS)
+    assert gpu_targets.without_arguments() == []
+
+
+def test_an_operator_that_is_wrong_or_raises_is_an_error_with_its_place_and_the_others_go_on(monkeypatch):
+    accept = pk.mh_accept_out
+
+    def raising(*arguments):
+        raise pk.BackendError("no such instruction")
+
+    def wrong(*arguments):
+        accept(*arguments)
+        if pk.backend_for(torch.device("cpu")) != "reference":
+            arguments[-2][1] += 1.0
+
+    for broken, error in ((raising, "BackendError: no such instruction"), (wrong, "AssertionError: log_ratio[1] is ")):
+        monkeypatch.setattr(pk, "mh_accept_out", broken)
+        rows = {row["name"]: row for row in smoked("chain kernels")}
+        assert rows.pop("mh_accept_out")["error"].startswith(error)
+        assert all(row["error"] is None for row in rows.values())
+        assert len(rows) >= 2
+
+
+SMOKE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from bench import gpu_smoke as g
+def right(): return {{"facts": 3}}
+def wrong(): raise ValueError("is wrong")
+def crashes(): os.abort()
+def hangs():
+    while True: time.sleep(1)
+def items(*runs): return lambda device: [g.Item(f"item {{i}}", run, 0.01 if run is hangs else None) for i, run in enumerate(runs)]
+def unprepared(device): raise ImportError("no module")
+g._device_works = lambda device: "broken" not in sys.argv
+g.GROUPS = {{"plain": items(right, wrong, right), "hard": items(right, crashes, right, hangs, wrong, right),
+             "broken": items(wrong, right, wrong), "unprepared": unprepared}}
+os._exit(g.main(sys.argv[1:]))
+"""  # noqa: E501
+
+
+def test_the_first_look_tells_of_every_item_whatever_the_others_do_to_their_process(check, tmp_path):
+    """Right, wrong, crashed, hanging and killed; a device that takes no more work after an error; a group that does
+    not begin. On top of the summary, and with tracebacks in smoke.json."""
+    script = tmp_path / "smoke.py"
+    script.write_text(SMOKE)
+    stage = Stage("smoke", 60, functools.partial(gpu_check.smoke, script=script), must_pass=True)
+    gpu_check.run_stages(check, (stage, Stage("after", 5, shell("true"))))
+    assert statuses(check) == {"smoke": FAILED, "after": PASSED}
+    found = json.loads((check.out / "smoke.json").read_text())
+    assert (found["right"], found["wrong"], found["not_reached"]) == (6, 7, 0)
+    by = {(row["group"], row["name"]): row for row in found["items"]}
+    wrong = [("plain", 1), ("hard", 1), ("hard", 3), ("hard", 4), ("broken", 0), ("broken", 2)]
+    assert {key for key, row in by.items() if row["error"]} == {(g, f"item {i}") for g, i in wrong} | {
+        ("unprepared", "preparing")
+    }
+    assert by["plain", "item 1"]["error"] == "ValueError: is wrong"
+    assert "in wrong" in by["plain", "item 1"]["trace"]
+    assert by["plain", "item 2"]["facts"] == {"facts": 3}
+    assert "Abort" in by["hard", "item 1"]["error"]
+    assert "in hangs" in by["hard", "item 3"]["trace"]  # where it hung
+    assert by["unprepared", "preparing"]["error"] == "ImportError: no module"
+    top, _ = (check.out / "summary.md").read_text().split("| stage |")
+    assert "Smoke: 6 of 13 right, 7 wrong, 0 not reached" in top
+    assert "- plain: item 1: ValueError: is wrong" in top
+
+
+def test_what_the_first_look_did_not_reach_is_told(check, monkeypatch):
+    """A group killed in its second item when all the time was over, a group that ended well."""
+
+    def killed(name, arguments, seconds, **environment):
+        assert seconds <= gpu_check.SMOKE_SECONDS
+        if name == "smoke-groups":
+            return gpu_check.Finished(0, 1.0, "slow\nquick\n")
+        slow = "slow" in arguments
+        lines = [{"items": ["a", "b", "c"] if slow else ["a"]}, {"begun": 0}]
+        lines += [{"item": 0, "error": None, "trace": None, "facts": {}, "seconds": 1.0}, *([{"begun": 1}] * slow)]
+        arguments[-1].write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return gpu_check.Finished(None if slow else 0, 5.0, "")
+
+    monkeypatch.setattr(check, "python", killed)
+    result = gpu_check.smoke(check, HOURS)
+    assert result.status == LATE
+    assert result.figures == {"right": 2, "wrong": 0, "not_reached": 2}
+    assert "- slow: b: not reached when the time was over" in result.top
 
 
 # ---- the benchmarks' stage
@@ -366,7 +512,7 @@ def test_the_stages_of_whole_answers_are_told_what_they_take(check, monkeypatch)
 
 def test_a_stage_of_whole_answers_runs_in_miniature_on_the_host(check):
     stage = gpu_check.end_to_end_stage("small", 60, "decode", "--model", "qwen2.5-7b")
-    result = stage.run(check, 60)
+    result = stage.run(check, HOURS)
     assert result.status == PASSED, result.lines
     assert any("of roofline" in line for line in result.lines)
     assert json.loads((check.out / "small.json").read_text())["shape"] == "tiny"
@@ -437,8 +583,9 @@ def folder(tmp_path):
     return folder
 
 
-def test_the_suite_is_run_a_file_a_process_and_counted_as_it_goes(check, folder, monkeypatch):
+def test_the_suite_is_run_a_file_a_process_and_counted_as_it_goes(check, folder, monkeypatch, time_is_over):
     """Passed, failed, skipped with its reason, a part that crashes, a part without a test, and one over its time."""
+    hanging = folder / "hanging"
     (folder / "test_config.py").write_text("raise SystemError('a file for the host is left out')")
     (folder / "test_a.py").write_text(
         "import pytest\n"
@@ -448,9 +595,13 @@ def test_the_suite_is_run_a_file_a_process_and_counted_as_it_goes(check, folder,
         "def test_skips(): pytest.skip('for a good reason')\n"
     )
     (folder / "test_b.py").write_text("import os\ndef test_passes(): pass\ndef test_crashes(): os._exit(9)\n")
-    (folder / "test_c.py").write_text("import time\ndef test_passes(): pass\ndef test_hangs(): time.sleep(300)\n")
+    (folder / "test_c.py").write_text(
+        "import time\ndef test_passes(): pass\n"
+        f"def test_hangs():\n    open({str(hanging)!r}, 'w').close()\n    while True: time.sleep(1)\n"
+    )
+    time_is_over("test_c.py", hanging)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)  # the three files at once
-    result = gpu_check.suite(check, 14, folder)
+    result = gpu_check.suite(check, HOURS, folder)
     assert result.status == FAILED
     assert {k: result.figures[k] for k in ("passed", "failed", "skipped")} == {"passed": 8, "failed": 1, "skipped": 1}
     assert result.figures["broken"] == ["test_b-0of1"]
@@ -524,30 +675,6 @@ def test_an_uninstalled_checkout_is_importable_with_the_driver(tmp_path):
     assert run.stdout.split() == [
         str(copy / "power_kernels/__init__.py"), str(copy / "python_api/engines/__init__.py"), "ran",
     ], run.stderr  # fmt: skip
-
-
-def test_the_launches_agree_with_the_reference_on_the_host(check):
-    """Every operator that backends implement has a launch."""
-    result = gpu_check.kernels(check, 60)
-    assert result.status == PASSED, result.lines
-    assert result.figures["launches"] >= 20
-
-
-def test_a_launch_that_disagrees_with_the_reference_fails_the_stage(check, monkeypatch):
-    rows = [
-        {"launch": "a", "operator": "a", "error": None, "seconds": 0.1},
-        {"launch": "b", "operator": "b", "error": "logp[0] is 1.0; the reference has 2.0"},
-    ]
-
-    def written(name, arguments, seconds, **environment):
-        Path(arguments[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"launch": "cut sho')
-        return gpu_check.Finished(1, 1.0, "")
-
-    monkeypatch.setattr(check, "python", written)
-    result = gpu_check.kernels(check, 5)
-    assert result.status == FAILED
-    assert "- b: logp[0] is 1.0; the reference has 2.0" in result.lines
-    assert result.figures == {"launches": 2, "wrong": 1}
 
 
 def test_the_benchmark_takes_the_options_that_it_is_given(check, monkeypatch):

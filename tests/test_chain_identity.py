@@ -892,6 +892,39 @@ def test_an_entropy_that_is_no_number_stops_the_chain_that_reads_it(cut, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lane_that_walks_on_and_is_voided_in_one_launch_copies_what_its_walk_did_not_bring(backend):
+    """The copy that the walk asked for is replaced by that of the next opening: it must begin where the walk's did."""
+    horizon, base, seed = 6, 2, 343
+    law = Law(horizon, horizon, 20)
+    assert [int(rng.step_uniforms(seed, serial, 0, 0)[0] * horizon) for serial in (1, 2, 3)] == [3, 1, 5]
+    state = ChainState.allocate(1, 2, law)
+    common = torch.from_numpy(reference.log_table(horizon)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
+
+    def launch(first: int | None, second: int | None, logq: float = -30.0) -> None:
+        """One token a lane, None for no sample. A walk leaves a token of logq -30 and keeps one of 0."""
+        given = torch.tensor([Status.PENDING if t is None else Status.OK for t in (first, second)], dtype=torch.int32)
+        token = torch.tensor([first or 0, second or 0])
+        pk.mh_advance(state, law, *common, token, torch.full((2,), logq), torch.zeros(2), given)
+
+    with serving(backend):
+        state.admit(0, [5] * base, chain_id=0, prompt_id=0)
+        launch(None, None)
+        for position in range(horizon):
+            launch(1, None, 0.0 if position == 2 else -30.0)
+        assert state.lane_field[:, LaneField.DIVERGENCE].tolist() == [3, 1]
+        launch(2, None)
+        launch(2, None)
+        launch(2, 1)  # closes the first proposal, and the second keeps its token, the next one too, and leaves at 3
+    assert state.token[0, :horizon].tolist() == [1, 1, 1, 2, 2, 2], "the first proposal was not accepted"
+    assert state.lane_field[:, : LaneField.POSITION].tolist() == [
+        [LaneStatus.RUNNING, 2, 1],
+        [LaneStatus.RUNNING, 3, 5],
+    ]
+    # The second lane's row held position 1 of the answer: the walk's copy of position 2 never came.
+    assert state.open_range[1].tolist() == [1, 0, base + 1, base + 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_lane_that_starts_again_with_the_same_serial_and_divergence_has_another_epoch(backend):
     """Two lanes. The second commits behind the first's divergence, which starts again with nothing to copy."""
     horizon, base, seed = 6, 2, 8

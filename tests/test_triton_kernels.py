@@ -456,6 +456,23 @@ def test_a_bad_answer_is_reported_and_never_accepted():
     assert got[2].tolist() == [Status.NAN, Status.POS_INF, Status.OK]
 
 
+def test_where_rounding_leaves_no_tile_above_the_uniform_the_last_one_with_mass_is_drawn_from():
+    """An infinite mass in a record made by hand stands for the rounding: no prefix exceeds u times the sum."""
+    z = torch.zeros(1, 3 * sampling.TILE, device=DEVICE)
+    z[:, 2 * sampling.TILE :] = -INF
+    one, counter, workspace = on([1.0]), make_counters(1), empty(3 * 4, torch.float32)
+    sampling.mass_out(z, one, workspace, entropy=False)
+    workspace.view(4, 3)[2, 1] = INF
+    token, status = empty(1, torch.int64), empty(1, torch.int32)
+    sampling.finish_out(
+        z, one, one, on([SEED]), counter, None, workspace, token, *(empty(1, torch.float32) for _ in range(3)), None,
+        status, width=sampling.vector_width(z), tiles=3, tiles_block=sampling.tiles_block(z.shape[1]),
+        constants=sampling.FINISH,
+    )  # fmt: skip
+    assert status.item() == Status.OK
+    assert token.item() == 2 * sampling.TILE - 1
+
+
 # ---- the chain
 
 

@@ -173,9 +173,9 @@ def mh_accept_out(
 # ---------------------------------------------------------------------------------------------------------------
 # mh_advance
 
-# 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads: every thread
-# reads the chain's scalars, one writes them back. So all that a program counts on (its fields, its costs, what each step
-# has forwarded) is read before the first barrier and written after it.
+# 4 warps: a block of positions is one a thread. Barriers order what one thread writes and another reads. Every thread
+# reads the chain's scalars and one writes them back: so all that a program counts on (the fields, the costs, what each
+# step has forwarded) is read before the first barrier and written after it.
 ADVANCE = {"BLOCK": 128, "num_warps": 4}
 # ptxas would rather spill than give up a step of occupancy, of which one program a chain has no use. NVIDIA only.
 REGISTERS = 128

@@ -46,13 +46,15 @@ def flash_by_contract(
     assert int(seqused_k.max()) <= max_k
     group = query.shape[1] // key.shape[1]
     out = torch.empty_like(query)
+    lse = torch.empty(query.shape[1], sequences)
     for n in range(sequences):
         seen = slice(int(cum_seq_k[n]), int(cum_seq_k[n]) + int(seqused_k[n]))
         k, v = (x[seen].double().repeat_interleave(group, 1) for x in (key, value))
-        weight = (torch.einsum("hd,khd->hk", query[n].double(), k) * scale).softmax(-1)
-        out[n] = torch.einsum("hk,khd->hd", weight, v).to(out.dtype)
+        score = torch.einsum("hd,khd->hk", query[n].double(), k) * scale
+        lse[:, n] = score.logsumexp(-1)
+        out[n] = torch.einsum("hk,khd->hd", score.softmax(-1), v).to(out.dtype)
     nothing = query.new_empty(0)
-    return out, nothing, nothing, nothing, nothing
+    return out, lse, nothing, nothing, nothing
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from power_kernels.api import torch_private
+from power_kernels.api import PowerConfig, PowerSampler, torch_private
 from power_kernels.api.engines.huggingface import HuggingFaceEngine, decode_attention
 from power_kernels.api.engines.huggingface.decode_attention import FLASH, KERNELS, PADDED, ROWS, DecodeView
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout
@@ -38,7 +38,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def by_definition(query, keys, values, position, length, scale, window, softcap) -> torch.Tensor:
+def by_definition(query, keys, values, position, length, scale, window, softcap, sinks=None) -> torch.Tensor:
     """The module's formula, row by row and head by head, in float64. [rows, 1, heads, value dim]"""
     rows, heads = query.shape[:2]
     group = heads // keys.shape[1]
@@ -51,7 +51,9 @@ def by_definition(query, keys, values, position, length, scale, window, softcap)
             score = k @ query[r, h, 0].double().cpu() * scale
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
-            out[r, 0, h] = score.softmax(0) @ v
+            if sinks is not None:
+                score = torch.cat([score, sinks[h : h + 1].double().cpu()])
+            out[r, 0, h] = score.softmax(0)[: len(v)] @ v
     return out
 
 
@@ -78,14 +80,27 @@ SLAB = 720
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 1, 24)], ids=["grouped", "multi-head", "multi-query"]
 )
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (600, None), (None, 3.0), (5, 3.0)])
-def test_every_kernel_computes_the_formula(kernel, heads, kv_heads, dim, window, softcap, flash_on_the_host):
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"),
+    [
+        (None, None, 0),
+        (5, None, 0),
+        (600, None, 0),
+        (None, 3.0, 0),
+        (5, 3.0, 0),
+        (None, None, 3),
+        (5, None, 3),
+        (5, 3.0, 3),
+    ],
+)
+def test_every_kernel_computes_the_formula(kernel, heads, kv_heads, dim, window, softcap, sinks, flash_on_the_host):
     rows = len(POSITIONS)
     keys, values = slabs(rows + 2, kv_heads, SLAB, dim)  # more rows than are fed
     query, position = queries(rows, heads, dim), torch.tensor(POSITIONS)
+    sinks = torch.linspace(-sinks, sinks, heads) if sinks else None
     for length in (700, SLAB):
-        got = DecodeView(position, length, kernel).attend(query, keys, values, 0.2, window, softcap)
-        want = by_definition(query, keys, values, position, length, 0.2, window, softcap)
+        got = DecodeView(position, length, kernel).attend(query, keys, values, 0.2, window, softcap, sinks)
+        want = by_definition(query, keys, values, position, length, 0.2, window, softcap, sinks)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
@@ -111,6 +126,21 @@ def test_a_model_decodes_alike_with_every_kernel(family, kernel, flash_on_the_ho
     for _ in range(8):
         script.play()
     assert script.counts["compared"] >= 30
+
+
+@host_only
+@pytest.mark.parametrize("family", ["gpt_oss", "mixed_qwen2"])
+def test_chains_are_the_same_with_every_kernel(family, flash_on_the_host):
+    results = []
+    for kernel in KERNELS:
+        engine = HuggingFaceEngine(tiny_models.FAMILIES[family](), attention=kernel, self_check=False)
+        config = PowerConfig(alpha=1.5, max_new_tokens=10, block_size=5, mcmc_steps=4, lanes=2)
+        chains = PowerSampler(engine).generate(
+            [[5, 6, 7], [8, 9, 10, 11]], config, num_chains=2, seed=3, eos_token_id=[]
+        )
+        results.append([(r.tokens, r.steps, r.accepted, r.outcomes) for r in chains])
+    assert results[0] == results[1] == results[2]
+    assert sum(accepted for _, _, accepted, _ in results[0]) >= 4, results[0]
 
 
 @host_only
@@ -430,9 +460,10 @@ def test_what_flash_does_not_cover_is_padded_on_a_device(other):
 
 
 @host_only
-@pytest.mark.parametrize("fault", ["lengths", "one more", "starts", "nan"])
+@pytest.mark.parametrize("fault", ["lengths", "one more", "starts", "nan", "sums"])
 def test_the_trial_finds_a_kernel_that_does_not_do_as_it_is_told(fault):
-    """Lengths ignored as an old build would, a position too many, windows ignored, garbage."""
+    """Lengths ignored as an old build would, a position too many, windows ignored, garbage; with sinks also sums of
+    exponentials in another order."""
 
     def faulty(query, key, value, cum_q, cum_k, max_q, max_k, *rest, scale=None, seqused_k=None, **others):
         if fault == "lengths":
@@ -441,17 +472,18 @@ def test_the_trial_finds_a_kernel_that_does_not_do_as_it_is_told(fault):
             seqused_k = (seqused_k + 1).clamp(max=max_k)
         elif fault == "starts":
             cum_k = cum_k // (key.stride(1) // key.stride(0)) * (key.stride(1) // key.stride(0))
-        out, *nothing = flash_by_contract(
+        out, lse, *nothing = flash_by_contract(
             query, key, value, cum_q, cum_k, max_q, max_k, *rest, scale=scale, seqused_k=seqused_k
         )
-        return (out * float("nan") if fault == "nan" else out, *nothing)
+        lse = lse.t().reshape(lse.shape) if fault == "sums" else lse
+        return (out * float("nan") if fault == "nan" else out, lse, *nothing)
 
     shapes = [((2, 16), (2, 16))]
     for dtype in (torch.float16, torch.bfloat16):
         for function, expected in ((flash_by_contract, False), (faulty, True)):
             with torch.library._scoped_library("aten", "IMPL") as library:
                 library.impl("_flash_attention_forward", function, "CPU")
-                trouble = decode_attention._flash_trouble(shapes, 4, dtype, CPU)
+                trouble = decode_attention._flash_trouble(shapes, 4, dtype, CPU, sinks=fault == "sums")
             assert (trouble is not None) == expected, trouble
 
 

@@ -154,6 +154,30 @@ def moe_qwen3(**changes):
     )
 
 
+def gpt_oss(**changes):
+    """Attention sinks, alternating windows, YaRN. Sinks as strong as scores, each head its own."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "truncate": False,
+        "original_max_position_embeddings": CONTEXT // 4,
+    }  # fmt: skip
+    model = _build(
+        "GptOss",
+        **{
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": rope,
+            **changes,
+        },
+    )
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.sinks.copy_(torch.tensor([2.0, -1.0, 4.0, 0.5]).roll(index))
+    return model
+
+
 def gpt2():
     """Learned positions."""
     config = transformers.GPT2Config(
@@ -165,7 +189,7 @@ def gpt2():
 
 FAMILIES = {
     model.__name__: model
-    for model in (llama, qwen2, mixed_qwen2, qwen3, phi3, mistral, gemma2, gemma3, dynamic_llama, moe_qwen3)
+    for model in (llama, qwen2, mixed_qwen2, qwen3, phi3, mistral, gemma2, gemma3, dynamic_llama, moe_qwen3, gpt_oss)
 }
 
 
@@ -203,11 +227,6 @@ def qwen3_next():
 def lfm2():
     """Short convolutions between attention layers."""
     return _build("Lfm2", layer_types=["conv", "full_attention"])
-
-
-def gpt_oss():
-    """Attention sinks."""
-    return _build("GptOss", head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW)
 
 
 def llama4():
@@ -254,6 +273,5 @@ def bloom():
 
 
 UNSUPPORTED = {
-    model.__name__: model
-    for model in (mamba, recurrent_gemma, qwen3_next, lfm2, gpt_oss, llama4, deepseek_v3, t5, bloom)
+    model.__name__: model for model in (mamba, recurrent_gemma, qwen3_next, lfm2, llama4, deepseek_v3, t5, bloom)
 }

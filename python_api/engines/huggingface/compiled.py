@@ -35,7 +35,8 @@ _running = threading.local()  # .call: the _Call whose forward pass is on in thi
 _library = torch.library.Library("power_kernels_engine", "DEF")
 _library.define("linear(Tensor x, int index, int out_features) -> Tensor")
 _library.define(
-    "attend(Tensor query, Tensor key, Tensor value, int layer, float scale, int? window, float? softcap) -> Tensor"
+    "attend(Tensor query, Tensor key, Tensor value, int layer, float scale, int? window, float? softcap, Tensor? sinks)"
+    " -> Tensor"
 )
 
 
@@ -50,12 +51,20 @@ def _linear(x: torch.Tensor, index: int, out_features: int) -> torch.Tensor:
     return _running.call.linears[index](x)
 
 
-def _attend(query, key, value, layer: int, scale: float, window: int | None, softcap: float | None) -> torch.Tensor:
+def _attend(query, key, value, layer: int, scale: float, window: int | None, softcap: float | None, sinks):
     """query, key, value [rows, heads, 1, dim]. Returns [rows, 1, heads, value dim], contiguous."""
     call = _running.call
     keys, values = call.cache.update(key[: call.rows], value[: call.rows], layer)
     out, _ = ragged_attention(
-        call.module, query[: call.rows], keys, values, None, scaling=scale, sliding_window=window, softcap=softcap
+        call.module,
+        query[: call.rows],
+        keys,
+        values,
+        None,
+        scaling=scale,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=sinks,
     )
     return out.expand(query.shape[0], -1, -1, -1).contiguous()
 
@@ -70,19 +79,21 @@ def _(x, index, out_features):
 
 
 @torch.library.register_fake("power_kernels_engine::attend", lib=_library)
-def _(query, key, value, layer, scale, window, softcap):
+def _(query, key, value, layer, scale, window, softcap, sinks):
     rows, heads = query.shape[:2]
     return torch.empty(rows, 1, heads, value.shape[-1], dtype=query.dtype, device=query.device)
 
 
 def _traced_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs
 ):
     """The function registered as "power_kernels_compiled"; what else models pass was looked at by the probe."""
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passed an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.ops.power_kernels_engine.attend(query, key, value, module.layer_idx, scale, sliding_window, softcap)
+    out = torch.ops.power_kernels_engine.attend(
+        query, key, value, module.layer_idx, scale, sliding_window, softcap, s_aux
+    )
     return out, None
 
 

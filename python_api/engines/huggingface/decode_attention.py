@@ -3,6 +3,10 @@
     out[r, h] = softmax(scale * q[r, h] K[r, h / group, a_r : b_r]^T) V[r, h / group, a_r : b_r]
     b_r = position[r] + 1,  a_r = max(0, b_r - window), or 0
 
+With attention sinks (gpt-oss) each head has one more logit s[h] in its softmax, whose value is nothing:
+
+    out[r, h] = sum_j exp(z_j) V_j / (exp(s[h]) + sum_j exp(z_j)),  z the scaled scores
+
 q [rows, heads, 1, dim], K and V [R, kv_heads, S, dim], heads = kv_heads * group. The group of query heads that share a
 KV head are handled as that head's queries, so KV is read once and never repeated. Bytes a layer that must be read:
 2 * sum_r (b_r - a_r) * kv_heads * dim * itemsize.
@@ -16,8 +20,9 @@ Three ways to compute it:
              alike. On a CPU, where the host may look at the positions. A row's bits depend on that row alone.
     padded   one call for all rows up to the longest, the rest masked. Everything else.
 
-A soft cap on the scores is in no library kernel used here: `rows` and `padded` compute it from matrix products, and
-where `flash` runs, layers with a soft cap take `padded`.
+A soft cap on the scores and sinks are in no library kernel used here: `rows` and `padded` compute them from matrix
+products. Where `flash` runs, layers with a soft cap take `padded`; with sinks, what flash gives without them is
+multiplied by sigmoid(LSE(z) - s), the share that the sink leaves.
 """
 
 from __future__ import annotations
@@ -98,24 +103,36 @@ class DecodeView:
             self._index[key] = write_index(rows, self.position.clamp(max=positions - 1), slab, by_row=True)
         return self._index[key]
 
-    def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None) -> torch.Tensor:
-        """[rows, 1, heads, value dim]"""
+    def attend(
+        self,
+        query,
+        keys,
+        values,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[rows, 1, heads, value dim]. sinks: [heads], or None."""
         rows, heads, _, dim = query.shape
         if self.kernel == FLASH and softcap is None:
-            return self._flash(query, keys, values, scale, window)
+            return self._flash(query, keys, values, scale, window, sinks)
         kv_heads = keys.shape[1]
         query = query.reshape(rows, kv_heads, heads // kv_heads, dim)
+        sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads, 1)
         compute = self._by_rows if self.kernel == ROWS else self._padded
-        out = compute(query, keys, values, scale, window, softcap)
+        out = compute(query, keys, values, scale, window, softcap, sinks)
         return out.reshape(rows, 1, heads, values.shape[-1])
 
-    def _flash(self, query, keys, values, scale, window) -> torch.Tensor:
+    def _flash(self, query, keys, values, scale, window, sinks) -> torch.Tensor:
         start, used, queries = self._flash_sequences(keys, window)
         longest = self.length if window is None else min(self.length, window)
-        out, _ = torch_private.flash_attention_of_sequences(
+        out, lse = torch_private.flash_attention_of_sequences(
             query.squeeze(2).contiguous(), packed(keys), packed(values),
             queries=queries, start=start, used=used, longest=longest, scale=scale,
         )  # fmt: skip
+        if sinks is not None:
+            out = (out * torch.sigmoid(lse.t() - sinks.float())[..., None]).to(out.dtype)
         return out[:, None]
 
     def _flash_sequences(self, slab: torch.Tensor, window: int | None) -> tuple[torch.Tensor, ...]:
@@ -134,20 +151,20 @@ class DecodeView:
             self._sequences[key] = tuple(x.to(torch.int32) for x in (start, stop, queries))
         return self._sequences[key]
 
-    def _by_rows(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
+    def _by_rows(self, query, keys, values, scale, window, softcap, sinks) -> torch.Tensor:
         parts = []
         for first, last, lane, stop in self._runs:
             lanes = slice(lane, lane + last - first)
             seen = slice(0 if window is None else max(0, stop - window), stop)
             parts.append(
-                attention(query[first:last], keys[lanes, :, seen], values[lanes, :, seen], None, scale, softcap)
+                attention(query[first:last], keys[lanes, :, seen], values[lanes, :, seen], None, scale, softcap, sinks)
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _padded(self, query, keys, values, scale, window, softcap) -> torch.Tensor:
+    def _padded(self, query, keys, values, scale, window, softcap, sinks) -> torch.Tensor:
         mask = self.mask(window, query.dtype)
         seen = slice(self.rows), slice(None), slice(self.length)
-        return attention(query, keys[seen], values[seen], mask, scale, softcap)
+        return attention(query, keys[seen], values[seen], mask, scale, softcap, sinks)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive, [rows, 1, 1, length]; the same one for all layers with this window."""
@@ -204,34 +221,51 @@ def packed(slab: torch.Tensor) -> torch.Tensor:
     return slab.as_strided((total, heads, dim), (dim, positions * dim, 1))
 
 
-def attention(query, keys, values, mask: torch.Tensor | None, scale: float, softcap: float | None) -> torch.Tensor:
-    """[batch, kv_heads, queries, dim] against [batch, kv_heads, length, dim]; mask is added to the scores."""
-    if softcap is None:
+def attention(
+    query,
+    keys,
+    values,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[batch, kv_heads, queries, dim] against [batch, kv_heads, length, dim]; mask is added to the scores.
+
+    sinks: of each query, [kv_heads, queries, 1].
+    """
+    if softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = torch.tanh(torch.matmul(query, keys.transpose(2, 3)) * (scale / softcap)) * softcap
+    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores + mask
     # Rows of half-precision weights are normalised in float32, as transformers' eager attention does.
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.matmul(scores.softmax(dim=-1, dtype=dtype).to(values.dtype), values)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=dtype)[..., : keys.shape[2]]
+    return torch.matmul(weights.to(values.dtype), values)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Choosing
 
 
-def choose(layout, heads: int, device: torch.device, asked: str | None = None) -> str:
+def choose(layout, heads: int, device: torch.device, asked: str | None = None, *, sinks: bool = False) -> str:
     """The kernel of `KERNELS` that decodes with this KV (`ragged_cache.KvLayout`) of a model with `heads` query heads.
 
     Where `flash` looks possible it is tried, on this device and these shapes, against `padded`; if it fails, `padded`
-    is chosen and a RuntimeWarning says why. asked: take this one. Raises ArgumentError where it is unknown, cannot run
-    here or fails the trial.
+    is chosen and a RuntimeWarning says why. asked: take this one. sinks: the model has some.
+
+    Raises ArgumentError where `asked` is unknown, cannot run here or fails the trial.
     """
     if asked is not None and asked not in tuple(KERNELS):
         raise ArgumentError(f"attention is {asked!r}; it must be one of {', '.join(map(repr, KERNELS))}")
     shapes = dict.fromkeys(layout.layers)
     if asked == FLASH or (asked is None and device.type == "cuda" and layout.dtype in _HALF and _flash_fits(shapes)):
-        trouble = _flash_trouble(shapes, heads, layout.dtype, device)
+        trouble = _flash_trouble(shapes, heads, layout.dtype, device, sinks)
         if trouble is None:
             return FLASH
         if asked is not None:
@@ -265,7 +299,7 @@ def _rows_fill(kv_heads: int, threads: int) -> bool:
     return kv_heads >= _LEAST_BUSY * threads * rounds
 
 
-def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device, sinks: bool = False) -> str | None:
     """Why `flash` cannot be used for KV of these shapes, or None. Ragged rows, with and without a window."""
     stops = [1, 7, 300, 128]  # one position; less than, more than and just a tile of the kernel
     length = max(stops)
@@ -279,9 +313,10 @@ def _flash_trouble(shapes, heads: int, dtype: torch.dtype, device: torch.device)
 
             keys, values = normal(2, len(stops) + 1, kv_heads, length + 20, dim).unbind()
             query = normal(len(stops), max(1, heads // kv_heads) * kv_heads, 1, dim)
+            sink = normal(query.shape[1]) if sinks else None
             for window in (None, 5):
                 got, want = (
-                    DecodeView(position, length, kernel).attend(query, keys, values, dim**-0.5, window, None)
+                    DecodeView(position, length, kernel).attend(query, keys, values, dim**-0.5, window, None, sink)
                     for kernel in (FLASH, PADDED)
                 )
                 error = ((got - want).double().square().mean() / want.double().square().mean()).sqrt().item()

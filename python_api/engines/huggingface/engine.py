@@ -73,8 +73,8 @@ class HuggingFaceEngine:
         minute or so the first time. A string names a backend of torch.compile other than its default.
 
     Raises UnsupportedModelError for a model whose past cannot be rewound exactly or whose attention this
-    engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, attention
-    sinks, position biases.
+    engine does not know: recurrent, linear, convolutional and chunked layers, encoder-decoders, position
+    biases. docs/models.md has the list.
 
     Rotary schemes that depend on the longest sequence are fixed for a run by its max_length (longrope:
     above original_max_position_embeddings the long factors for every row, below it the short ones), so that
@@ -121,14 +121,14 @@ class HuggingFaceEngine:
         self._slabs: KvSlabs | None = None
         self._patches: Patches | None = None
         self._memory: PrefixMemory | None = None
-        self._layout, windows, self.vocab_size = probe(model)
+        self._layout, windows, sinks, self.vocab_size = probe(model)
         check_windows(self._config, windows)
         if self.ranks is not None:
             self.ranks.check_logits(model, self.vocab_size)
         heads = self._config.num_attention_heads // (1 if self.ranks is None else self.ranks.size)
         if attention is None and on_device and getattr(self._config, "attn_logit_softcapping", None):
             attention = decode_attention.PADDED  # the flash kernel has no soft cap
-        self.attention = decode_attention.choose(self._layout, heads, self.device, attention)
+        self.attention = decode_attention.choose(self._layout, heads, self.device, attention, sinks=sinks)
         self.compile = compile
         self._head = self._find_head()
         self._compiled = None

@@ -92,10 +92,12 @@ def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 class Probed(NamedTuple):
-    """layout: what each layer caches. windows: of each layer, None: full attention. vocab_size: width of the logits."""
+    """layout: what each layer caches. windows: of each layer, None: full attention. sinks: whether any layer has some.
+    vocab_size: width of the logits."""
 
     layout: KvLayout
     windows: dict[int, int | None]
+    sinks: bool
     vocab_size: int
 
 
@@ -118,7 +120,7 @@ def probe(model: PreTrainedModel) -> Probed:
     dtypes = {layer.dtype for layer in recorder.layers}
     if len(dtypes) != 1:
         raise UnsupportedModelError(f"layers cache different dtypes: {sorted(map(str, dtypes))}")
-    return Probed(KvLayout(tuple(written), dtypes.pop()), seen.windows, output.logits.shape[-1])
+    return Probed(KvLayout(tuple(written), dtypes.pop()), seen.windows, seen.sinks, output.logits.shape[-1])
 
 
 def _one_token(model: PreTrainedModel, module: torch.nn.Module):

@@ -2,6 +2,8 @@
 
     out[b, h] = softmax(scale * q[b, h] K[b, h / group]^T + mask[b]) V[b, h / group]
 
+or with one more logit a head in the softmax, a sink (`decode_attention.py`).
+
 Decoding, one query a row: `decode_attention.py`, with the kernel that the view names.
 
 Prefill, prompts packed one behind the other in one row of tokens, no padding: each segment attends to its
@@ -98,7 +100,7 @@ class PrefillView:
             self._masks[key] = mask.repeat(group, 1)
         return self._masks[key]
 
-    def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None):
+    def attend(self, query, keys, values, scale: float, window: int | None, softcap: float | None, sinks=None):
         _, heads, tokens, _ = query.shape
         out = query.new_empty(1, tokens, heads, values.shape[-1])
         for segment in self.segments:
@@ -106,24 +108,26 @@ class PrefillView:
                 query[:, :, segment.first : segment.last],
                 keys[segment.slot : segment.slot + 1, :, : segment.stop],
                 values[segment.slot : segment.slot + 1, :, : segment.stop],
-                segment, scale, window, softcap,
+                segment, scale, window, softcap, sinks,
             )  # fmt: skip
             out[:, segment.first : segment.last] = part.transpose(1, 2)
         return out
 
-    def _attend_segment(self, query, keys, values, segment: Segment, scale, window, softcap):
+    def _attend_segment(self, query, keys, values, segment: Segment, scale, window, softcap, sinks):
         _, heads, tokens, dim = query.shape
         kv_heads, group = keys.shape[1], heads // keys.shape[1]
         if window is not None and window >= segment.stop:
             window = None
-        if softcap is None and window is None and segment.start == 0:
+        if softcap is None and sinks is None and window is None and segment.start == 0:
             return functional.scaled_dot_product_attention(
                 query, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1
             )
         # The group's query heads as further queries of their KV head: nothing is repeated.
         query = query.reshape(1, kv_heads, group * tokens, dim)
         mask = self.mask(segment, window, query.dtype, group)
-        out = attention(query, keys, values, mask, scale, softcap)
+        if sinks is not None:
+            sinks = sinks.reshape(kv_heads, group, 1).repeat_interleave(tokens, dim=1)
+        out = attention(query, keys, values, mask, scale, softcap, sinks)
         return out.reshape(1, heads, tokens, values.shape[-1])
 
 
@@ -137,8 +141,11 @@ class Probe:
 
     layers: list
     windows: dict[int, int | None] = field(default_factory=dict)
+    sinks: bool = False  # whether any layer has some
 
-    def attend(self, module, query, keys, values, attention_mask, dropout, sliding_window, softcap, is_causal, others):
+    def attend(
+        self, module, query, keys, values, attention_mask, dropout, sliding_window, softcap, is_causal, sinks, others
+    ):
         name, layer = type(module).__name__, getattr(module, "layer_idx", None)
         unknown = sorted(k for k, v in others.items() if v is not None and k not in _HARMLESS)
         reason = None
@@ -156,12 +163,15 @@ class Probe:
             reason = "has attention that is not causal"
         elif query.shape[1] % keys.shape[1] or keys.shape[1] != values.shape[1]:
             reason = f"has {query.shape[1]} query, {keys.shape[1]} key and {values.shape[1]} value heads"
+        elif sinks is not None and sinks.shape != query.shape[1:2]:
+            reason = f"passes sinks of shape {tuple(sinks.shape)} for {query.shape[1]} query heads"
         elif not all(isinstance(x, int | float | None) for x in (sliding_window, softcap)):
             reason = f"passes sliding_window={sliding_window!r}, softcap={softcap!r}"
         if reason is not None:
             raise UnsupportedModelError(f"{name} {reason}, which this engine does not know how to compute")
         self.windows[layer] = sliding_window
-        # The probe feeds one token, whose attention is its own value.
+        self.sinks = self.sinks or sinks is not None
+        # The probe feeds one token, whose attention is its own value (but for a sink, which is not looked at here).
         return values.repeat_interleave(query.shape[1] // values.shape[1], dim=1).transpose(1, 2)
 
 
@@ -180,6 +190,7 @@ def ragged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,  # [heads]: transformers' name for attention sinks
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The function registered as "power_kernels". Returns ([rows, tokens, heads, value dim], None)."""
@@ -190,13 +201,13 @@ def ragged_attention(
         )
     if isinstance(view, Probe):
         out = view.attend(
-            module, query, key, value, attention_mask, dropout, sliding_window, softcap, is_causal, kwargs
+            module, query, key, value, attention_mask, dropout, sliding_window, softcap, is_causal, s_aux, kwargs
         )
         return out.contiguous(), None
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} passed an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return view.attend(query, key, value, scale, sliding_window, softcap), None
+    return view.attend(query, key, value, scale, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, ragged_attention)

@@ -28,7 +28,7 @@ FAMILIES = {
     "gemma3": lambda: tiny_models.gemma3(  # two rotary bases
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
     ),
-    "moe_qwen3": lambda: tiny_models.moe_qwen3(num_hidden_layers=1),
+    "gpt_oss": tiny_models.gpt_oss,  # a mixture of experts, sinks
     "whole": lambda: _without_head(tiny_models.granite()),  # compiled with what comes after the decoder
     "half": lambda: tiny_models.mixed_qwen2().to(torch.bfloat16),  # linear layers inside the graph
 }

@@ -98,8 +98,9 @@ def _child(target, arguments, log, environment):
     sys.exit(status)
 
 
-def joined(process, seconds: float = 120) -> int:
-    """The exit status, negative for a signal. Fails rather than wait for a process that hangs."""
+def joined(process, seconds: float = 1200) -> int:
+    """The exit status, negative for a signal. Fails rather than wait for a process that hangs; no slow day takes so
+    long."""
     process.join(seconds)
     if process.is_alive():
         process.kill()

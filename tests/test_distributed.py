@@ -170,7 +170,8 @@ def test_ranks_with_different_work_are_told_so(tmp_path, what, message):
 
 
 def deserted(rank, how):
-    """Rank 1 of 3 does not come back from its share. What the others see, and how long it took them."""
+    """Rank 1 of 3 does not come back from its share. What the others see: at once, not when their patience ends, but
+    for the one that stalls, which no rank but a patient one could tell from one at work."""
 
     class Failing(ToyEngine):
         def step(self, state):
@@ -178,15 +179,14 @@ def deserted(rank, how):
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "raises":
                 raise ZeroDivisionError
-            time.sleep(60)
+            time.sleep(7200)
 
     engine = (Failing if rank == 1 else ToyEngine)(power_toy())
-    patience = timedelta(seconds=2 if how == "stalls" else 600)
-    started = time.monotonic()
+    patience = timedelta(seconds=2 if how == "stalls" else 7200)
     try:
         generate_sharded(PowerSampler(engine), PROMPTS, CONFIG, patience=patience)
     except RankLostError as error:
-        return str(error), time.monotonic() - started
+        return str(error)
 
 
 @pytest.mark.parametrize("how", ["dies", "raises", "stalls"])
@@ -199,9 +199,8 @@ def test_a_rank_that_does_not_come_is_noticed(tmp_path, how):
 
     statuses, seen = run(deserted, tmp_path, 3, how, kill=kill)
     assert statuses == [0, 1 if how == "raises" else -signal.SIGKILL, 0], (tmp_path / "log").read_text()
-    for message, seconds in (seen[0], seen[2]):
+    for message in (seen[0], seen[2]):
         assert message.startswith("another process of this run stopped, as its own output should explain, or")
-        assert seconds < 30  # far below the 60 s that a stalled rank takes and the patience of 600 s
 
 
 def waiting(rank, path):
@@ -211,19 +210,18 @@ def waiting(rank, path):
                 with open(path, "w") as file:
                     file.write("here")
                 ranks.gather(None)
-            time.sleep(60)
+            time.sleep(7200)
     except KeyboardInterrupt:
         return "interrupted"
 
 
 def test_a_rank_that_waits_can_be_interrupted(tmp_path):
     def kill(processes):
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "here").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "here").exists() and processes[0].is_alive():
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(0.2)  # most likely it waits by now; before, it is as easily interrupted
         os.kill(processes[0].pid, signal.SIGINT)
-        assert joined(processes[0], 10) == 0
+        assert joined(processes[0]) == 0  # rank 1 comes in two hours
         processes[1].kill()
 
     _, (seen, _) = run(waiting, tmp_path, 2, str(tmp_path / "here"), kill=kill)

@@ -133,13 +133,13 @@ def test_a_process_that_waits_for_another_can_be_ended(folder, tmp_path):
     try:
         wait_for(lambda: len(keys(out)) == 4 and len(finished(out)) == 5)  # its share, and what the other one wrote
         waiting.terminate()
-        assert joined(waiting, 15) == INTERRUPTED  # torchrun kills after 30 s
+        assert joined(waiting) == INTERRUPTED  # although the stopped process never answers
     finally:
         stopped.kill()  # nothing else ends a stopped process
     assert f"interrupted: 5 of 8 answers are in {out}" in log.read_text()
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=1200):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -156,7 +156,7 @@ def test_torchrun_ends_the_ranks_when_one_is_killed_and_the_run_goes_on(folder, 
     torchrun = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: keys(out.with_name("out.jsonl.part-1")) or torchrun.poll() is not None)
     os.kill(worker(torchrun.pid, rank=1), signal.SIGKILL)
-    printed, _ = torchrun.communicate(timeout=120)
+    printed, _ = torchrun.communicate(timeout=1200)
     assert torchrun.returncode == 1, printed
     assert "interrupted: " in printed  # rank 0, by torchrun's SIGTERM
     assert 1 <= len(finished(out)) < 8

@@ -9,10 +9,11 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from power_kernels import use_backend
@@ -21,6 +22,7 @@ from power_kernels.api.commands import answers
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.commands.output_file import OutputFile, RecordFile
+from power_kernels.api.driver.horizons import ContextWarning
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.errors import ArgumentError
 from tests.tiny_models import mamba
@@ -326,6 +328,98 @@ def test_a_line_of_prompts_may_hold_other_line_breaks(model_path, tmp_path):
     path.write_text(json.dumps({"prompt": "w5 \u2028 \x85 w6"}, ensure_ascii=False) + "\r\n", newline="")
     assert run(model_path, str(path), out) == 0
     assert {record["prompt"] for record in read(out).values()} == {"w5 \u2028 \x85 w6"}
+
+
+def test_other_keys_of_a_prompt_are_in_its_record_and_a_byte_order_mark_is_not_in_the_way(model_path, tmp_path):
+    """A resumed run repeats them, too; a key that a record has itself gets another name."""
+    lines = [
+        {"prompt": "w5", "answer": "42", "id": "a", "level": {"n": [1, None]}},
+        {"text": "w9", "prompt": "w6", "finish": 3, "tokens": "w1"},
+        {"tokens": [7, 8], "prompt_text": 1, "text": 2, "prompt": 5},
+    ]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert run(model_path, str(path), out) == 0
+    whole = out.read_bytes()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert list(records[0])[:7] == ["prompt_id", "chain_id", "prompt", "answer", "id", "level", "text"]
+    assert records[1]["answer"] == "42"
+    assert records[1]["level"] == {"n": [1, None]}
+    assert {key: records[2][f"prompt_{key}"] for key in ("text", "finish", "tokens")} == {
+        "text": "w9", "finish": 3, "tokens": "w1"
+    }  # fmt: skip
+    assert (records[4]["prompt_text"], records[4]["prompt_prompt_text"], records[4]["prompt"]) == (1, 2, 5)
+    assert records[4]["tokens"] != [7, 8]
+    out.write_bytes(whole[: whole.rfind(b"\n", 0, -1) + 40])
+    assert run(model_path, str(path), out) == 0
+    assert [line.split(b', "cost": ')[0] for line in out.read_bytes().splitlines()] == [
+        line.split(b', "cost": ')[0] for line in whole.splitlines()
+    ]
+
+
+def test_prompts_that_nearly_fill_the_context_are_named_before_the_model_is_loaded(
+    model_path, tmp_path, monkeypatch, capsys
+):
+    """Context 256, 24 new tokens: prompts of 3, 240 and 260 tokens."""
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts = [{"prompt": "w5 w6 w7"}, {"prompt": "w5 " * 240}, {"tokens": [5] * 260}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    message = "each of the prompts 1, 2 leaves less than max_new_tokens = 24 of the model's context of 256"
+
+    def loaded(*arguments):
+        assert message in capsys.readouterr().err
+        return load_sampler(*arguments)
+
+    load_sampler = answers.load_sampler
+    monkeypatch.setattr(answers, "load_sampler", loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContextWarning)  # it is said once
+        assert run(model_path, str(path), out, "--ignore-eos") == 0
+    found = [(r["finish"], len(r["tokens"])) for r in read(out).values()]
+    assert found == [("length", 24)] * 2 + [("context", 16)] * 2 + [("context", 0)] * 2
+
+    def refused(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(answers, "load_sampler", refused)
+    path.write_text(json.dumps(prompts[1]) + "\n")
+    assert run(model_path, str(path), tmp_path / "none.jsonl") == 2
+    assert "prompt 0 has 240 tokens and max_new_tokens is 24; together they must not" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chat_path(model_path, tmp_path_factory):
+    """The same model, a base model: its template ends turns with w9, a special token, and its EOS is w2. BOS is w1."""
+    path = str(shutil.copytree(model_path, tmp_path_factory.mktemp("chat") / "model"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["w1", "w9"])
+    words.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", bos_token="w1")
+    tokenizer.chat_template = "w1{% for m in messages %} w{{ 3 + loop.index }} {{ m.content }} w9{% endfor %}"
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_end_of_a_turn_in_the_chat_template_ends_answers_and_is_said(chat_path, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w5"}\n{"messages": [{"role": "user", "content": "w6 w7"}]}\n{"tokens": [8]}\n')
+    tokens = [[1, 4, 5, 9], [1, 4, 6, 7, 9], [8]]
+    config = PowerConfig(max_new_tokens=24, block_size=8, mcmc_steps=3)
+    sampler = PowerSampler(LlamaForCausalLM.from_pretrained(chat_path))
+    expected = sampler.generate(tokens, config, num_chains=2, seed=5, eos_token_id=[2, 9])
+    assert any(r.tokens[-1] == 9 for r in expected)  # or the test shows nothing
+    assert run(chat_path, str(path), tmp_path / "chat.jsonl", "--chat") == 0
+    assert "w9 ends answers, too: it ends a turn in the model's chat template" in capsys.readouterr().err
+    assert [r["tokens"] for r in read(tmp_path / "chat.jsonl").values()] == [r.tokens for r in expected]
+    path.write_text('{"prompt": "w1 w5"}\n')
+    assert run(chat_path, str(path), tmp_path / "plain.jsonl") == 0
+    printed = capsys.readouterr().err
+    assert "ends answers, too" not in printed
+    assert "prompt 0 begins with w1, which the tokenizer puts in front, too" in printed
+    expected = sampler.generate([[1, 5]], config, num_chains=2, seed=5)
+    assert [r["tokens"] for r in read(tmp_path / "plain.jsonl").values()] == [r.tokens for r in expected]
 
 
 def test_prompts_are_printed_without_a_file(model_path, capsys):

@@ -7,14 +7,17 @@ import dataclasses
 import os
 import signal
 import sys
+import warnings
 
 from power_kernels.api.commands import output_file
-from power_kernels.api.commands.generate import INCOMPLETE, INTERRUPTED
-from power_kernels.api.commands.load import load_sampler
+from power_kernels.api.commands.generate import INCOMPLETE, INTERRUPTED, kind_of
+from power_kernels.api.commands.load import load_sampler, load_tokenizer
 from power_kernels.api.commands.output_file import OutputFile, digest, record
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.distributed import RankLostError, Ranks, join
+from power_kernels.api.driver.horizons import ContextWarning, context_message
 from power_kernels.api.driver.memory import is_out_of_memory
+from power_kernels.api.driver.text import bos_message, conversation_tokens, end_of_turn, text_tokens
 from power_kernels.errors import ArgumentError
 
 
@@ -35,10 +38,14 @@ class _Command:
 
     def __init__(self, arguments: argparse.Namespace, config: PowerConfig, prompts: list[dict], ranks: Ranks):
         self.arguments, self.config, self.prompts, self.ranks = arguments, config, prompts, ranks
-        self.sampler = load_sampler(arguments, ranks)
-        tokenizer = self.sampler.tokenizer
-        self.tokens = [_tokens(i, prompt, tokenizer, arguments.chat) for i, prompt in enumerate(prompts)]
-        self.eos = [] if arguments.ignore_eos else None
+        # What the prompts are like is said before the weights are loaded, which may take minutes.
+        tokenizer, context = load_tokenizer(arguments.model)
+        self.tokens = self._read(tokenizer)
+        lengths = {i: len(row) for i, row in enumerate(self.tokens)}
+        if message := context_message(lengths, config.max_new_tokens, context):
+            self._first_says(message)
+        self.sampler = load_sampler(arguments, ranks, tokenizer)
+        self.eos = self._eos()
         # Lanes and the exact shortcuts change what is computed and never the answer: a run may go on with others.
         exact = {"lanes", "early_rejection", "free_prefix"}
         everything = {
@@ -82,6 +89,32 @@ class _Command:
             if self.output:
                 self.output.close()
 
+    def _read(self, tokenizer) -> list[list[int]]:
+        rows, with_bos = [], []
+        for i, prompt in enumerate(self.prompts):
+            row, twice = _tokens(i, prompt, tokenizer, self.arguments.chat)
+            rows.append(row)
+            with_bos += [i] * twice
+        if with_bos:
+            self._first_says(bos_message(with_bos, tokenizer))
+        return rows
+
+    def _eos(self) -> list[int] | None:
+        """The tokens that end an answer; None for the model's own. In a chat, the end of a turn is one of them."""
+        if self.arguments.ignore_eos:
+            return []
+        tokenizer, known = self.sampler.tokenizer, list(self.sampler.engine.eos_token_ids)
+        in_template = ("prompt", "messages") if self.arguments.chat else ("messages",)
+        chats = any(kind_of(prompt) in in_template for prompt in self.prompts)
+        end = end_of_turn(tokenizer) if chats else None
+        if end is None or end in known or end >= self.sampler.engine.vocab_size:
+            return None
+        self._first_says(
+            f"{tokenizer.convert_ids_to_tokens(end)} ends answers, too: it ends a turn in the model's chat template, "
+            "and its generation config does not say so"
+        )
+        return [*known, end]
+
     def _open(self) -> None:
         """Rank 0 looks at what is there and tells the others, so that all divide the same answers."""
         path, rank = self.arguments.out, self.ranks.rank
@@ -100,17 +133,19 @@ class _Command:
         self.output = output_file.part(path, rank)
 
     def _draw(self) -> None:
-        results = self.sampler.stream(
-            self.tokens,
-            self.config,
-            num_chains=self.arguments.num_chains,
-            seed=self.arguments.seed,
-            eos_token_id=self.eos,
-            max_chains=self.arguments.max_chains,
-            skip=self.finished,
-            share=(self.ranks.rank, self.ranks.world),
-            progress=not self.arguments.quiet and self.ranks.rank == 0,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ContextWarning)  # said before
+            results = self.sampler.stream(
+                self.tokens,
+                self.config,
+                num_chains=self.arguments.num_chains,
+                seed=self.arguments.seed,
+                eos_token_id=self.eos,
+                max_chains=self.arguments.max_chains,
+                skip=self.finished,
+                share=(self.ranks.rank, self.ranks.world),
+                progress=not self.arguments.quiet and self.ranks.rank == 0,
+            )
         for result in results:
             key = result.prompt_id, result.chain_id
             line = record(result, self.prompts[result.prompt_id], self.digests[key])
@@ -140,6 +175,11 @@ class _Command:
     def _say(self, message: str) -> None:
         print(message, file=sys.stderr)
 
+    def _first_says(self, message: str) -> None:
+        """What all processes know is said by one."""
+        if self.ranks.rank == 0:
+            self._say(message)
+
     def _there(self) -> str:
         total = len(self.digests)
         if not self.output:
@@ -162,17 +202,19 @@ def _interrupt(signum, frame) -> None:
     raise KeyboardInterrupt
 
 
-def _tokens(index: int, prompt: dict, tokenizer, chat: bool) -> list[int]:
-    if "tokens" in prompt:
-        return prompt["tokens"]
-    if "messages" not in prompt and not chat:
+def _tokens(index: int, prompt: dict, tokenizer, chat: bool) -> tuple[list[int], bool]:
+    """The ids of a prompt, and whether its text had BOS already, as `text_tokens` says."""
+    kind = kind_of(prompt)
+    if kind == "tokens":
+        return prompt["tokens"], False
+    if kind == "prompt" and not chat:
         try:
-            return tokenizer(prompt["prompt"]).input_ids
+            return text_tokens(tokenizer, prompt["prompt"])
         except Exception as error:  # tokenizers, too, come with the model
             raise ArgumentError(f"prompt {index} is refused by the tokenizer of the model: {error}") from error
-    messages = prompt["messages"] if "messages" in prompt else [{"role": "user", "content": prompt["prompt"]}]
+    messages = prompt["messages"] if kind == "messages" else [{"role": "user", "content": prompt["prompt"]}]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+        return conversation_tokens(tokenizer, messages), False
     except Exception as error:  # templates are programs that come with the model
         raise ArgumentError(f"prompt {index} does not fit the chat template of the model: {error}") from error
 

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts",
         metavar="FILE.jsonl",
-        help='one JSON object a line with "prompt" (text), "messages" (a chat) or "tokens", and optionally "id"',
+        help='one JSON object a line with "prompt" (text), "messages" (a chat) or "tokens"; '
+        "other keys are repeated in the results",
     )
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     parser.add_argument(
@@ -138,7 +139,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
                 raise ArgumentError(f"--prompt {text!r} is not UTF-8 text")
         return [{"prompt": text} for text in arguments.prompt]
     try:
-        lines = Path(arguments.prompts).read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks
+        lines = Path(arguments.prompts).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"--prompts {arguments.prompts} cannot be read: {error}") from None
     prompts = []
@@ -149,8 +150,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
             prompt = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ArgumentError(f"--prompts {arguments.prompts} line {number} is not JSON: {error}") from None
-        kinds = {"prompt": str, "messages": list, "tokens": list}
-        given = [k for k, kind in kinds.items() if isinstance(prompt, dict) and isinstance(prompt.get(k), kind)]
+        given = _kinds(prompt) if isinstance(prompt, dict) else []
         if len(given) != 1 or not prompt[given[0]]:
             raise ArgumentError(
                 f"--prompts {arguments.prompts} line {number} must be an object with one of prompt (text), messages "
@@ -167,6 +167,16 @@ def _read_prompts(arguments: argparse.Namespace) -> list[dict]:
     if not prompts:
         raise ArgumentError(f"--prompts {arguments.prompts} holds no prompts")
     return prompts
+
+
+def kind_of(prompt: dict) -> str:
+    """Which key of a line of the prompts file holds the prompt: "prompt" (text), "messages" or "tokens"."""
+    return _kinds(prompt)[0]
+
+
+def _kinds(prompt: dict) -> list[str]:
+    kinds = {"prompt": str, "messages": list, "tokens": list}
+    return [key for key, kind in kinds.items() if isinstance(prompt.get(key), kind)]
 
 
 def _is_unicode(text: str) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from power_kernels.api.driver.distributed import Ranks
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.driver.sampler import PowerSampler
+from power_kernels.api.engines.huggingface.inspection import configured_context
 from power_kernels.errors import ArgumentError
 
 
@@ -25,9 +26,20 @@ def _device(given: str | None, ranks: Ranks) -> str:
     return f"cuda:{ranks.local_rank}"
 
 
-def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> PowerSampler:
-    """The model and the tokenizer of `generate.add_model_arguments`. Raises ArgumentError."""
-    model, tokenizer = _load(arguments, _device(arguments.device, ranks or Ranks()))
+def load_tokenizer(name: str):
+    """The tokenizer of `--model`, and the context of its model, None without a limit: little beside its weights, and
+    enough to look at the prompts. Raises ArgumentError."""
+    try:
+        return AutoTokenizer.from_pretrained(name), configured_context(AutoConfig.from_pretrained(name))
+    except Exception as error:  # hubs, files and formats fail in as many ways as there are
+        raise ArgumentError(f"--model {name} cannot be loaded: {error}") from error
+
+
+def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, tokenizer=None) -> PowerSampler:
+    """The model of `generate.add_model_arguments`, and its tokenizer unless it is there. Raises ArgumentError."""
+    if tokenizer is None:
+        tokenizer, _ = load_tokenizer(arguments.model)
+    model = _load(arguments, _device(arguments.device, ranks or Ranks()))
     try:
         return PowerSampler(model, tokenizer)
     except UnsupportedModelError as error:
@@ -40,10 +52,6 @@ def _load(arguments: argparse.Namespace, device: str):
     try:
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # kernels are launched on the current one
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except KeyboardInterrupt:
-        raise
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval()
     except Exception as error:  # hubs, files, formats and devices fail in as many ways as there are
         raise ArgumentError(f"--model {arguments.model} cannot be loaded on {device}: {error}") from error
-    return model, tokenizer

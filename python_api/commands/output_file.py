@@ -35,16 +35,16 @@ def digest(**everything) -> str:
 
 
 def record(result: PowerResult, prompt: dict, run: str) -> dict:
-    """One line of the file. prompt: what the prompts file said, repeated so that the line stands alone.
+    """One line of the file. prompt: what the prompts file said, repeated so that the line stands alone: an answer to
+    compare with, a level, whatever stood there, but for a prompt's token ids. A key that the record has itself is
+    repeated behind "prompt_".
 
     Everything but `cost`, the last entry, is the answer's and the same however the run was divided or interrupted, as
     far as the model's logits are. What was forwarded also depends on which chains ran beside it and in how many lanes.
     logp is rounded to 1e-4 nats: sums of fp32 logits differ below that from batch to batch.
     """
-    return {
-        "prompt_id": result.prompt_id,
-        "chain_id": result.chain_id,
-        **{key: prompt[key] for key in ("id", "prompt", "messages") if key in prompt},
+    place = {"prompt_id": result.prompt_id, "chain_id": result.chain_id}
+    answer = {
         "text": result.text,
         "tokens": result.tokens,
         "logp": round(result.logp, 4),
@@ -56,6 +56,15 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
         "digest": run,
         "cost": {**dataclasses.asdict(result.cost), "forwarded": result.cost.forwarded},
     }
+    repeated = {}
+    for key, value in prompt.items():
+        if key == "tokens" and isinstance(value, list):
+            continue
+        name = key
+        while name in place or name in answer or (name != key and name in prompt):
+            name = f"prompt_{name}"
+        repeated[name] = value
+    return {**place, **repeated, **answer}
 
 
 class RecordFile:

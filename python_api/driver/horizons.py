@@ -7,12 +7,17 @@ model's context makes shorter than max_new_tokens are drawn in runs of their own
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.run import Job
 from power_kernels.api.driver.text import named
 from power_kernels.errors import ArgumentError
+
+
+class ContextWarning(RuntimeWarning):
+    """Answers to some prompts are shorter than was asked for, since the model's context ends there."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,20 @@ class Part:
 def parts_of(jobs: list[Job], everything: list[Job], config: PowerConfig, limit: int | None) -> list[Part]:
     """The jobs by horizon: max_new_tokens, or what the prompt leaves of a context of `limit` positions.
 
-    Raises ArgumentError where the context cuts every prompt of the call, which is then a mistake.
+    everything: the jobs of the call, of which `jobs` are some. Warns where the context cuts answers; raises as
+    `context_message` does.
     """
     most = config.max_new_tokens
-
-    def horizon(job: Job) -> int:
-        return most if limit is None else max(min(most, limit - len(job.prompt)), 0)
-
+    message = context_message({job.prompt_id: len(job.prompt) for job in everything}, most, limit)
     longest: dict[int, int] = {}
     for job in everything:
-        longest[horizon(job)] = max(longest.get(horizon(job), 0), len(job.prompt))
-    if most not in longest:
-        job = min(everything, key=lambda job: len(job.prompt))
-        raise ArgumentError(
-            f"prompt {job.prompt_id} has {len(job.prompt)} tokens and max_new_tokens is {most}; together they must not "
-            f"exceed the model's context of {limit}"
-        )
+        horizon = _horizon(len(job.prompt), most, limit)
+        longest[horizon] = max(longest.get(horizon, 0), len(job.prompt))
     by_horizon: dict[int, list[Job]] = {}
     for job in jobs:
-        by_horizon.setdefault(horizon(job), []).append(job)
-    if cut := sorted({job.prompt_id for job in jobs if horizon(job) < most}):
-        warnings.warn(
-            f"{named(cut)} leaves less than max_new_tokens = {most} of the model's context of {limit}; its answers end "
-            'there, with finish "context"',
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        by_horizon.setdefault(_horizon(len(job.prompt), most, limit), []).append(job)
+    if message is not None and min(by_horizon) < most:
+        warnings.warn(message, ContextWarning, stacklevel=4)
     return [
         Part(
             jobs=by_horizon[h],
@@ -65,3 +58,27 @@ def parts_of(jobs: list[Job], everything: list[Job], config: PowerConfig, limit:
         )
         for h in sorted(by_horizon, reverse=True)
     ]
+
+
+def context_message(lengths: Mapping[int, int], most: int, limit: int | None) -> str | None:
+    """What to say of the prompts that leave less than `most` tokens of a context of `limit`, if any do.
+
+    lengths: of the prompts, by id. Raises ArgumentError where all of them do, which is then a mistake.
+    """
+    cut = [i for i, length in lengths.items() if _horizon(length, most, limit) < most]
+    if len(cut) == len(lengths):
+        shortest = min(lengths, key=lengths.get)
+        raise ArgumentError(
+            f"prompt {shortest} has {lengths[shortest]} tokens and max_new_tokens is {most}; together they must not "
+            f"exceed the model's context of {limit}"
+        )
+    if not cut:
+        return None
+    return (
+        f"{named(cut)} leaves less than max_new_tokens = {most} of the model's context of {limit}; its answers end "
+        'there, with finish "context"'
+    )
+
+
+def _horizon(length: int, most: int, limit: int | None) -> int:
+    return most if limit is None else max(min(most, limit - length), 0)

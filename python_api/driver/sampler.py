@@ -207,7 +207,10 @@ class PowerSampler:
             for part in parts:
                 if part.config is None:
                     for job in part.jobs:
-                        yield empty_result(job.prompt_id, job.chain_id, has_text=self.tokenizer is not None)
+                        result = empty_result(job.prompt_id, job.chain_id, has_text=self.tokenizer is not None)
+                        if bar is not None:
+                            bar.finished(result)
+                        yield result
                     continue
                 results = self._results(part.jobs, part.max_length, part.config, seed, eos, max_chains, bar)
                 with closing(results):

@@ -54,13 +54,15 @@ def read_prompts(prompts, tokenizer, vocab_size: int) -> tuple[list[list[int]], 
             raise ArgumentError(f"prompts[{i}] is empty; a prompt needs at least one token")
         rows.append([integer(f"prompts[{i}] holds token id", token, 0, vocab_size - 1) for token in row])
     if with_bos:
-        warnings.warn(
-            f"{named(with_bos)} begins with {tokenizer.bos_token}, which the tokenizer puts in front, too; one of them "
-            "is left out. A conversation may be given as a list of messages",
-            UserWarning,
-            stacklevel=5,
-        )
+        warnings.warn(bos_message(with_bos, tokenizer), UserWarning, stacklevel=5)
     return rows, conversations
+
+
+def bos_message(prompts: list[int], tokenizer) -> str:
+    return (
+        f"{named(prompts)} begins with {tokenizer.bos_token}, which the tokenizer puts in front, too; one of them is "
+        "left out. A conversation may be given as a list of messages"
+    )
 
 
 def named(prompts: list[int]) -> str:

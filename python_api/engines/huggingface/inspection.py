@@ -57,22 +57,31 @@ def refuse_autocast(device: torch.device) -> None:
         )
 
 
-def context_of(model: PreTrainedModel, asked: int | None) -> int | None:
-    """The most positions of a sequence: `asked`, or what the configuration says; None where it sets no limit.
+def configured_context(config) -> int | None:
+    """The most positions of a sequence that a model's configuration allows; None where it sets no limit.
 
     YaRN stretches `original_max_position_embeddings` by `factor`, and publishers leave `max_position_embeddings` at the
-    one or the other: the larger counts. Raises ArgumentError where the model has learned fewer positions than asked.
+    one or the other: the larger counts.
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    schemes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    for scheme in schemes:
+        original = scheme.get("original_max_position_embeddings")
+        if limit is not None and scheme.get("rope_type") == "yarn" and original:
+            limit = max(limit, int(scheme.get("factor", 1.0) * original))
+    return limit
+
+
+def context_of(model: PreTrainedModel, asked: int | None) -> int | None:
+    """The most positions of a sequence: `asked`, or what the configuration allows.
+
+    Raises ArgumentError where the model has learned fewer positions than asked.
+    """
     if asked is None:
-        rope = getattr(config, "rope_parameters", None) or {}
-        schemes = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
-        for scheme in schemes:
-            original = scheme.get("original_max_position_embeddings")
-            if limit is not None and scheme.get("rope_type") == "yarn" and original:
-                limit = max(limit, int(scheme.get("factor", 1.0) * original))
-        return limit
+        return configured_context(model.config)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = model.get_input_embeddings()
     tables = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
     learned = [table.num_embeddings for table in tables if limit is not None and 0 <= table.num_embeddings - limit <= 2]

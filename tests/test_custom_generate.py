@@ -1,5 +1,6 @@
 """`model.generate(custom_generate=power_sample)`: the chains of PowerSampler in the shape that generate() returns."""
 
+import functools
 import gc
 import inspect
 import pickle
@@ -132,6 +133,7 @@ def test_a_model_is_not_kept_alive():
         ({"max_time": 5.0}, "asked for max_time=5.0"),
         ({"assistant_model": object()}, "given assistant_model, which"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [1]}, "given prefix_allowed_tokens_fn, which"),
+        ({"synced_gpus": True}, "given synced_gpus, which"),
         ({"inputs_embeds": torch.zeros(2, 4, 32)}, "given inputs_embeds, which .*: leave it out"),
         ({"past_key_values": object()}, "given past_key_values, which"),
         ({"position_ids": torch.zeros_like(IDS)}, "given position_ids, which"),
@@ -204,6 +206,14 @@ def test_a_method_called_without_generate_refuses_the_same(model):
         power_sample(model, IDS, **arguments)
 
 
+def test_arguments_may_be_bound_before(model):
+    bound = functools.partial(power_sample, seed=7, **OPTIONS)
+    arguments = {"custom_generate": bound, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 12}
+    check(model.generate(IDS, **arguments), IDS, expected(model, IDS))
+    with pytest.raises(ArgumentError, match="stop_strings='a'"):
+        model.generate(IDS, stop_strings="a", **arguments)
+
+
 def test_it_is_a_function_to_whoever_looks_at_it():
     assert "num_chains" in inspect.signature(power_sample).parameters
     assert power_sample.__doc__.startswith("A decoding method")
@@ -266,6 +276,13 @@ def test_an_eos_and_a_padding_of_minus_one_are_none(model):
     assert out.shape == (2, 4 + 12)
     endless = generate(model, eos_token_id=[3, 4, -1], pad_token_id=-1)
     assert set(endless[endless < 0].tolist()) == set()
+
+
+def test_ids_that_begin_with_bos_twice_are_named_and_left_as_they_are(model):
+    ids = torch.tensor([[PAD, 1, 5, 6], [1, 1, 5, 6]], device=DEVICE)
+    with pytest.warns(UserWarning, match=r"^prompt 1 begins with BOS twice.*add_special_tokens=False"):
+        out = generate(model, ids, attention_mask=(ids != PAD).long())
+    check(out, ids, expected(model, [[1, 5, 6], [1, 1, 5, 6]]))
 
 
 def test_a_row_that_nearly_fills_the_context_is_shorter_and_the_others_are_not(model):

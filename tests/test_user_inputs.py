@@ -276,6 +276,17 @@ def test_special_tokens_at_the_end_of_the_prompt_cost_no_space():
     assert answer_text(tokenizer, [5], [1, 2, 0]) == "ab"  # the text begins here, and so it would be written
 
 
+def test_an_answer_is_decoded_alone_where_the_text_before_it_changes_with_it():
+    class Cleaning:
+        """Takes the space before a full stop away, as clean_up_tokenization_spaces does."""
+
+        def decode(self, tokens, skip_special_tokens):
+            return "".join("a ."[t] for t in tokens).replace(" .", ".")
+
+    assert answer_text(Cleaning(), [0, 1], [2, 0]) == ".a"
+    assert answer_text(Cleaning(), [0, 1], [0, 2]) == "a."
+
+
 def test_an_answers_text_keeps_its_space():
     results = sampler(llama_tokenizer()).generate([[5, 2]], CONFIG, num_chains=8)
     for r in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from power_kernels.api.driver.checks import integer
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.sampler import PowerSampler
+from power_kernels.api.driver.text import named
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.api.engines.huggingface.generate_call import (
     GenerateCall,
@@ -77,6 +79,7 @@ def _power_sample(
         _check_hooks(logits_processor or (), stopping_criteria or ())
         num_chains = integer("num_chains is", num_chains, 1)
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        _warn_of_two(generation_config.bos_token_id, prompts)
         if streamer is not None and len(prompts) * num_chains > 1:
             raise ArgumentError(
                 f"a streamer is given with {len(prompts)} prompts and num_chains = {num_chains}; it takes one answer"
@@ -187,6 +190,17 @@ def _prompts(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[in
         return input_ids.tolist()
     check_mask(input_ids, mask)
     return [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+
+
+def _warn_of_two(bos: int | None, prompts: list[list[int]]) -> None:
+    twice = [i for i, prompt in enumerate(prompts) if bos is not None and prompt[:2] == [bos, bos]]
+    if twice:
+        warnings.warn(
+            f"{named(twice)} begins with BOS twice, which no model was trained on: a text that had one was tokenized "
+            "with another; add_special_tokens=False leaves that out",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _list(token_ids) -> list[int]:

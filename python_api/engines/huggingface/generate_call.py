@@ -76,7 +76,7 @@ _IDLE = {"length_penalty": 1.0, "early_stopping": False}
 _FOLLOWED = frozenset({
     "input_ids", "inputs", "attention_mask", "max_length", "max_new_tokens", "eos_token_id", "pad_token_id",
     "bos_token_id", "do_sample", "num_return_sequences",
-    "use_cache", "disable_compile", "logits_to_keep", "return_dict", "synced_gpus",
+    "use_cache", "disable_compile", "logits_to_keep", "return_dict",
 })  # fmt: skip
 # Among a method's model_kwargs, what generate() puts there by itself.
 _PREPARED = frozenset({"position_ids", "past_key_values", "cache_position"})
@@ -111,7 +111,7 @@ class GenerateCall:
         found = frame.f_locals
         named = (
             "inputs", "assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids",
-            "negative_prompt_attention_mask",
+            "negative_prompt_attention_mask", "synced_gpus",
         )  # fmt: skip
         return cls(
             model=found["self"],

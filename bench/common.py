@@ -120,14 +120,17 @@ def _total(values: Iterable[int | None]) -> int | None:
 
 def run_report(sampler) -> dict:
     """`PowerSampler.last_run` as plain data."""
-    return asdict(sampler.last_run)
+    return asdict(sampler.last_run) | {"filled": sampler.last_run.filled}
 
 
 def shortfall(report: dict, slots: int, lanes: int | None) -> str | None:
     """Why a call is not the one that was asked for; None: it is.
 
-    Where memory is short the driver warns and runs fewer chains at once, or fewer lanes. lanes: None leaves them to it.
+    Where memory is short the driver warns and runs fewer chains at once, or fewer lanes. lanes: None leaves them to it,
+    and with them how many chains run at once.
     """
+    if lanes is None and not report["restarts"]:
+        return None
     lanes = report["lanes"] if lanes is None else lanes
     if (report["slots"], report["lanes"], report["restarts"]) == (slots, lanes, 0):
         return None
@@ -152,10 +155,9 @@ def useful_share(report: dict) -> float | None:
     return report["useful_lane_steps"] / report["lane_steps"] if report.get("lane_steps") else None
 
 
-def filled_share(report: dict, account: dict[str, int]) -> float | None:
-    """Tokens drawn for extensions and proposals, over steps times lanes: a lane that waits or stands idle counts."""
-    lanes = report.get("steps", 0) * report.get("slots", 0) * report.get("lanes", 0)
-    return (account["extension"] + account["proposal"]) / lanes if lanes else None
+def filled_share(report: dict) -> float | None:
+    """`RunReport.filled`: tokens drawn, over steps times rows of the plan. None where no step was made."""
+    return report["filled"] if report.get("row_steps") else None
 
 
 # ----------------------------------------------------------------------------------------------------

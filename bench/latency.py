@@ -15,7 +15,7 @@ over 1 lane    wall time over that with one lane in the same cell; the same of p
 over plain     the two over plain generation of the same cell
 steps          of the driver an answer took, those included that were answered from memory without a forward pass
 useful         rows that went through the model for an extension or a proposal, over all rows that did
-filled         tokens drawn, over steps times lanes: a lane that waits or stands idle counts
+filled         tokens drawn, over steps times rows of the plan: a lane that waits or stands idle is empty
 accepted       steps that kept the proposal (in brackets: steps that changed the answer)
 differ         cells in which the answer or the course of the chain is another than with one lane
 
@@ -142,7 +142,7 @@ def summary(cells: list[dict], lanes: str) -> dict:
         "forwarded": spread(run.forwarded for run in runs),
         "decode_steps": spread(report["steps"] for report in reports),
         "useful": spread(share for share in map(common.useful_share, reports) if share is not None),
-        "filled": spread(common.filled_share(run.report, run.account) for run in runs),
+        "filled": spread(common.filled_share(run.report) for run in runs),
         "acceptance": sum(run.accepted + run.unchanged for run in runs) / steps if steps else None,
         "changed": sum(run.accepted for run in runs) / steps if steps else None,
         "differ": (

@@ -28,6 +28,7 @@ HOST_FILES = {
     "test_gpu_check": "the command that starts this run",
     "test_interrupts": "commands in processes of their own, on the CPU",
     "test_install": "the build of the package",
+    "test_device_calls": "torch.cuda replaced by what keeps a record",
     "test_devices": "how tensors get to a device, shown with the host as the device",
     "test_law_enumeration": "the reference, on the host whatever the device",
     "test_prefix_memory": "prefixes are remembered on a CPU only",

@@ -513,3 +513,32 @@ def test_flash_is_recorded_and_replayed_at_other_positions(heads, kv_heads, dim,
             graph.replay()
             want = by_definition(query, keys, values, position, SLAB, dim**-0.5, window, None)
             torch.testing.assert_close(out.double().cpu(), want, rtol=0, atol=2e-2)
+
+
+# rows, kv_heads, heads, positions of a slab row, dim. On the host the same in small.
+LONG = [(2, 2, 14, 300, 16), (3, 3, 3, 300, 16)]
+if ON_CUDA:
+    LONG = [
+        (2, 2, 14, 16_384, 64),  # so few heads that each one's positions are divided among many programs
+        (1, 32, 32, 8_192, 96),  # a head of KV for each of the query's: another path of the kernel
+        (520, 4, 28, 8_192, 128),  # 4.1 GiB: neither bytes nor entries of the last rows fit 32 bits
+    ]
+
+
+@pytest.mark.parametrize(("rows", "kv_heads", "heads", "positions", "dim"), LONG)
+def test_flash_reads_long_rows_wherever_they_lie(rows, kv_heads, heads, positions, dim, flash_on_the_host):
+    """The first and the last rows of the slab and one in between; what is in the others is as it comes."""
+    if ON_CUDA and torch.cuda.mem_get_info(DEVICE)[0] < 3 * rows * kv_heads * positions * dim * 2:
+        pytest.skip("short of memory")
+    slab = torch.empty(rows, kv_heads, positions, dim, dtype=torch.bfloat16, device=DEVICE)
+    looked = sorted({0, rows // 2, rows - 1, max(0, rows - 2)})
+    for row in looked:
+        slab[row] = torch.randn(kv_heads, positions, dim, generator=torch.Generator().manual_seed(row)).to(slab)
+    query = queries(rows, heads, dim, torch.bfloat16)
+    position = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    position[looked] = torch.tensor([positions - 1, positions // 2, 130, positions - 2][: len(looked)], device=DEVICE)
+    for window in (None, 200):
+        got = DecodeView(position, positions, FLASH).attend(query, slab, slab, dim**-0.5, window, None)[looked]
+        given = query[looked], slab[looked], slab[looked], position[looked]
+        want = by_definition(*given, positions, dim**-0.5, window, None)
+        torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-2)

@@ -216,6 +216,32 @@ def test_positions_that_were_never_learned_are_refused():
     assert HuggingFaceEngine(model, max_context=50, self_check=False).max_context == 50
 
 
+# ---- more than text
+
+
+@pytest.mark.parametrize("name", tiny_models.MULTIMODAL)
+def test_text_goes_through_the_language_model_of_models_that_also_see(name):
+    """And through layers that attend to another layer's keys and values, rollbacks and commits included."""
+    build = tiny_models.MULTIMODAL[name]
+    engine = HuggingFaceEngine(build())
+    assert engine._head is not None
+    script = Script(engine, build(), chains=2, lanes=2)
+    script.admit([prompt_of(3, 1), prompt_of(12, 2)])
+    for _ in range(8):
+        script.play()
+    assert script.counts["compared"] >= 20
+    assert script.counts["rollback"] >= 3
+
+
+def test_layers_that_share_keys_and_values_are_not_compiled():
+    model = tiny_models.gemma3n()
+    assert len(HuggingFaceEngine(model, self_check=False)._layout.layers) == 3
+    with pytest.raises(
+        UnsupportedModelError, match=r"another layer's keys and values, which compile=.* does not support"
+    ):
+        HuggingFaceEngine(model, compile="eager")
+
+
 # ---- quantisation
 
 

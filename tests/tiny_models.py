@@ -193,6 +193,81 @@ FAMILIES = {
 }
 
 
+# -- models that also look at pictures, or whose last layers attend to the keys and values of earlier ones
+
+
+_PICTURES = {"hidden_size": 16, "intermediate_size": 16, "patch_size": 4}
+_TEXT = {**_COMMON, "vocab_size": VOCAB + 6}  # what stands for a picture lies behind the text's tokens
+_QWEN_VL = {"image_token_id": VOCAB, "video_token_id": VOCAB + 1, "vision_start_token_id": VOCAB + 2}
+
+
+def _of(config, head: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3, generator=generator)
+    return model.eval().to(DEVICE)
+
+
+def gemma3_with_pictures():
+    text = {
+        **_TEXT, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {**_PICTURES, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        image_token_index=VOCAB, boi_token_index=VOCAB + 1, eoi_token_index=VOCAB + 2,
+    )  # fmt: skip
+    return _of(config, "Gemma3ForConditionalGeneration")
+
+
+def gemma3n():
+    """The last two layers attend to what the last layer of their kind before them has cached."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    changes = {
+        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": WINDOW, "layer_types": kinds,
+        "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 5,
+        "vocab_size_per_layer_input": VOCAB + 6,
+    }  # fmt: skip
+    return _of(transformers.Gemma3nTextConfig(**{**_TEXT, **changes}), "Gemma3nForCausalLM")
+
+
+def qwen2_5_vl():
+    """Positions of three axes, which are one for text."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = {
+        **_PICTURES, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0], "window_size": 8,
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_QWEN_VL
+    )
+    return _of(config, "Qwen2_5_VLForConditionalGeneration")
+
+
+def qwen3_vl():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = {**_PICTURES, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    text = {**_TEXT, "head_dim": 8, "rope_parameters": rope}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_VL)
+    return _of(config, "Qwen3VLForConditionalGeneration")
+
+
+def mistral3():
+    vision = {**_PICTURES, "model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+    text = {**_TEXT, "model_type": "mistral", "head_dim": 8, "sliding_window": None}
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config={**vision, "head_dim": 8}, image_token_index=VOCAB
+    )
+    return _of(config, "Mistral3ForConditionalGeneration")
+
+
+MULTIMODAL = {model.__name__: model for model in (gemma3_with_pictures, gemma3n, qwen2_5_vl, qwen3_vl, mistral3)}
+
+
 # -- models whose past cannot be rewound, or whose attention is not this engine's
 
 
@@ -222,6 +297,13 @@ def qwen3_next():
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     )
+
+
+def qwen3_5():
+    return _build(
+        "Qwen3_5", config="{}TextConfig", num_hidden_layers=4, head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
 
 
 def lfm2():
@@ -273,5 +355,6 @@ def bloom():
 
 
 UNSUPPORTED = {
-    model.__name__: model for model in (mamba, recurrent_gemma, qwen3_next, lfm2, llama4, deepseek_v3, t5, bloom)
+    model.__name__: model
+    for model in (mamba, recurrent_gemma, qwen3_next, qwen3_5, lfm2, llama4, deepseek_v3, t5, bloom)
 }

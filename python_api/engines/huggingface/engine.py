@@ -129,13 +129,18 @@ class HuggingFaceEngine:
         if attention is None and on_device and getattr(self._config, "attn_logit_softcapping", None):
             attention = decode_attention.PADDED  # the flash kernel has no soft cap
         self.attention = decode_attention.choose(self._layout, heads, self.device, attention, sinks=sinks)
+        if compile is not False and len(self._layout.layers) < self._config.num_hidden_layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has layers that attend to another layer's keys and values, which compile=... "
+                "does not support; without it the model works"
+            )
         self.compile = compile
         self._head = self._find_head()
         self._compiled = None
         if compile is not False:
             self._compile()
         if self_check:
-            check_rope(model, self.device, self.dtype)
+            check_rope(self._decoder, self.device, self.dtype)
             self._check_with_or_without_head()
 
     # -- a run

@@ -120,13 +120,16 @@ def probe(model: PreTrainedModel) -> Probed:
         raise
     except Exception as error:
         raise UnsupportedModelError(f"{name} does not take a ragged cache: {type(error).__name__}: {error}") from error
-    written = [layer.shape for layer in recorder.layers]
-    if None in written or sorted(seen.windows) != list(range(layers)):
-        missing = [i for i, shape in enumerate(written) if shape is None or i not in seen.windows]
+    shapes = [layer.shape for layer in recorder.layers]
+    # The last layers may do without a cache: they attend to that of an earlier one.
+    own = next((i for i, shape in enumerate(shapes) if shape is None), layers)
+    written = shapes[:own]
+    if not written or any(shapes[own:]) or sorted(seen.windows) != list(range(layers)):
+        missing = [i for i, shape in enumerate(shapes) if shape is None or i not in seen.windows]
         raise UnsupportedModelError(
             f"{name}: layers {missing} keep no keys and values of their own; what they keep cannot be rewound"
         )
-    dtypes = {layer.dtype for layer in recorder.layers}
+    dtypes = {layer.dtype for layer in recorder.layers[:own]}
     if len(dtypes) != 1:
         raise UnsupportedModelError(f"layers cache different dtypes: {sorted(map(str, dtypes))}")
     return Probed(KvLayout(tuple(written), dtypes.pop()), seen.windows, seen.sinks, output.logits.shape[-1])

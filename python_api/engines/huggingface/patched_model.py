@@ -20,7 +20,7 @@ def patched(model: PreTrainedModel, max_length: int, *, attention: bool = True) 
     for module in model.modules():
         if module.training:
             patches.add(module, "training", False)
-    pin_rope(model, max_length, patches)
+    pin_rope(model.get_decoder(), max_length, patches)  # what looks at pictures has rotary modules of its own
     if attention:
         speed_up(model, patches)
         for config in attention_configs(model):

@@ -136,7 +136,8 @@ class Probe:
     """Records what each layer asks for, and refuses what the views above do not compute.
 
     layers: the cache's layers, whose `keys` and `values` are what `update` last returned. Attention must get just
-    these: the views read slabs, not what a model makes of them afterwards (DeepSeek's compressed KV, for one).
+    these, or those of an earlier layer (Gemma 3n): the views read slabs, not what a model makes of them afterwards
+    (DeepSeek's compressed KV, for one).
     """
 
     layers: list
@@ -151,7 +152,7 @@ class Probe:
         reason = None
         if not isinstance(layer, int) or layer in self.windows:
             reason = f"calls attention for layer {layer!r}, not once for each layer index"
-        elif not (_same(keys, self.layers[layer].keys) and _same(values, self.layers[layer].values)):
+        elif not any(_same(keys, of.keys) and _same(values, of.values) for of in self.layers[: layer + 1]):
             reason = "attends to something else than the keys and values it caches"
         elif attention_mask is not None:
             reason = "builds an attention mask of its own"

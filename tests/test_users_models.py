@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 
 import pytest
 import torch
+import transformers
 
 from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api.commands import load
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.engines.huggingface.self_check import compute_dtype
 from power_kernels.errors import ArgumentError
-from tests import lora, tiny_models
+from tests import commands, lora, tiny_models
 from tests.devices import DEVICE, host_only
 from tests.test_huggingface_engine import Script, prompt_of
 
@@ -253,3 +257,40 @@ def test_quantisation_that_looks_at_the_whole_batch_is_refused_and_said_why():
         quantised = torch.ao.quantization.quantize_dynamic(tiny_models.llama(), {torch.nn.Linear}, torch.qint8)
     with pytest.raises(UnsupportedModelError, match=r"a row's logits depend on its batchmates .* scale is taken from"):
         HuggingFaceEngine(quantised)
+
+
+def test_a_quantised_checkpoint_is_placed_by_its_loader(tmp_path, monkeypatch):
+    """BitNet's ternary weights, which transformers itself computes on a CPU. `.to` moves no quantised model."""
+    pytest.importorskip("accelerate")
+    path = commands.save(commands.markov_model().to(torch.bfloat16), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online",
+        "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    moved = transformers.PreTrainedModel.to
+
+    def to(self, *args, **kwargs):
+        assert not getattr(self, "is_quantized", False), "a quantised model was moved"
+        return moved(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
+    model = load._model(path, "auto", DEVICE.type)
+    assert model.is_quantized
+    assert model.device.type == DEVICE.type
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "dtype"),
+    [
+        (None, torch.float32),
+        ({"quant_method": "gptq"}, torch.float16),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_compute_dtype": "bfloat16"}, torch.bfloat16),
+        (transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16), torch.float16),
+    ],
+)
+def test_tolerances_are_those_of_the_dtype_that_products_are_computed_in(llama, quantisation, dtype, monkeypatch):
+    monkeypatch.setattr(llama.config, "quantization_config", quantisation, raising=False)
+    assert compute_dtype(llama, torch.float32) == dtype
+    assert compute_dtype(llama, torch.bfloat16) == torch.bfloat16

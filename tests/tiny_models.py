@@ -229,8 +229,8 @@ def gemma3n():
     """The last two layers attend to what the last layer of their kind before them has cached."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     changes = {
-        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": WINDOW, "layer_types": kinds,
-        "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 5,
+        "num_hidden_layers": 5, "num_kv_shared_layers": 2, "layer_types": kinds, "sliding_window": WINDOW,
+        "head_dim": 8, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 5,
         "vocab_size_per_layer_input": VOCAB + 6,
     }  # fmt: skip
     return _of(transformers.Gemma3nTextConfig(**{**_TEXT, **changes}), "Gemma3nForCausalLM")

@@ -46,12 +46,27 @@ def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, toke
         raise ArgumentError(f"--model {arguments.model}: {error}") from error
 
 
+def _model(name: str, dtype: str, device: str):
+    if _is_quantised(name):  # whose loader packs the weights where they are to stay; `.to` is refused afterwards
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+
+
+def _is_quantised(name: str) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):  # a directory of an adapter, or nothing at all: the model's loader will tell
+        return False
+    parts = config, config.get_text_config()
+    return any(getattr(part, "quantization_config", None) is not None for part in parts)
+
+
 def _load(arguments: argparse.Namespace, device: str):
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # kernels are launched on the current one
-        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval()
+        return _model(arguments.model, arguments.dtype, device).eval()
     except Exception as error:  # hubs, files, formats and devices fail in as many ways as there are
         raise ArgumentError(f"--model {arguments.model} cannot be loaded on {device}: {error}") from error

@@ -7,6 +7,7 @@ masks of a model's own, a head that does more than its last layer.
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
@@ -60,6 +61,22 @@ def self_check(engine) -> None:
     _compare(engine, got, max_length)
 
 
+def compute_dtype(model: PreTrainedModel, cached: torch.dtype) -> torch.dtype:
+    """The coarsest dtype that a model computes in: what its parameters have, its cache, its quantisation names.
+
+    Products with quantised weights are in half precision at best, whatever dtype the parameters that were left alone
+    have, and which kernel computes them depends on the number of rows.
+    """
+    dtypes = [model.dtype, cached]
+    quantisation = getattr(model.config, "quantization_config", None)
+    if quantisation is not None:
+        named = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+        of_products = named.get("bnb_4bit_compute_dtype") or torch.float16
+        dtypes += [torch.float16, getattr(torch, of_products) if isinstance(of_products, str) else of_products]
+    known = [dtype if dtype in _TOLERANCE else torch.bfloat16 for dtype in dtypes]
+    return max(known, key=_TOLERANCE.get)
+
+
 def _compare(engine, got: list[tuple[list[int], torch.Tensor]], max_length: int) -> None:
     plain: dict[tuple[int, ...], torch.Tensor] = {}
     errors = []
@@ -75,13 +92,14 @@ def _compare(engine, got: list[tuple[list[int], torch.Tensor]], max_length: int)
         errors.append(((logits.double() - reference).square().mean().sqrt() / scale).item())
     # The median: in half precision one expert's tie may go the other way in one row of a mixture.
     errors.sort()
-    worst = errors[-1] if engine.dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
-    tolerance = _TOLERANCE.get(engine.dtype, _TOLERANCE[torch.bfloat16])
+    dtype = compute_dtype(engine.model, engine._layout.dtype)
+    worst = errors[-1] if dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
+    tolerance = _TOLERANCE[dtype]
     if not engine._agreed(worst) <= tolerance:
         _refuse_rows_that_depend_on_others(engine, tolerance)
         raise UnsupportedModelError(
             f"{type(engine.model).__name__} decodes differently through the ragged cache than by itself: "
-            f"relative error {worst:.2g}, allowed {tolerance:.2g} for {engine.dtype}. It uses "
+            f"relative error {worst:.2g}, allowed {tolerance:.2g} for {dtype}. It uses "
             f"attn_implementation={engine.model.config._attn_implementation!r}; 'eager' is the plainest"
         )
 

@@ -85,11 +85,11 @@ def test_an_adapter_that_changes_during_a_run_is_noticed(wrap):
 def test_step_times_are_those_of_the_adapter():
     wrapped = lora.hand_made(tiny_models.llama())
     engine = HuggingFaceEngine(wrapped, self_check=False)
-    first = engine.decode_seconds([1])
+    first = engine.decode_seconds([1], 64)
     wrapped.set_adapter("second")
-    assert engine.decode_seconds([1]) != first
+    assert engine.decode_seconds([1], 64) != first
     wrapped.set_adapter("first")
-    assert engine.decode_seconds([1]) == first
+    assert engine.decode_seconds([1], 64) == first
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ cut 8 a token searched and 48 a token committed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -233,6 +235,107 @@ _STREAM_POSITION = tl.constexpr(contract.STREAM_POSITION)
 _STREAM_STEP = tl.constexpr(contract.STREAM_STEP)
 
 
+# What the sections of `_mh_advance_kernel` hand to each other. Entries are scalars unless something else is said.
+
+
+class _Law(NamedTuple):
+    """`state.Law`."""
+
+    max_new_tokens: tl.tensor
+    block_size: tl.tensor
+    mcmc_steps: tl.tensor
+    final_steps: tl.tensor
+    early_rejection: tl.tensor
+    free_prefix: tl.tensor
+    karan_du: tl.tensor
+    cut: tl.tensor
+
+
+class _Ends(NamedTuple):
+    """The tokens that end an answer: a pointer, and how many they are."""
+
+    token: tl.tensor
+    many: tl.tensor
+
+
+class _Draws(NamedTuple):
+    """What all random numbers of a chain have in common (DESIGN section 4)."""
+
+    seed: tl.tensor
+    chain_id: tl.tensor
+    prompt_word: tl.tensor
+
+
+class _Chain(NamedTuple):
+    """The fields of a chain that a step may change (`ChainField`)."""
+
+    mode: tl.tensor
+    length: tl.tensor
+    opened: tl.tensor
+    last: tl.tensor
+    horizon: tl.tensor
+    stage: tl.tensor
+    final: tl.tensor
+    closed: tl.tensor
+    fault: tl.tensor
+
+
+class _Answer(NamedTuple):
+    """Pointers to the rows of a chain: [width] by position, [serials] by serial."""
+
+    token: tl.tensor
+    logq: tl.tensor
+    cumw: tl.tensor
+    cumz: tl.tensor
+    outcome: tl.tensor
+    left: tl.tensor
+    forwarded: tl.tensor
+
+
+class _Places(NamedTuple):
+    """[P_PAD]: which lane of its chain, whether there is such a lane, which lane of the state."""
+
+    place: tl.tensor
+    live: tl.tensor
+    lane: tl.tensor
+
+
+class _Lanes(NamedTuple):
+    """[P_PAD]: the fields of a chain's lanes (`LaneField`), and the KV that each needs from its chain."""
+
+    status: tl.tensor
+    serial: tl.tensor
+    div: tl.tensor
+    pos: tl.tensor
+    valid: tl.tensor
+    exclude: tl.tensor
+    fault: tl.tensor
+    epoch: tl.tensor
+    open_start: tl.tensor
+    open_stop: tl.tensor
+
+
+class _LaneRows(NamedTuple):
+    """Pointers to the rows [lanes, width] of a chain's lanes and to theta [lanes]; width of a row."""
+
+    token: tl.tensor
+    logq: tl.tensor
+    cumw: tl.tensor
+    cumz: tl.tensor
+    theta: tl.tensor
+    width: tl.tensor
+
+
+class _Sample(NamedTuple):
+    """[P_PAD]: what was sampled for each lane."""
+
+    status: tl.tensor
+    token: tl.tensor
+    logq: tl.tensor
+    weight: tl.tensor
+    entropy: tl.tensor
+
+
 @triton.jit
 def leave_probability(x):
     """1 - exp(x) of float64 x = log q, by Kahan's formula (`reference.leave_probability`)."""
@@ -243,7 +346,7 @@ def leave_probability(x):
 
 
 @triton.jit
-def _walk(logq_ptr, seed, chain_id, prompt_word, serial, start, length, BLOCK: tl.constexpr):
+def _walk(logq_ptr, draws, serial, start, length, BLOCK: tl.constexpr):
     """The first position of [start, length) where the proposal leaves the current answer (3.4), or length."""
     found = length
     block = start
@@ -251,7 +354,7 @@ def _walk(logq_ptr, seed, chain_id, prompt_word, serial, start, length, BLOCK: t
         t = block + tl.arange(0, BLOCK)
         inside = t < length
         logq = tl.load(logq_ptr + t, mask=inside, other=0.0).to(tl.float64)
-        _token_uniform, keep = uniforms(seed, t, serial, chain_id, prompt_word | _STREAM_POSITION)
+        _token_uniform, keep = uniforms(draws.seed, t, serial, draws.chain_id, draws.prompt_word | _STREAM_POSITION)
         leaves = inside & (keep < leave_probability(logq))
         found = tl.min(tl.where(leaves, t, length), 0)
         block += BLOCK
@@ -279,12 +382,397 @@ def _log_z(z):
 
 
 @triton.jit
-def _is_eos(token, eos_ptr, eos_count):
+def _is_eos(token, ends):
     """Which of a vector of tokens end an answer."""
     hit = token != token
-    for i in range(eos_count):
-        hit = hit | (token == tl.load(eos_ptr + i))
+    for i in range(ends.many):
+        hit = hit | (token == tl.load(ends.token + i))
     return hit
+
+
+# ---- 0. the fields
+
+
+@triton.jit
+def _load_chain(field):
+    return _Chain(
+        mode=tl.load(field + _MODE),
+        length=tl.load(field + _LENGTH),
+        opened=tl.load(field + _OPENED),
+        last=tl.load(field + _LAST),
+        horizon=tl.load(field + _HORIZON),
+        stage=tl.load(field + _STAGE),
+        final=tl.load(field + _FINAL),
+        closed=tl.load(field + _CLOSED),
+        fault=tl.load(field + _FAULT),
+    )
+
+
+@triton.jit
+def _store_chain(field, chain):
+    tl.store(field + _MODE, chain.mode)
+    tl.store(field + _LENGTH, chain.length)
+    tl.store(field + _OPENED, chain.opened)
+    tl.store(field + _LAST, chain.last)
+    tl.store(field + _HORIZON, chain.horizon)
+    tl.store(field + _STAGE, chain.stage)
+    tl.store(field + _FINAL, chain.final)
+    tl.store(field + _CLOSED, chain.closed)
+    tl.store(field + _FAULT, chain.fault)
+
+
+@triton.jit
+def _load_lanes(field, live):
+    """field: pointers [P_PAD] to the lanes' fields. No KV is asked for yet."""
+    return _Lanes(
+        status=tl.load(field + _LANE_STATUS, mask=live, other=_IDLE),
+        serial=tl.load(field + _LANE_SERIAL, mask=live, other=0),
+        div=tl.load(field + _LANE_DIVERGENCE, mask=live, other=0),
+        pos=tl.load(field + _LANE_POSITION, mask=live, other=0),
+        valid=tl.load(field + _LANE_VALID, mask=live, other=0),
+        exclude=tl.load(field + _LANE_EXCLUDE, mask=live, other=-1),
+        fault=tl.load(field + _LANE_FAULT, mask=live, other=0),
+        epoch=tl.load(field + _LANE_EPOCH, mask=live, other=0),
+        open_start=live.to(tl.int32) * 0,
+        open_stop=live.to(tl.int32) * 0,
+    )
+
+
+@triton.jit
+def _store_lanes(field, lanes, live):
+    tl.store(field + _LANE_STATUS, lanes.status, mask=live)
+    tl.store(field + _LANE_SERIAL, lanes.serial, mask=live)
+    tl.store(field + _LANE_DIVERGENCE, lanes.div, mask=live)
+    tl.store(field + _LANE_POSITION, lanes.pos, mask=live)
+    tl.store(field + _LANE_VALID, lanes.valid, mask=live)
+    tl.store(field + _LANE_EXCLUDE, lanes.exclude, mask=live)
+    tl.store(field + _LANE_FAULT, lanes.fault, mask=live)
+    tl.store(field + _LANE_EPOCH, lanes.epoch, mask=live)
+
+
+@triton.jit
+def _started(lanes, here, serial, div, pos, exclude, base):
+    """The lanes, of which `here` starts: it shares [0, div) with its chain and samples position `pos` next."""
+    stop = base + pos - 1
+    return _Lanes(
+        status=tl.where(here, _RUNNING, lanes.status),
+        serial=tl.where(here, serial, lanes.serial),
+        div=tl.where(here, div, lanes.div),
+        pos=tl.where(here, pos, lanes.pos),
+        valid=tl.where(here, stop, lanes.valid),
+        exclude=tl.where(here, exclude, lanes.exclude),
+        fault=tl.where(here, 0, lanes.fault),
+        epoch=tl.where(here, lanes.epoch + 1, lanes.epoch),
+        open_start=tl.where(here, lanes.valid, lanes.open_start),
+        open_stop=tl.where(here, tl.maximum(lanes.valid, stop), lanes.open_stop),
+    )
+
+
+@triton.jit
+def _changed(lanes, status, valid):
+    """The lanes with other STATUS and VALID."""
+    return _Lanes(
+        status=status,
+        serial=lanes.serial,
+        div=lanes.div,
+        pos=lanes.pos,
+        valid=valid,
+        exclude=lanes.exclude,
+        fault=lanes.fault,
+        epoch=lanes.epoch,
+        open_start=lanes.open_start,
+        open_stop=lanes.open_stop,
+    )
+
+
+# ---- 1. receive
+
+
+@triton.jit
+def _receive(law, chain, lanes, at, answer, rows, sample, got, base):
+    """What was sampled for the lanes `got`: a fault, a place in a forwarded prefix, a kept token, or one to append.
+
+    Returns the lanes, those with a new token, those whose token was kept and that walk on, and the running sums of
+    weights and of 1 - q of the proposals with their new token (the second is 0 under the uniform cut).
+    """
+    extending = chain.mode == _EXTEND
+    # up to the divergence the token that was fed is the chain's own
+    valid = tl.where(got & (lanes.pos <= lanes.div), base + lanes.pos, lanes.valid)
+    prefix = got & (lanes.pos < lanes.div)  # a forwarded prefix: what was sampled there is not used
+
+    # numbers that would poison the chain, whoever made them
+    weight, logq, h = sample.weight, sample.logq, sample.entropy
+    undefined = (weight != weight) | (logq != logq) | (h != h)
+    status = tl.where((sample.status == _OK) & undefined, _NAN, sample.status)
+    status = tl.where((status == _OK) & ((weight == _INF) | (h == _INF)), _POS_INF, status)
+    bad = got & (lanes.pos >= lanes.div) & (status != _OK)
+    good = got & (lanes.pos >= lanes.div) & (status == _OK)
+
+    again = good & (lanes.pos == lanes.div) & (extending == 0) & (sample.token == lanes.exclude)  # all else has no mass
+    append = good & (again == 0)
+    # A forwarded prefix that reaches the end of the answer was an unchanged step. So is one whose token was kept under
+    # a divergence cut, which has no walk that could go on.
+    kept = (prefix & (lanes.pos + 1 == chain.length)) | (again & (law.cut != _UNIFORM))
+    again = again & (law.cut == _UNIFORM)
+    tl.store(answer.outcome + lanes.serial, tl.zeros_like(lanes.serial).to(tl.int8) + _UNCHANGED, mask=kept)
+    tl.store(answer.left + lanes.serial, tl.zeros_like(lanes.serial) - 1, mask=kept)
+
+    first = append & (lanes.pos == lanes.div)
+    later = append & (lanes.pos > lanes.div)
+    row = at.place.to(tl.int64) * rows.width + lanes.pos
+    before = tl.load(answer.cumw + lanes.pos, mask=first, other=0.0) + tl.load(rows.cumw + row, mask=later, other=0.0)
+    total = before + weight.to(tl.float64)
+    tl.store(rows.token + row, sample.token.to(tl.int32), mask=append)
+    tl.store(rows.logq + row, logq, mask=append)
+    tl.store(rows.cumw + row + 1, total, mask=append)
+    z = tl.zeros_like(total)
+    if law.cut != _UNIFORM:
+        z = tl.load(answer.cumz + lanes.pos, mask=first, other=0.0) + tl.load(rows.cumz + row, mask=later, other=0.0)
+        # max: entropies round, and Z must not fall
+        z += leave_probability(logq.to(tl.float64)) * tl.maximum(h, 0.0).to(tl.float64)
+        tl.store(rows.cumz + row + 1, z, mask=append)
+    lanes = _Lanes(
+        status=tl.where(kept, _IDLE, tl.where(bad, _FAULTED_LANE, lanes.status)),
+        serial=lanes.serial,
+        div=lanes.div,
+        pos=tl.where(prefix | append, lanes.pos + 1, lanes.pos),
+        valid=valid,
+        exclude=lanes.exclude,
+        fault=tl.where(bad, status, lanes.fault),
+        epoch=tl.where(prefix & (kept == 0), lanes.epoch + 1, lanes.epoch),
+        open_start=lanes.open_start,
+        open_stop=lanes.open_stop,
+    )
+    return lanes, append, again, total, z
+
+
+@triton.jit
+def _test(law, chain, lanes, answer, rows, at, token, append, total, z, log_n_ptr, ends):
+    """The acceptance test of the lanes `append` with a new token (3.2, 3.3). Returns the lanes, and the tokens saved by
+    rejecting early. token, total, z: as `_receive` has them."""
+    extending = chain.mode == _EXTEND
+    cap = tl.where((law.karan_du == 0) | extending, chain.horizon, chain.length)
+    closed = append & (_is_eos(token, ends) | (lanes.pos == cap))
+    tested = append & (extending == 0)
+    theta = tl.load(rows.theta + at.place, mask=tested, other=0.0)
+    tested = tested & (closed | ((law.early_rejection > 0) & (law.karan_du == 0)))
+    if law.karan_du:
+        against = tl.load(answer.cumw + lanes.pos, mask=tested, other=0.0)
+    elif law.cut != _UNIFORM:
+        against = _log_z(z)
+    else:
+        # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
+        at_least = tl.where(ends.many > 0, lanes.pos + 1, cap)
+        against = tl.load(log_n_ptr + tl.where(closed, lanes.pos, at_least), mask=tested, other=0.0)
+    rejected = tested & (total - against < theta)
+    # Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+    rejected = rejected | (tested & closed & (law.cut != _UNIFORM) & (z == 0.0))
+    tl.store(answer.outcome + lanes.serial, tl.zeros_like(lanes.serial).to(tl.int8) + _REJECTED, mask=rejected)
+    saved = tl.sum(tl.where(rejected & (closed == 0), cap - lanes.pos, 0), 0)
+    status = tl.where(rejected, _IDLE, tl.where(closed, _CLOSED_LANE, lanes.status))
+    return _changed(lanes, status, lanes.valid), saved
+
+
+@triton.jit
+def _walk_on(law, draws, chain, lanes, at, answer, again, base, BLOCK: tl.constexpr):
+    """Each lane of `again`, whose token was kept after all, walks on behind it (3.4). Returns the lanes, and the tokens
+    that were saved."""
+    saved = 0
+    walking = tl.min(tl.where(again, at.place, _FAR), 0)
+    while walking != _FAR:
+        here = at.place == walking
+        serial = take(lanes.serial, at.place, walking)
+        start = take(lanes.pos, at.place, walking) + 1
+        found = _walk(answer.logq, draws, serial, start, chain.length, BLOCK)
+        fed = start
+        if law.free_prefix:
+            saved += found - start
+            fed = found
+        if fed == chain.length:
+            tl.store(answer.outcome + serial, _UNCHANGED)
+            tl.store(answer.left + serial, -1)
+            lanes = _changed(lanes, tl.where(here, _IDLE, lanes.status), lanes.valid)
+        else:
+            tl.store(answer.left + serial, found)
+            exclude = tl.load(answer.token + found, mask=found < chain.length, other=-1)
+            lanes = _started(lanes, here, serial, found, fed, exclude, base)
+        again = again & (here == 0)
+        walking = tl.min(tl.where(again, at.place, _FAR), 0)
+    return lanes, saved
+
+
+# ---- 2. resolve
+
+
+@triton.jit
+def _stop_at_fault(chain, lanes, serial, fault):
+    """A chain that has reached bad logits: that step and those prefetched after it were not made."""
+    chain = _Chain(
+        mode=tl.zeros_like(chain.mode) + _FAULTED_CHAIN,
+        length=chain.length,
+        opened=tl.where(chain.mode == _PROPOSE, serial, chain.opened),
+        last=chain.last,
+        horizon=chain.horizon,
+        stage=chain.stage,
+        final=chain.final,
+        closed=chain.closed,
+        fault=fault,
+    )
+    return chain, _changed(lanes, tl.zeros_like(lanes.status) + _IDLE, lanes.valid)
+
+
+@triton.jit
+def _commit(law, chain, lanes, at, answer, rows, winner, ends, base, BLOCK: tl.constexpr):
+    """The closed lane `winner` holds the lowest serial: its answer becomes the chain's, every other lane is void."""
+    serial = take(lanes.serial, at.place, winner)
+    d = take(lanes.div, at.place, winner)
+    n = take(lanes.pos, at.place, winner)
+    row = winner.to(tl.int64) * rows.width
+    for block in range(d, n, BLOCK):
+        t = block + tl.arange(0, BLOCK)
+        inside = t < n
+        tl.store(answer.token + t, tl.load(rows.token + row + t, mask=inside), mask=inside)
+        tl.store(answer.logq + t, tl.load(rows.logq + row + t, mask=inside), mask=inside)
+        tl.store(answer.cumw + t + 1, tl.load(rows.cumw + row + t + 1, mask=inside), mask=inside)
+        if law.cut != _UNIFORM:
+            tl.store(answer.cumz + t + 1, tl.load(rows.cumz + row + t + 1, mask=inside), mask=inside)
+    tl.debug_barrier()
+    ending = tl.load(answer.token + n - 1 + tl.zeros_like(at.place))
+    # A lane that walked on in this launch counts on a copy that its next opening will replace.
+    copied = tl.where(lanes.open_stop > lanes.open_start, lanes.open_start, lanes.valid)
+    valid = tl.where(at.place == winner, base + n - 1, tl.minimum(copied, base + d))
+    extending = chain.mode == _EXTEND
+    if chain.mode == _PROPOSE:
+        tl.store(answer.outcome + serial, _ACCEPTED)
+    chain = _Chain(
+        mode=tl.zeros_like(chain.mode) + _PROPOSE,
+        length=n,
+        opened=tl.where(extending, chain.opened, serial + 1),
+        last=tl.where(extending, chain.opened - 1 + law.mcmc_steps, chain.last),
+        horizon=chain.horizon,
+        stage=chain.stage,
+        final=chain.final,
+        closed=tl.max(_is_eos(ending, ends).to(tl.int32), 0),
+        fault=chain.fault,
+    )
+    return chain, _changed(lanes, tl.zeros_like(lanes.status) + _IDLE, valid)
+
+
+# ---- 3. schedule
+
+
+@triton.jit
+def _draw_proposal(law, draws, length, answer, log_n_ptr, serial, BLOCK: tl.constexpr):
+    """The cut of a step (3.2, 3.6) and its walk (3.4). Returns theta, where the proposal leaves the answer, the first
+    position to sample (both `length` if it never does), and the tokens that were saved."""
+    cut_uniform, accept_uniform = uniforms(
+        draws.seed, tl.zeros_like(serial), serial, draws.chain_id, draws.prompt_word | _STREAM_STEP
+    )
+    theta = tl.log(1.0 - accept_uniform)
+    begin = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
+    if law.cut != _UNIFORM:
+        mass = tl.load(answer.cumz + length)
+        theta = (tl.load(answer.cumw + length) - _log_z(mass)) + theta
+        found = _cut_at(answer.cumz, cut_uniform * mass, length, BLOCK)
+        fed = found
+        begin = found
+    else:
+        if law.karan_du == 0:
+            theta = (tl.load(answer.cumw + length) - tl.load(log_n_ptr + length)) + theta
+        found = _walk(answer.logq, draws, serial, begin, length, BLOCK)
+        fed = tl.where(law.free_prefix > 0, found, begin)
+    return theta, found, fed, fed - begin
+
+
+@triton.jit
+def _schedule(law, draws, chain, lanes, at, answer, rows, log_n_ptr, base, BLOCK: tl.constexpr):
+    """Start the next lanes: an extension at the start of a stage, else proposals until no lane is free or no step is
+    left; end stages and the chain (3.1). Returns the chain, the lanes, and the tokens that were saved."""
+    mode, opened, last, horizon = chain.mode, chain.opened, chain.last, chain.horizon
+    stage, final, length = chain.stage, chain.final, chain.length
+    saved = 0
+    extend = mode == _START
+    if mode == _START:
+        opened = tl.zeros_like(opened) + 1
+        tl.store(answer.cumw, 0.0)
+        if law.cut != _UNIFORM:
+            tl.store(answer.cumz, 0.0)
+    going = extend | (mode == _PROPOSE)
+    while going:
+        # The lane to start, if any, and what it runs.
+        free = tl.min(tl.where(at.live & (lanes.status == _IDLE), at.place, _FAR), 0)
+        chosen = free
+        number = opened
+        found = length
+        fed = length
+        drawn = -1
+        starts = extend
+        if extend:
+            begin = stage * law.block_size
+            number = tl.zeros_like(opened)
+            if law.karan_du:
+                begin = length
+                # The published code can extend from the same position twice; those draws must not repeat.
+                number = -(stage + 1)
+            mode = tl.zeros_like(mode) + _EXTEND
+            stage += 1
+            horizon = tl.minimum(begin + law.block_size, law.max_new_tokens)
+            chosen = tl.zeros_like(free)
+            extend = mode == _START
+        elif (free != _FAR) & (opened <= last):
+            opened += 1
+            theta, found, fed, walked = _draw_proposal(law, draws, length, answer, log_n_ptr, number, BLOCK)
+            saved += walked
+            tl.store(rows.theta + free, theta)
+            tl.store(answer.forwarded + number, 0)
+            starts = fed < length
+            drawn = tl.load(answer.token + found, mask=found < length, other=-1)
+            tl.store(answer.left + number, tl.where(starts, found, -1))
+            if fed == length:
+                tl.store(answer.outcome + number, _UNCHANGED)
+        elif tl.max((at.live & (lanes.status != _IDLE)).to(tl.int32), 0) > 0:
+            going = mode != mode
+        elif (chain.closed == 0) & (stage * law.block_size < law.max_new_tokens) & (final == 0):
+            extend = mode == _PROPOSE
+        elif (law.final_steps > 0) & (final == 0):
+            final = tl.zeros_like(final) + 1
+            horizon = tl.zeros_like(horizon) + law.max_new_tokens
+            last = opened - 1 + law.final_steps
+        else:
+            mode = tl.zeros_like(mode) + _DONE
+            going = mode != mode
+
+        if starts:
+            lanes = _started(lanes, at.place == chosen, number, found, fed, drawn, base)
+        going = going & (mode == _PROPOSE)
+    chain = _Chain(
+        mode=mode,
+        length=length,
+        opened=opened,
+        last=last,
+        horizon=horizon,
+        stage=stage,
+        final=final,
+        closed=chain.closed,
+        fault=chain.fault,
+    )
+    return chain, lanes, saved
+
+
+# ---- 4. emit
+
+
+@triton.jit
+def _next_input(lanes, at, answer, rows, prompt_token):
+    """The token that each lane feeds next: its own or the chain's last one, or the prompt's. 0 for idle lanes, which is
+    harmless: nothing at or beyond VALID is trusted."""
+    busy = at.live & (lanes.status != _IDLE)
+    before = tl.maximum(lanes.pos - 1, 0)
+    row = at.place.to(tl.int64) * rows.width + before
+    own = tl.load(rows.token + row, mask=busy & (lanes.pos > lanes.div), other=0)
+    shared = tl.load(answer.token + before, mask=busy & (lanes.pos <= lanes.div) & (lanes.pos > 0), other=0)
+    shared = tl.where(lanes.pos > 0, shared, prompt_token)
+    return tl.where(busy, tl.where(lanes.pos > lanes.div, own, shared), 0)
 
 
 _ADVANCE_POINTERS = {
@@ -373,201 +861,94 @@ def _mh_advance_kernel(
 ):
     """One chain: receive, resolve, schedule, emit."""
     c = tl.program_id(0)
-    chain_row = c.to(tl.int64) * width
-    token_ptr += chain_row
-    logq_ptr += chain_row
-    cumw_ptr += chain_row
-    cumz_ptr += chain_row
-    steps = c.to(tl.int64) * serials  # where the chain's rows by serial begin
-    seed = tl.load(seed_ptr + c * seed_step)
+    law = _Law(
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        mcmc_steps=mcmc_steps,
+        final_steps=final_steps,
+        early_rejection=early_rejection,
+        free_prefix=free_prefix,
+        karan_du=karan_du,
+        cut=cut,
+    )
+    ends = _Ends(token=eos_ptr, many=eos_count)
+    row, steps = c.to(tl.int64) * width, c.to(tl.int64) * serials
+    answer = _Answer(
+        token=token_ptr + row,
+        logq=logq_ptr + row,
+        cumw=cumw_ptr + row,
+        cumz=cumz_ptr + row,
+        outcome=outcome_ptr + steps,
+        left=left_ptr + steps,
+        forwarded=forwarded_ptr + steps,
+    )
+    place = tl.arange(0, P_PAD)
+    at = _Places(place=place, live=place < lanes, lane=c * lanes + place)
+    first = c.to(tl.int64) * lanes * width
+    rows = _LaneRows(
+        token=lane_token_ptr + first,
+        logq=lane_logq_ptr + first,
+        cumw=lane_cumw_ptr + first,
+        cumz=lane_cumz_ptr + first,
+        theta=lane_theta_ptr + c * lanes,
+        width=width,
+    )
 
     field = field_ptr + c * CHAIN_PITCH
-    mode = tl.load(field + _MODE)
-    length = tl.load(field + _LENGTH)
-    opened = tl.load(field + _OPENED)
-    last = tl.load(field + _LAST)
-    horizon = tl.load(field + _HORIZON)
-    stage = tl.load(field + _STAGE)
-    final = tl.load(field + _FINAL)
     base = tl.load(field + _BASE)
-    chain_id = tl.load(field + _CHAIN_ID)
-    prompt_word = tl.load(field + _PROMPT_ID) << _STREAM_BITS
-    chain_fault = tl.load(field + _FAULT)
-    chain_closed = tl.load(field + _CLOSED)
-
-    index = tl.arange(0, P_PAD)
-    live = index < lanes
-    lane = c * lanes + index
-    lane_row = lane.to(tl.int64) * width
-    lane_field = lane_field_ptr + lane * LANE_PITCH
-    lane_status = tl.load(lane_field + _LANE_STATUS, mask=live, other=_IDLE)
-    serial = tl.load(lane_field + _LANE_SERIAL, mask=live, other=0)
-    div = tl.load(lane_field + _LANE_DIVERGENCE, mask=live, other=0)
-    pos = tl.load(lane_field + _LANE_POSITION, mask=live, other=0)
-    valid = tl.load(lane_field + _LANE_VALID, mask=live, other=0)
-    exclude = tl.load(lane_field + _LANE_EXCLUDE, mask=live, other=-1)
-    lane_fault = tl.load(lane_field + _LANE_FAULT, mask=live, other=0)
-    epoch = tl.load(lane_field + _LANE_EPOCH, mask=live, other=0)
-
+    draws = _Draws(
+        seed=tl.load(seed_ptr + c * seed_step),
+        chain_id=tl.load(field + _CHAIN_ID),
+        prompt_word=tl.load(field + _PROMPT_ID) << _STREAM_BITS,
+    )
+    chain = _load_chain(field)
+    lane_field = lane_field_ptr + at.lane * LANE_PITCH
+    now = _load_lanes(lane_field, at.live)
     column = tl.arange(0, 4)
     cost = tl.load(cost_ptr + c * 4 + column)
-    saved_prefix = 0
-    commit_lane = 0
-    commit_start = 0
-    commit_stop = 0
-    open_start = tl.zeros_like(index)
-    open_stop = tl.zeros_like(index)
 
     # ---- 1. receive the sampled token of every running lane
-    extending = mode == _EXTEND
-    status = tl.load(new_status_ptr + lane, mask=live, other=_PENDING)
-    got = live & (lane_status == _RUNNING) & (status != _PENDING) & (extending | (mode == _PROPOSE))
+    extending = chain.mode == _EXTEND
+    active = extending | (chain.mode == _PROPOSE)
+    status = tl.load(new_status_ptr + at.lane, mask=at.live, other=_PENDING)
+    got = at.live & (now.status == _RUNNING) & (status != _PENDING) & active
     cause = tl.where(extending, _COST_EXTENSION, _COST_PROPOSAL)
     cost += tl.where(column == cause, tl.sum(got.to(tl.int32), 0), 0)
     of_step = got & (extending == 0)
-    forwarded = forwarded_ptr + steps + serial
+    forwarded = answer.forwarded + now.serial
     spent = tl.load(forwarded, mask=of_step, other=0)
-    # up to the divergence the token that was fed is the chain's own
-    valid = tl.where(got & (pos <= div), base + pos, valid)
 
-    prefix = got & (pos < div)  # a forwarded prefix: what was sampled there is not used
-    new_logq = tl.load(new_logq_ptr + lane, mask=got, other=0.0)
-    new_weight = tl.load(new_weight_ptr + lane, mask=got, other=0.0)
-    h = tl.load(new_entropy_ptr + lane, mask=got & (cut == _DIVERGENCE_ENTROPY), other=1.0)
-    # numbers that would poison the chain, whoever made them
-    undefined = (new_weight != new_weight) | (new_logq != new_logq) | (h != h)
-    status = tl.where((status == _OK) & undefined, _NAN, status)
-    status = tl.where((status == _OK) & ((new_weight == _INF) | (h == _INF)), _POS_INF, status)
-    bad = got & (pos >= div) & (status != _OK)
-    lane_status = tl.where(bad, _FAULTED_LANE, lane_status)
-    lane_fault = tl.where(bad, status, lane_fault)
-
-    token = tl.load(new_token_ptr + lane, mask=got, other=-1)
-    good = got & (pos >= div) & (status == _OK)
-    again = good & (pos == div) & (extending == 0) & (token == exclude)  # nothing else has mass
-    append = good & (again == 0)
-    # A forwarded prefix that reaches the end of the answer was an unchanged step. So is one whose token was kept under
-    # a divergence cut, which has no walk that could go on.
-    kept = (prefix & (pos + 1 == length)) | (again & (cut != _UNIFORM))
-    again = again & (cut == _UNIFORM)
-    tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _UNCHANGED, tl.int8), mask=kept)
-    tl.store(left_ptr + steps + serial, tl.full([P_PAD], -1, tl.int32), mask=kept)
-    lane_status = tl.where(kept, _IDLE, lane_status)
-    epoch = tl.where(prefix & (kept == 0), epoch + 1, epoch)
-
-    first = append & (pos == div)
-    before = tl.load(cumw_ptr + pos, mask=first, other=0.0)
-    before += tl.load(lane_cumw_ptr + lane_row + pos, mask=append & (pos > div), other=0.0)
-    total = before + new_weight.to(tl.float64)
-    tl.store(lane_token_ptr + lane_row + pos, token.to(tl.int32), mask=append)
-    tl.store(lane_logq_ptr + lane_row + pos, new_logq, mask=append)
-    tl.store(lane_cumw_ptr + lane_row + pos + 1, total, mask=append)
-    z = tl.zeros_like(total)
-    if cut != _UNIFORM:
-        z = tl.load(cumz_ptr + pos, mask=first, other=0.0)
-        z += tl.load(lane_cumz_ptr + lane_row + pos, mask=append & (pos > div), other=0.0)
-        # max: entropies round, and Z must not fall
-        z += leave_probability(new_logq.to(tl.float64)) * tl.maximum(h, 0.0).to(tl.float64)
-        tl.store(lane_cumz_ptr + lane_row + pos + 1, z, mask=append)
-    pos = tl.where(prefix | append, pos + 1, pos)
-
-    cap = tl.where((karan_du == 0) | extending, horizon, length)
-    closed = append & (_is_eos(token, eos_ptr, eos_count) | (pos == cap))
-    tested = append & (extending == 0)
-    theta = tl.load(lane_theta_ptr + lane, mask=tested, other=0.0)
-    tested = tested & (closed | ((early_rejection > 0) & (karan_du == 0)))
-    if karan_du:
-        against = tl.load(cumw_ptr + pos, mask=tested, other=0.0)
-    elif cut != _UNIFORM:
-        against = _log_z(z)
-    else:
-        # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
-        at_least = tl.where(eos_count > 0, pos + 1, cap)
-        against = tl.load(log_n_ptr + tl.where(closed, pos, at_least), mask=tested, other=0.0)
-    rejected = tested & (total - against < theta)
-    # Z = 0 takes rounding, and no step leaves such an answer: none may go there.
-    rejected = rejected | (tested & closed & (cut != _UNIFORM) & (z == 0.0))
-    tl.store(outcome_ptr + steps + serial, tl.full([P_PAD], _REJECTED, tl.int8), mask=rejected)
-    saved_early = tl.sum(tl.where(rejected & (closed == 0), cap - pos, 0), 0)
+    sample = _Sample(
+        status=status,
+        token=tl.load(new_token_ptr + at.lane, mask=got, other=-1),
+        logq=tl.load(new_logq_ptr + at.lane, mask=got, other=0.0),
+        weight=tl.load(new_weight_ptr + at.lane, mask=got, other=0.0),
+        entropy=tl.load(new_entropy_ptr + at.lane, mask=got & (cut == _DIVERGENCE_ENTROPY), other=1.0),
+    )
+    now, append, again, total, z = _receive(law, chain, now, at, answer, rows, sample, got, base)
+    now, saved_early = _test(law, chain, now, answer, rows, at, sample.token, append, total, z, log_n_ptr, ends)
     cost += tl.where(column == _COST_EARLY, saved_early, 0)
-    lane_status = tl.where(rejected, _IDLE, tl.where(closed, _CLOSED_LANE, lane_status))
-
-    # lanes whose token was kept after all walk on
-    walking = tl.min(tl.where(again, index, _FAR), 0)
-    while walking != _FAR:
-        here = index == walking
-        number = take(serial, index, walking)
-        start = take(pos, index, walking) + 1
-        found = _walk(logq_ptr, seed, chain_id, prompt_word, number, start, length, BLOCK)
-        fed = start
-        if free_prefix:
-            saved_prefix += found - start
-            fed = found
-        if fed == length:
-            tl.store(outcome_ptr + steps + number, _UNCHANGED)
-            tl.store(left_ptr + steps + number, -1)
-            lane_status = tl.where(here, _IDLE, lane_status)
-        else:
-            tl.store(left_ptr + steps + number, found)
-            open_start = tl.where(here, valid, open_start)
-            open_stop = tl.where(here, tl.maximum(valid, base + fed - 1), open_stop)
-            valid = tl.where(here, base + fed - 1, valid)
-            div = tl.where(here, found, div)
-            pos = tl.where(here, fed, pos)
-            exclude = tl.where(here, tl.load(token_ptr + found, mask=found < length, other=-1), exclude)
-            lane_fault = tl.where(here, 0, lane_fault)
-            epoch = tl.where(here, epoch + 1, epoch)
-        again = again & (here == 0)
-        walking = tl.min(tl.where(again, index, _FAR), 0)
+    now, saved_walking = _walk_on(law, draws, chain, now, at, answer, again, base, BLOCK)
 
     # ---- 2. resolve the lowest unresolved serial
     # Lane rows were written by one thread and are read by others from here on; chain rows were read, and may change.
     tl.debug_barrier()
     # Here, so that the barrier of a commit comes before a voided step opens again and counts from 0.
     tl.store(forwarded, spent + 1, mask=of_step)
-    active = extending | (mode == _PROPOSE)
-    lowest = tl.min(tl.where(live & (lane_status != _IDLE), serial, _FAR), 0)
+    commit_lane = 0
+    commit_start = 0
+    commit_stop = 0
+    lowest = tl.min(tl.where(at.live & (now.status != _IDLE), now.serial, _FAR), 0)
     if active & (lowest != _FAR):
-        winner = tl.min(tl.where((lane_status != _IDLE) & (serial == lowest), index, _FAR), 0)
-        state = take(lane_status, index, winner)
+        winner = tl.min(tl.where((now.status != _IDLE) & (now.serial == lowest), place, _FAR), 0)
+        state = take(now.status, place, winner)
         if state == _FAULTED_LANE:
-            # this step and those prefetched after it were not made
-            opened = tl.where(mode == _PROPOSE, lowest, opened)
-            mode = tl.zeros_like(mode) + _FAULTED_CHAIN
-            chain_fault = take(lane_fault, index, winner)
-            lane_status = tl.zeros_like(lane_status) + _IDLE
+            chain, now = _stop_at_fault(chain, now, lowest, take(now.fault, place, winner))
         elif state == _CLOSED_LANE:
-            d = take(div, index, winner)
-            n = take(pos, index, winner)
-            row = (c * lanes + winner).to(tl.int64) * width
-            for block in range(d, n, BLOCK):
-                t = block + tl.arange(0, BLOCK)
-                inside = t < n
-                tl.store(token_ptr + t, tl.load(lane_token_ptr + row + t, mask=inside), mask=inside)
-                tl.store(logq_ptr + t, tl.load(lane_logq_ptr + row + t, mask=inside), mask=inside)
-                tl.store(cumw_ptr + t + 1, tl.load(lane_cumw_ptr + row + t + 1, mask=inside), mask=inside)
-                if cut != _UNIFORM:
-                    tl.store(cumz_ptr + t + 1, tl.load(lane_cumz_ptr + row + t + 1, mask=inside), mask=inside)
-            tl.debug_barrier()
-            # The chain's KV lacks its last token; an extension starts there and so must copy it too.
             commit_lane = c * lanes + winner
-            commit_start = base + tl.minimum(d, length - 1)
-            commit_stop = base + n - 1
-            length = n
-            ending = tl.load(token_ptr + n - 1 + tl.zeros_like(index))
-            chain_closed = tl.max(_is_eos(ending, eos_ptr, eos_count).to(tl.int32), 0)
-            lane_status = tl.zeros_like(lane_status) + _IDLE
-            # A lane that walked on in this launch counts on a copy that its next opening will replace.
-            copied = tl.where(open_stop > open_start, open_start, valid)
-            valid = tl.where(index == winner, base + n - 1, tl.minimum(copied, base + d))
-            if mode == _EXTEND:
-                mode = tl.zeros_like(mode) + _PROPOSE
-                last = opened - 1 + mcmc_steps
-            else:
-                tl.store(outcome_ptr + steps + lowest, _ACCEPTED)
-                opened = lowest + 1
-
-    tl.store(field + _FAULT, chain_fault)
+            commit_start = base + tl.minimum(take(now.div, place, winner), chain.length - 1)
+            commit_stop = base + take(now.pos, place, winner) - 1
+            chain, now = _commit(law, chain, now, at, answer, rows, winner, ends, base, BLOCK)
     commit = commit_range_ptr + c * 4
     tl.store(commit, c)
     tl.store(commit + 1, commit_lane)
@@ -575,128 +956,28 @@ def _mh_advance_kernel(
     tl.store(commit + 3, commit_stop)
 
     # ---- 3. schedule: open lanes, end stages
-    extend = mode == _START
-    if mode == _START:
-        opened = tl.zeros_like(opened) + 1
-        tl.store(cumw_ptr, 0.0)
-        if cut != _UNIFORM:
-            tl.store(cumz_ptr, 0.0)
-    going = extend | (mode == _PROPOSE)
-    while going:
-        # The lane to start, if any, and what it runs.
-        free = tl.min(tl.where(live & (lane_status == _IDLE), index, _FAR), 0)
-        chosen = free
-        number = opened
-        found = length
-        fed = length
-        drawn = -1
-        starts = extend
-        if extend:
-            begin = stage * block_size
-            number = tl.zeros_like(opened)
-            if karan_du:
-                begin = length
-                # The published code can extend from the same position twice; those draws must not repeat.
-                number = -(stage + 1)
-            mode = tl.zeros_like(mode) + _EXTEND
-            stage += 1
-            horizon = tl.minimum(begin + block_size, max_new_tokens)
-            chosen = tl.zeros_like(free)
-            extend = mode == _START
-        elif (free != _FAR) & (opened <= last):
-            opened += 1
-            cut_uniform, accept_uniform = uniforms(
-                seed, tl.zeros_like(number), number, chain_id, prompt_word | _STREAM_STEP
-            )
-            theta_new = tl.log(1.0 - accept_uniform)
-            begin = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
-            if cut != _UNIFORM:
-                mass = tl.load(cumz_ptr + length)
-                theta_new = (tl.load(cumw_ptr + length) - _log_z(mass)) + theta_new
-                found = _cut_at(cumz_ptr, cut_uniform * mass, length, BLOCK)
-                fed = found
-            else:
-                if karan_du == 0:
-                    theta_new = (tl.load(cumw_ptr + length) - tl.load(log_n_ptr + length)) + theta_new
-                found = _walk(logq_ptr, seed, chain_id, prompt_word, number, begin, length, BLOCK)
-                fed = begin
-                if free_prefix:
-                    saved_prefix += found - begin
-                    fed = found
-            tl.store(lane_theta_ptr + c * lanes + free, theta_new)
-            tl.store(forwarded_ptr + steps + number, 0)
-            starts = fed < length
-            drawn = tl.load(token_ptr + found, mask=found < length, other=-1)
-            tl.store(left_ptr + steps + number, tl.where(starts, found, -1))
-            if fed == length:
-                tl.store(outcome_ptr + steps + number, _UNCHANGED)
-        elif tl.max((live & (lane_status != _IDLE)).to(tl.int32), 0) > 0:
-            going = mode != mode
-        elif (chain_closed == 0) & (stage * block_size < max_new_tokens) & (final == 0):
-            extend = mode == _PROPOSE
-        elif (final_steps > 0) & (final == 0):
-            final = tl.zeros_like(final) + 1
-            horizon = tl.zeros_like(horizon) + max_new_tokens
-            last = opened - 1 + final_steps
-        else:
-            mode = tl.zeros_like(mode) + _DONE
-            going = mode != mode
-
-        if starts:
-            here = index == chosen
-            open_start = tl.where(here, valid, open_start)
-            open_stop = tl.where(here, tl.maximum(valid, base + fed - 1), open_stop)
-            lane_status = tl.where(here, _RUNNING, lane_status)
-            serial = tl.where(here, number, serial)
-            div = tl.where(here, found, div)
-            pos = tl.where(here, fed, pos)
-            valid = tl.where(here, base + fed - 1, valid)
-            exclude = tl.where(here, drawn, exclude)
-            lane_fault = tl.where(here, 0, lane_fault)
-            epoch = tl.where(here, epoch + 1, epoch)
-        going = going & (mode == _PROPOSE)
+    chain, now, saved_opening = _schedule(law, draws, chain, now, at, answer, rows, log_n_ptr, base, BLOCK)
 
     # ---- 4. emit what each lane feeds next
-    busy = lane_status != _IDLE
-    at = tl.maximum(pos - 1, 0)
-    own = tl.load(lane_token_ptr + lane_row + at, mask=live & busy & (pos > div), other=0)
-    shared = tl.load(token_ptr + at, mask=live & busy & (pos <= div) & (pos > 0), other=0)
-    shared = tl.where(pos > 0, shared, tl.load(field + _PROMPT_TOKEN))
-    # Idle lanes are harmless: nothing at or beyond VALID is trusted.
-    feed = tl.where(busy, tl.where(pos > div, own, shared), 0)
-    tl.store(input_id_ptr + lane, feed.to(tl.int64), mask=live)
-    tl.store(position_ptr + lane, tl.where(busy, base + pos - 1, valid).to(tl.int64), mask=live)
-    left_out = tl.where((lane_status == _RUNNING) & (pos == div), exclude, -1)
-    tl.store(exclude_ptr + lane, left_out.to(tl.int64), mask=live)
-    counter = counter_ptr + lane * 4
-    tl.store(counter, pos, mask=live)
-    tl.store(counter + 1, serial, mask=live)
-    tl.store(counter + 2, tl.zeros_like(index) + chain_id, mask=live)
-    tl.store(counter + 3, tl.zeros_like(index) + (prompt_word | _STREAM_POSITION), mask=live)
-    ranges = open_range_ptr + lane * 4
-    tl.store(ranges, lane, mask=live)
-    tl.store(ranges + 1, tl.zeros_like(index) + c, mask=live)
-    tl.store(ranges + 2, open_start, mask=live)
-    tl.store(ranges + 3, open_stop, mask=live)
-
-    tl.store(lane_field + _LANE_STATUS, lane_status, mask=live)
-    tl.store(lane_field + _LANE_SERIAL, serial, mask=live)
-    tl.store(lane_field + _LANE_DIVERGENCE, div, mask=live)
-    tl.store(lane_field + _LANE_POSITION, pos, mask=live)
-    tl.store(lane_field + _LANE_VALID, valid, mask=live)
-    tl.store(lane_field + _LANE_EXCLUDE, exclude, mask=live)
-    tl.store(lane_field + _LANE_FAULT, lane_fault, mask=live)
-    tl.store(lane_field + _LANE_EPOCH, epoch, mask=live)
-
-    tl.store(field + _MODE, mode)
-    tl.store(field + _LENGTH, length)
-    tl.store(field + _OPENED, opened)
-    tl.store(field + _LAST, last)
-    tl.store(field + _HORIZON, horizon)
-    tl.store(field + _STAGE, stage)
-    tl.store(field + _FINAL, final)
-    tl.store(field + _CLOSED, chain_closed)
-    cost += tl.where(column == _COST_PREFIX, saved_prefix, 0)
+    feed = _next_input(now, at, answer, rows, tl.load(field + _PROMPT_TOKEN))
+    busy = now.status != _IDLE
+    tl.store(input_id_ptr + at.lane, feed.to(tl.int64), mask=at.live)
+    tl.store(position_ptr + at.lane, tl.where(busy, base + now.pos - 1, now.valid).to(tl.int64), mask=at.live)
+    left_out = tl.where((now.status == _RUNNING) & (now.pos == now.div), now.exclude, -1)
+    tl.store(exclude_ptr + at.lane, left_out.to(tl.int64), mask=at.live)
+    counter = counter_ptr + at.lane * 4
+    tl.store(counter, now.pos, mask=at.live)
+    tl.store(counter + 1, now.serial, mask=at.live)
+    tl.store(counter + 2, tl.zeros_like(place) + draws.chain_id, mask=at.live)
+    tl.store(counter + 3, tl.zeros_like(place) + (draws.prompt_word | _STREAM_POSITION), mask=at.live)
+    ranges = open_range_ptr + at.lane * 4
+    tl.store(ranges, at.lane, mask=at.live)
+    tl.store(ranges + 1, tl.zeros_like(place) + c, mask=at.live)
+    tl.store(ranges + 2, now.open_start, mask=at.live)
+    tl.store(ranges + 3, now.open_stop, mask=at.live)
+    _store_lanes(lane_field, now, at.live)
+    _store_chain(field, chain)
+    cost += tl.where(column == _COST_PREFIX, saved_walking + saved_opening, 0)
     tl.store(cost_ptr + c * 4 + column, cost)
 
 

@@ -10,11 +10,12 @@ import torch
 
 from power_kernels import rng
 from power_kernels.api import EngineBusyError, GenerationInterrupted, PowerConfig, PowerSampler
+from power_kernels.api.driver import results as reading
 from power_kernels.api.driver import run
 from power_kernels.api.driver.poll import Poll
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.reference import ReferenceChain
-from power_kernels.state import Outcome, Status
+from power_kernels.state import ChainField, ChainState, Cost, Mode, Outcome, Status
 from tests.toys import Toy, ToyEngine, power_toy
 
 CONFIG = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=2, mcmc_steps=3, final_steps=2)
@@ -409,6 +410,33 @@ def test_a_host_that_hears_late_of_chains_that_stopped_draws_the_same(lanes, mon
     assert list(map(summary, late)) == list(map(summary, whole))
     assert [r.cost for r in late] == [r.cost for r in whole]
     assert sampler.last_run.lane_steps > sampler.last_run.useful_lane_steps  # chains that stopped were fed meanwhile
+
+
+def test_results_that_are_read_in_one_copy_are_those_of_a_state_at_hand(monkeypatch):
+    """As they are read from a device; 40 chains, of every length."""
+    arguments = dict(prompts=[[5], [6]], config=CONFIG, num_chains=20, max_chains=7)
+    at_hand = PowerSampler(WatchedEngine()).generate(**arguments)
+    monkeypatch.setattr(
+        reading,
+        "_on_host",
+        lambda state, slots: reading._in_one_copy({n: vars(state)[n] for n in reading._READ}, slots),
+    )
+    assert PowerSampler(WatchedEngine()).generate(**arguments) == at_hand
+    assert {len(r.tokens) for r in at_hand} == {1, 2, 3, 4, 5}
+
+
+def test_a_look_that_is_under_way_is_news_of_the_slots_that_kept_their_chains(monkeypatch):
+    """Three chains, the first slot given to another after the look: it has stopped then, as far as the look knows."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    state = ChainState.allocate(3, 1, CONFIG.law)
+    state.field[:, ChainField.MODE] = torch.tensor([Mode.DONE, Mode.FAULT, Mode.PROPOSE])
+    state.cost[:, Cost.PROPOSAL] = torch.tensor([100, 10, 1])
+    poll = LatePoll(torch.device("cpu"), 3)
+    assert poll.look(state, 3) is None
+    poll.changed(0)
+    assert poll.look(state, 3) == ([1], 11)
+    assert poll.look(state, 3) == ([0, 1], 111)
 
 
 def test_stream_yields_an_answer_as_soon_as_its_chain_stops():

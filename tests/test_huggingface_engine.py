@@ -320,7 +320,7 @@ def test_lanes_that_do_not_run_are_not_fed_and_change_nothing(family, monkeypatc
         state.lane_field[:, LaneField.STATUS] = int(LaneStatus.IDLE)
         state.lane_field[running, LaneField.STATUS] = int(LaneStatus.RUNNING)
         out = engine.step(state)
-        assert out.fed == len(running)
+        assert engine.step_report().fed == len(running)
         assert [lane for lane in range(6) if out.status[lane] != Status.PENDING] == running
         drawn[len(running)] = [(int(out.token[lane]), float(out.weight[lane])) for lane in running]
         idle = [lane for lane in range(6) if lane not in running]

@@ -258,7 +258,8 @@ class Audited(HuggingFaceEngine):
     def step(self, state):
         rows = torch.arange(state.position.shape[0])
         drawn = super().step(state)
-        took_part = torch.ones(len(rows), dtype=torch.bool) if drawn.recalled is None else drawn.recalled
+        recalled = self.step_report().recalled
+        took_part = torch.isin(rows, torch.tensor(recalled)) if recalled else torch.ones(len(rows), dtype=torch.bool)
         took_part = took_part & (state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING)
         self.lane_tokens[rows[took_part], state.position[took_part]] = state.input_id[took_part]
         for lane in rows[took_part].tolist():
@@ -267,7 +268,7 @@ class Audited(HuggingFaceEngine):
             tokens = tuple(self.lane_tokens[lane, : position + 1].tolist())
             assert node == 0 or self.prefix.setdefault(node, tokens) == tokens
             self.checked += node != 0
-        self.recalled += 0 if drawn.recalled is None else int(drawn.recalled.sum())
+        self.recalled += len(recalled)
         return drawn
 
 

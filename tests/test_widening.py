@@ -71,7 +71,7 @@ def test_a_thousand_chains_that_were_widened_are_those_of_one_lane(law, late, mo
     least = {Outcome.REJECTED: 5000, Outcome.ACCEPTED: 4000, Outcome.UNCHANGED: 3000 if law == "uniform" else 0}
     assert all(outcomes.count(outcome) >= count for outcome, count in least.items())
     assert widened >= (24 if late else 64)
-    assert sum(r.cost.voided for r in got) >= 150
+    assert sum(r.cost.voided for r in got) >= 140
     for one, other in zip(sorted(got, key=chain), alone, strict=True):
         assert (one.cost.accepted, one.cost.rejected) == (other.cost.accepted, other.cost.rejected)
         assert one.cost.proposal - one.cost.voided == other.cost.proposal

@@ -1,26 +1,49 @@
 """What the driver asks of the stack that runs the model (DESIGN sections 3.5 and 6).
 
-The driver owns the chains (`ChainState`) and decides, an engine owns the model and whatever it keeps of the
-past. The driver never sees a KV cache. It names positions, and each call below says what must hold
-afterwards:
+The driver owns the chains (`ChainState`) and decides; an engine owns the model and whatever it keeps of the past. The
+driver never sees a KV cache. A slot holds one chain. A lane draws for it, one token a step: lanes [c*P, (c+1)*P) belong
+to slot c. A lane that runs (`LaneStatus.RUNNING`) asks for the token at its POSITION, given the prompt and the first
+POSITION tokens of its answer. Those are
 
-    begin -> (prefill | transfer -> step | move)* -> end
+    the chain's own, `ChainState.token`, before the lane's DIVERGENCE,   the lane's own, `lane_token`, from there on.
 
-A lane is a row that may be fed; lanes [c*P, (c+1)*P) belong to chain slot c. Before each `step` the driver hands over
-two lists of ranges: `commit_range` (an accepted lane's tokens become its chain's) and `open_range` (a lane starts
-again from a prefix of its chain). An engine that keeps KV rows copies them. One that does not (a serving stack with a
-prefix cache) watches the lanes' serials instead, submits prompt + prefix as a new request when a lane starts again, and
-reports the lane as PENDING until its first token is there.
+The calls of a run, each of which says below what must hold after it:
+
+    begin -> ( prefill -> transfer | step -> transfer | move | widen )* -> end
+
+There are two ways to keep the past.
+
+**Rows of keys and values.** The engine has a row for each chain and one for each lane. Before each step `transfer` says
+which positions to copy from row to row; then every lane is fed one token, `input_id` at `position`, and sampled.
+Nothing else needs to be known. `engines/huggingface` does this.
+
+**Requests.** A serving stack (vLLM, SGLang) has no rows to copy. It keeps a request for each lane that runs: prompt and
+answer so far, with which the stack does what it always does (its prefix cache finds the shared part). Such an engine
+ignores `transfer`, `input_id`, `position` and VALID, and needs to know when a lane's request ends and when another one
+begins. It is told so before each step, on the host, if it has a method `requests` (`RequestEngine`): `Ended` and
+`Opened`. Until a request ends, the tokens that the engine answered for it are the tokens that it goes on from, and the
+engine need not look at the state at all.
+
+An engine that would rather look reads three columns of `lane_field`. A lane asks for something while its STATUS is
+RUNNING; while EPOCH stays what it was, its tokens are those of before and the one that the engine answered (none, where
+that was PENDING); whenever EPOCH is another, it starts again from its first POSITION tokens, found as above. After
+`prefill`, `move` and `widen` it forgets what the lanes of those slots had. No other column tells: a lane may start
+again with the SERIAL and the DIVERGENCE that it had, and with nothing to copy.
+
+A lane may have no token yet: it answers PENDING and is asked again. So an engine may wait for some requests and not for
+others, prefill long ones in pieces, and let requests run ahead of what is asked: what a request draws depends on its
+own tokens and on random numbers that are known when it opens, never on the steps in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from power_kernels.rng import STREAM_BITS
 from power_kernels.state import ChainState
 
 
@@ -39,27 +62,23 @@ class Sampled:
 
     token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
     `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
-    ignored. recalled: bool [L] where lanes were sampled without a forward pass, None where none was. entropy: float32
-    [L] in nats, of softmax(logits), where the run asked for it; else None. fed: how many lanes went through the model,
-    None for all of them.
+    ignored. entropy: float32 [L] in nats, of softmax(logits), where the run asked for it; else None.
     """
 
     token: torch.Tensor
     logq: torch.Tensor
     weight: torch.Tensor
     status: torch.Tensor
-    recalled: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
-    fed: int | None = None
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model that can be fed at any position of any lane.
+    """A model that can be asked for the next token of any lane.
 
-    device: where the tensors of `ChainState` must live. vocab_size: width of the logits. max_context: the
-    most positions a prompt and its answer may take together, or None when the model sets no limit.
-    eos_token_ids: the model's own end-of-sequence tokens, possibly none.
+    device: where the tensors of `ChainState` must live; a serving stack with processes of its own takes the CPU.
+    vocab_size: width of the logits. max_context: the most positions a prompt and its answer may take together, or None
+    when the model sets no limit. eos_token_ids: the model's own end-of-sequence tokens, possibly none.
     """
 
     device: torch.device
@@ -80,40 +99,95 @@ class Engine(Protocol):
         ...
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
-        """Make each chain slot hold all but the last token of its prompt; the first decode feeds that one.
+        """These slots hold these prompts from now on. No lane of theirs runs; what they held before is void.
 
-        The slots' lanes hold nothing afterwards (LaneField.VALID is 0). Returns the number of tokens forwarded for
-        each prompt: 0 where another slot held the same prompt already, or another entry of this call does.
+        Rows: make each chain row hold all but the last token of its prompt, which the first decode feeds; the lanes'
+        rows hold nothing (LaneField.VALID is 0). Requests: keep the prompt for those that open. Returns the number of
+        tokens forwarded for each prompt: 0 where another slot held the same prompt already, or another entry of this
+        call does.
         """
         ...
 
     def transfer(self, commit_range: torch.Tensor, open_range: torch.Tensor) -> None:
-        """Commit, then open. commit_range int32 [C, 4] rows (chain, lane, start, stop): the chain takes the
-        lane's positions [start, stop). open_range int32 [C*P, 4] rows (lane, chain, start, stop): the lane
-        takes the chain's; positions are absolute. stop <= start moves nothing.
+        """Rows: commit, then open. Requests: nothing.
 
-        The ranges are instructions to copy and nothing else: a lane that already holds what it needs gets an empty one.
-        An engine without KV rows of its own sees a lane start again by its SERIAL or DIVERGENCE in `lane_field`
-        changing, and finds the tokens to start from in the chain's row of `ChainState.token`.
+        commit_range int32 [C, 4] rows (chain, lane, start, stop): the chain takes the lane's positions [start, stop).
+        open_range int32 [C*P, 4] rows (lane, chain, start, stop): the lane takes the chain's. Positions count from the
+        start of the prompt; stop <= start moves nothing. The ranges are instructions to copy and nothing else: a lane
+        that starts again and already holds what it needs gets an empty one.
         """
         ...
 
     def step(self, state: ChainState) -> Sampled:
-        """Feed `state.input_id` at `state.position` on every lane of the `state.chains` first slots, and
-        sample.
+        """Sample every lane that runs of the `state.chains` first slots, or answer PENDING for it.
 
-        Draws use `state.counter` and `state.exclude`. A lane may answer PENDING; the driver then repeats
-        its input. Lanes that do not run (LaneStatus) may be fed whatever the state holds for them, since nothing at or
-        beyond VALID is trusted, or left out as PENDING.
+        Rows: feed `state.input_id` at `state.position`. Requests: the next token of each. Draws are those of
+        `power_kernels.sample_tokens` with `state.counter` and `state.exclude`, which `Opened` gives as well. A lane
+        that answers PENDING is asked for the same token again, at once: where no lane has one, wait for the first that
+        does. What is answered for lanes that do not run is ignored. Rows may feed them whatever the state holds for
+        them, since nothing at or beyond VALID is trusted.
         """
         ...
 
     def move(self, source: int, target: int) -> None:
-        """Make slot `target`, with its lanes, hold what slot `source` holds. `source` is void afterwards."""
+        """Make slot `target`, with its lanes, hold what slot `source` holds. `source` is void afterwards.
+
+        Requests: the prompt moves. Those of both slots' lanes have ended (`RequestEngine.requests` was called), and
+        those of `source` will be opened again as requests of `target`'s lanes, with all the tokens that they had.
+        """
         ...
 
     def end(self) -> None:
-        """Free what the run held and leave the model as `begin` found it. Does nothing when no run is on."""
+        """Free what the run held, requests included, and leave the model as `begin` found it. Does nothing when no run
+        is on."""
+        ...
+
+
+class Ended(NamedTuple):
+    """Nothing more will be asked of this request: it was rejected, finished, made void by a change of its chain, or its
+    chain stopped, moved or got more lanes."""
+
+    lane: int
+    request: int
+
+
+class Opened(NamedTuple):
+    """The request of a lane that starts, or starts again.
+
+    request: its number, another for each request of a run. tokens: those of the answer so far, on top of the prompt of
+    slot lane // P. horizon: no token at or beyond this position of the answer will be asked for. serial, chain_id,
+    prompt_id: words of its random numbers (DESIGN section 4). exclude: the token that may not be drawn next, that is at
+    position len(tokens) and at no later one; -1 for none.
+    """
+
+    lane: int
+    request: int
+    tokens: list[int]
+    horizon: int
+    serial: int
+    chain_id: int
+    prompt_id: int
+    exclude: int
+
+    def counter(self, position: int) -> tuple[int, int, int, int]:
+        """What `power_kernels.sample_tokens` takes as the counter of the token at a position of the answer."""
+        words = position, self.serial, self.chain_id, self.prompt_id << STREAM_BITS
+        return tuple((word + 2**31) % 2**32 - 2**31 for word in words)  # 32 bits, as int32 holds them
+
+
+@runtime_checkable
+class RequestEngine(Engine, Protocol):
+    """An engine that keeps a request for each lane that runs, and is told when they end and begin.
+
+    Where the state is on a device this costs a copy a step, which the host waits for: it needs the tokens.
+    """
+
+    def requests(self, opened: list[Opened], ended: list[Ended]) -> None:
+        """First forget what has ended, then take on what was opened; a lane may be in both. All else goes on.
+
+        Called, when there is anything to say, before `step`, and before `prefill`, `move` and `widen` change what the
+        slots and lanes stand for.
+        """
         ...
 
 
@@ -148,7 +222,8 @@ class WideningEngine(Engine, Protocol):
 
         What was lane p of slot c, row c * P + p, is row c * lanes + p now. The chains of the slots that stay and the
         lanes that they had are what they were; the others hold nothing (LaneField.VALID is 0). Called between two
-        steps, after `transfer`.
+        steps, after `transfer`. Requests: all have ended, and those that go on will be opened again; an engine that
+        looks forgets what all lanes had.
         """
         ...
 
@@ -172,3 +247,49 @@ class SizedEngine(Engine, Protocol):
         Measured when first asked. Raises EngineBusyError.
         """
         ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a call of `step` cost. Only the accounts of a run depend on it.
+
+    fed: lanes that went through the model. recalled: those that were sampled without, from an earlier forward pass of
+    the same prefix. forward_seconds: of the host, in the model and its head.
+    """
+
+    fed: int
+    recalled: Sequence[int]
+    forward_seconds: float
+
+
+@runtime_checkable
+class ReportingEngine(Engine, Protocol):
+    """An engine that knows more of its last step than that it fed every lane of the active slots."""
+
+    def step_report(self) -> StepReport:
+        """Of the last step."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes that hold one model together and make the same calls (`engines/huggingface/tensor_parallel.py`)."""
+
+    def check_same(self, **given) -> None:
+        """Raise ArgumentError, in every process, where the processes were given different values."""
+        ...
+
+    def least(self, value: float) -> float:
+        """The least of the processes' values."""
+        ...
+
+
+@runtime_checkable
+class SharedEngine(Engine, Protocol):
+    """An engine that may be one of several processes' part of a model. ranks: None where it holds all of it."""
+
+    ranks: Ranks | None
+
+
+def ranks_of(engine: Engine) -> Ranks | None:
+    """The processes that must plan alike and be given the same, or None."""
+    return engine.ranks if isinstance(engine, SharedEngine) else None

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import Engine, SizedEngine
+from power_kernels.api.driver.engine import Engine, SizedEngine, ranks_of
 from power_kernels.api.driver.memory import free_bytes, is_out_of_memory
 from power_kernels.errors import ArgumentError
 from power_kernels.state import MAX_LANES
@@ -246,7 +246,7 @@ def _unmeasured(engine: SizedEngine, lanes: int, jobs: int, wanted: int, asked: 
 
 def _budget(engine: Engine) -> int | None:
     free = free_bytes(engine.device)
-    ranks = getattr(engine, "ranks", None)
+    ranks = ranks_of(engine)
     if ranks is not None and free is not None:
         free = ranks.least(free)  # of several processes that hold one model: they must plan alike
     return None if free is None else int(free * MOST_OF_MEMORY)

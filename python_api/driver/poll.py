@@ -4,7 +4,8 @@
     device           step step ... copy to the host   step step ... copy
 
 A look on a device starts a copy and returns what the look before it saw, so the device always has the steps between two
-looks to work on while the host waits for the older copy. A chain that has stopped stays stopped: old news is true.
+looks to work on while the host waits for the older copy. A chain that has stopped stays stopped: old news is true, but
+of slots that were given another chain meanwhile.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.state import ChainField, ChainState, Cost, Mode
+from power_kernels.state import CHAIN_FIELDS, ChainField, ChainState, Cost, Mode
 
 _STOPPED = (Mode.DONE, Mode.FAULT)
 
-
-# Steps between two looks on a device. The lanes of a chain that has stopped are harmless until it is seen.
-_EVERY = 8
+# Steps between two looks on a device. A chain that stops is seen so many to twice as many steps later, and until then
+# its rows are fed for nothing; a look is two copies of some KB, so it may be often.
+_EVERY = 4
 
 
 class Seen(NamedTuple):
-    """stopped: slots whose chains have ended, ascending. fed: lane-steps of all chains looked at, so far."""
+    """stopped: slots whose chains have ended, ascending. fed: lane-steps of the chains that were looked at, so far."""
 
     stopped: list[int]
     fed: int
@@ -35,32 +36,35 @@ class Poll:
     def __init__(self, device: torch.device, slots: int):
         self._asynchronous = device.type == "cuda"
         self.every = _EVERY if self._asynchronous else 1
-        self._on_host = torch.zeros(slots + 1, dtype=torch.int64, pin_memory=self._asynchronous, device="cpu")
-        self._pending: tuple[torch.cuda.Event, int] | None = None  # when it is there, and for how many chains
+        here = dict(device="cpu", pin_memory=self._asynchronous)
+        self._field = torch.zeros(slots, CHAIN_FIELDS, dtype=torch.int32, **here)
+        self._cost = torch.zeros(slots, len(Cost), dtype=torch.int64, **here)
+        self._tenant = [0] * slots  # how often each slot was given another chain
+        self._pending: tuple[torch.cuda.Event, list[int]] | None = None  # a look under way: of which chains
 
     def look(self, state: ChainState, chains: int) -> Seen | None:
-        """State of the first `chains` slots; None where the first look at them is still under way."""
-        mode = state.field[:chains, ChainField.MODE].to(torch.int64)
-        fed = state.cost[:chains, Cost.EXTENSION].sum() + state.cost[:chains, Cost.PROPOSAL].sum()
-        news = torch.cat([mode, fed[None]])
+        """State of the first `chains` slots; None where the first look is still under way."""
         if not self._asynchronous:
-            return _read(news)
+            return _read(state.field, state.cost, range(chains))
         seen = None
         if self._pending is not None:
-            event, looked_at = self._pending
+            event, tenant = self._pending
             event.synchronize()
-            seen = _read(self._on_host[: looked_at + 1])
-        self._on_host[: chains + 1].copy_(news, non_blocking=True)
+            same = [slot for slot, number in enumerate(tenant) if number == self._tenant[slot]]
+            seen = _read(self._field, self._cost, same)
+        for here, there in ((self._field, state.field), (self._cost, state.cost)):
+            here[:chains].copy_(there[:chains], non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(state.field.device))
-        self._pending = event, chains
+        self._pending = event, self._tenant[:chains]
         return seen
 
-    def discard(self) -> None:
-        """Slots hold other chains now: what is under way would be about those before."""
-        self._pending = None
+    def changed(self, slot: int) -> None:
+        """A slot holds another chain now, or none: what is under way about it is about the one before."""
+        self._tenant[slot] += 1
 
 
-def _read(news: torch.Tensor) -> Seen:
-    *modes, fed = news.tolist()
-    return Seen([slot for slot, mode in enumerate(modes) if mode in _STOPPED], fed)
+def _read(field: torch.Tensor, cost: torch.Tensor, slots) -> Seen:
+    modes = field[:, ChainField.MODE].tolist()
+    fed = (cost[:, Cost.EXTENSION] + cost[:, Cost.PROPOSAL]).tolist()
+    return Seen([slot for slot in slots if modes[slot] in _STOPPED], sum(fed[slot] for slot in slots))

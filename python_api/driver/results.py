@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from power_kernels.api.driver.text import answer_text
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
@@ -95,29 +97,69 @@ class PowerResult:
         return (self.accepted + self.unchanged) / self.steps if self.steps else float("nan")
 
 
-def read_result(
+def read_results(
     state: ChainState,
-    chain: int,
+    slots: Sequence[int],
     *,
     alpha: float,
     can_end_early: bool,
-    prefill: int,
-    recalled: int,
+    prefill: Sequence[int],
+    recalled: Sequence[int],
     tokenizer,
-    prompts: dict[int, list[int]],
+    prompts: Mapping[int, list[int]],
+) -> list[PowerResult]:
+    """The results of chains that have stopped. alpha: as float32 holds it. prefill, recalled: tokens of each. prompts:
+    token ids by prompt id."""
+    rows = _on_host(state, slots)
+    return [
+        _result(
+            {name: of_chain[i] for name, of_chain in rows.items()},
+            alpha=alpha,
+            can_end_early=can_end_early,
+            prefill=prefill[i],
+            recalled=recalled[i],
+            tokenizer=tokenizer,
+            prompts=prompts,
+        )
+        for i in range(len(slots))
+    ]
+
+
+_READ = ("field", "token", "logq", "cumw", "outcome", "left", "forwarded", "cost")  # what an answer is made of
+
+
+def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
+    """The rows of some chains, by the name of their tensor."""
+    tensors = {name: getattr(state, name) for name in _READ}
+    if state.field.device.type == "cpu":
+        return {name: tensor.numpy()[slots] for name, tensor in tensors.items()}
+    return _in_one_copy(tensors, slots)
+
+
+def _in_one_copy(tensors: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows of tensors on a device, side by side as bytes: the host waits once."""
+    index = torch.tensor(rows, device="cpu").to(next(iter(tensors.values())).device, non_blocking=True)
+    parts = {name: tensor[index].view(torch.uint8) for name, tensor in tensors.items()}
+    stops = np.cumsum([part.shape[1] for part in parts.values()])
+    packed = np.split(torch.cat(list(parts.values()), dim=1).cpu().numpy(), stops[:-1], axis=1)
+    return {
+        name: np.ascontiguousarray(part).view(torch.empty(0, dtype=tensors[name].dtype, device="cpu").numpy().dtype)
+        for name, part in zip(tensors, packed, strict=True)
+    }
+
+
+def _result(
+    rows: dict[str, np.ndarray], *, alpha, can_end_early, prefill: int, recalled: int, tokenizer, prompts
 ) -> PowerResult:
-    """The result of a chain that has stopped. alpha: as float32 holds it. prompts: token ids by prompt
-    id."""
-    field = state.field[chain].tolist()
-    n = field[ChainField.LENGTH]
+    """rows: the chain's, by the name of their tensor."""
+    field, cost = rows["field"].tolist(), rows["cost"].tolist()
     prompt_id = field[ChainField.PROMPT_ID]
-    tokens = state.token[chain, :n].tolist()
-    weights = np.diff(state.cumw[chain, : n + 1].cpu().numpy())
-    logq = state.logq[chain, :n].cpu().numpy().astype(np.float64)
-    made = slice(1, field[ChainField.OPENED])
-    outcomes = [Outcome(o) for o in state.outcome[chain, made].tolist()]
-    forwarded = state.forwarded[chain, made].tolist()
-    cost = state.cost[chain].tolist()
+    n, made = field[ChainField.LENGTH], slice(1, field[ChainField.OPENED])
+    tokens = rows["token"][:n].tolist()
+    weights = np.diff(rows["cumw"][: n + 1])
+    logq = rows["logq"][:n].astype(np.float64)
+    outcomes = [Outcome(o) for o in rows["outcome"][made].tolist()]
+    forwarded = rows["forwarded"][made].tolist()
     status = Status(field[ChainField.FAULT])
     finish = "fault" if status is not Status.OK else "eos" if field[ChainField.CLOSED] else "length"
     return PowerResult(
@@ -128,7 +170,7 @@ def read_result(
         token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
         log_weights=weights.tolist(),
         outcomes=outcomes,
-        left=state.left[chain, made].tolist(),
+        left=rows["left"][made].tolist(),
         finish=finish,
         status=status,
         cost=TokenAccount(

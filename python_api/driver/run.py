@@ -2,9 +2,10 @@
 
     admit -> prefill -> [ forward + sample -> mh_advance -> KV ranges ]* -> result -> admit ...
 
-What stands in brackets is a step. On a CUDA device it is recorded and replayed as one graph (`captured.py`), and the
-host only looks at the chains every few steps (`poll.py`); elsewhere the same code runs as it is. When nobody waits for
-a free slot any more, the chains that still run share its rows out among them, as more lanes of each (`widen`).
+A slot whose chain has stopped takes the next job where it is. When none waits any more, the slots close up, and the
+chains that still run share the free rows out among them, as more lanes of each (`widen`). What stands in brackets is a
+step. On a CUDA device it is recorded and replayed as one graph (`captured.py`), and the host only looks at the chains
+every few steps (`poll.py`); elsewhere the same code runs as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from power_kernels import nvtx, reference
 from power_kernels.api.driver import captured
 from power_kernels.api.driver.captured import CapturedSteps
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import Engine, EngineBusyError, Sampled, WideningEngine
+from power_kernels.api.driver.engine import (
+    Engine,
+    EngineBusyError,
+    ReportingEngine,
+    RequestEngine,
+    Sampled,
+    WideningEngine,
+)
 from power_kernels.api.driver.planning import Plan
 from power_kernels.api.driver.poll import Poll
-from power_kernels.api.driver.results import PowerResult, read_result
+from power_kernels.api.driver.requests import RequestLog
+from power_kernels.api.driver.results import PowerResult, read_results
 from power_kernels.rng import as_int64
 from power_kernels.state import ChainState, Status
 
@@ -38,6 +47,14 @@ class Job:
     prompt: list[int]
     prompt_id: int
     chain_id: int
+
+
+@dataclass
+class _Account:
+    """Tokens of the chain in an active slot that the driver counts, not `mh_advance`. See `TokenAccount`."""
+
+    prefill: int
+    recalled: int = 0
 
 
 @dataclass
@@ -90,6 +107,9 @@ class Run:
         tokenizer,
         report: RunReport,
     ):
+        self.reports = isinstance(engine, ReportingEngine)
+        self.keeps_requests = isinstance(engine, RequestEngine)
+        self.widens = isinstance(engine, WideningEngine)
         self.engine = nvtx.traced(engine, ("prefill", "transfer", "step", "move"))
         if nvtx.enabled():
             for phase in ("admit", "advance", "retire"):
@@ -107,10 +127,7 @@ class Run:
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
         self.capture = capture
-        self.widens = isinstance(engine, WideningEngine)
-        # Tokens that the chain in each active slot has had forwarded by prefill, and recalled.
-        self.prefill_cost: list[int] = []
-        self.recalled: list[int] = []
+        self.active: list[_Account] = []  # of the chain in each active slot
 
     def results(self, bar) -> Iterator[PowerResult]:
         """Each result as soon as its chain has stopped. bar: a ProgressBar or None."""
@@ -118,22 +135,21 @@ class Run:
         started = time.perf_counter()
         retired = 0 if bar is None else bar.tokens
         known = sum(self.seconds.values())
+        free = list(range(self.plan.slots))
         try:
-            while self.admit():
+            while self.admit(free):
                 self.widen()
-                stopped: list[int] = []
-                while not stopped:
+                free = []
+                while not free:
                     for _ in range(self.poll.every):
                         self.step()
-                    seen = self.poll.look(self.state, len(self.prefill_cost))
+                    seen = self.poll.look(self.state, len(self.active))
                     if seen is None:
                         continue
-                    stopped = seen.stopped
+                    free = seen.stopped
                     if bar is not None:
                         bar.advance_to(retired + seen.fed)
-                # Last slot first, so that the chain that moves into a free slot is one that still runs.
-                for slot in reversed(stopped):
-                    result = self.retire(slot)
+                for result in self.retire(free):
                     retired += result.cost.extension + result.cost.proposal
                     if bar is not None:
                         bar.finished(result)
@@ -160,6 +176,7 @@ class Run:
             )
             self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
             self.poll = Poll(self.engine.device, plan.slots)
+            self.requests = RequestLog(plan.slots * plan.lanes)
             self.new_layout()
         except EngineBusyError:
             raise
@@ -181,19 +198,26 @@ class Run:
         report.steps += 1
         report.row_steps += self.plan.rows
         if self.recordings is None:
-            state = self.view(len(self.prefill_cost))
-            forward, start = self.forward_seconds(), clock()
+            state = self.view(len(self.active))
+            self.tell(state)
+            start = clock()
             sampled = self.engine.step(state)
-            stop = clock()
-            forward = stop - start if forward is None else self.forward_seconds() - forward
+            seconds = forward = clock() - start
+            fed = state.chains * state.lanes
+            if self.reports:
+                reported = self.engine.step_report()
+                fed, forward = reported.fed, reported.forward_seconds
+                for lane in reported.recalled:
+                    self.active[lane // state.lanes].recalled += 1
             self.seconds["forward"] += forward
-            self.seconds["sample"] += stop - start - forward
-            report.lane_steps += state.chains * state.lanes if sampled.fed is None else sampled.fed
+            self.seconds["sample"] += seconds - forward
+            report.lane_steps += fed
             self.advance(state, sampled)
         else:
             # Slots behind the active ones may be fed: their lanes are idle. So few numbers of rows are recorded.
-            state = self.view(_rounded(len(self.prefill_cost), self.state.chains))
+            state = self.view(_rounded(len(self.active), self.state.chains))
             report.lane_steps += state.chains * state.lanes
+            self.tell(state)
             start = clock()
             plan = self.engine.plan(state)
             key, launch = (state.chains, plan), lambda: self.advance(state, self.engine.decode(state, plan))
@@ -204,12 +228,9 @@ class Run:
     def advance(self, state: ChainState, sampled: Sampled) -> None:
         """Hand the draws to the chains, and move the KV that their decisions ask for.
 
-        Part of every recording: but for `recalled`, which only a CPU has, nothing here looks at a tensor.
+        Part of every recording: nothing here looks at a tensor.
         """
         clock = time.perf_counter
-        if sampled.recalled is not None:
-            for slot, tokens in enumerate(sampled.recalled.view(state.chains, -1).sum(1).tolist()):
-                self.recalled[slot] += tokens
         start = clock()
         pk.mh_advance(
             state, self.law, self.log_n, self.seed_tensor, self.eos,
@@ -226,32 +247,65 @@ class Run:
             self.views[chains] = self.state.first(chains)
         return self.views[chains]
 
-    def forward_seconds(self) -> float | None:
-        """Of the model so far, where the engine counts them."""
-        return getattr(self.engine, "forward_seconds", None)
+    def tell(self, state: ChainState) -> None:
+        """An engine that keeps requests hears what has changed."""
+        if self.keeps_requests:
+            start = time.perf_counter()
+            opened, ended = self.requests.news(state)
+            if opened or ended:
+                self.engine.requests(opened, ended)
+            self.seconds["transfer"] += time.perf_counter() - start
 
     # -- the slots
 
-    def admit(self) -> int:
-        """Fill the free slots behind the active ones. Returns how many chains are active now."""
-        first = len(self.prefill_cost)
-        jobs = [self.waiting.popleft() for _ in range(min(self.plan.slots - first, len(self.waiting)))]
+    def admit(self, free: list[int]) -> int:
+        """Give free slots to the jobs that wait; where none does, close up. Returns how many chains are active now.
+
+        free: ascending, active slots whose chains have stopped, or all slots when a run begins.
+        """
+        jobs = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+        slots, empty = free[: len(jobs)], free[len(jobs) :]
+        self.forget(free)
+        # Last slot first, so that the chain that moves into a free slot is one that still runs.
+        for slot in reversed(empty):
+            self.close_up(slot)
         if jobs:
-            slots = list(range(first, first + len(jobs)))
             start = time.perf_counter()
-            self.prefill_cost += self.engine.prefill(slots, [job.prompt for job in jobs])
+            prefilled = self.engine.prefill(slots, [job.prompt for job in jobs])
             self.seconds["prefill"] += time.perf_counter() - start
-            self.recalled += [0] * len(jobs)
-            for slot, job in zip(slots, jobs, strict=True):
+            for slot, job, tokens in zip(slots, jobs, prefilled, strict=True):
+                self.active[slot : slot + 1] = [_Account(prefill=tokens)]
                 self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
-            state = self.view(len(self.prefill_cost))
+                self.poll.changed(slot)
+            state = self.view(len(self.active))
             self.advance(state, self.nothing_sampled(state))  # opens the new chains, leaves the others as they are
-            self.poll.discard()
-        return len(self.prefill_cost)
+        return len(self.active)
+
+    def close_up(self, slot: int) -> None:
+        """The last active chain moves into a slot whose own has stopped. Does nothing behind the active slots."""
+        last = len(self.active) - 1
+        if slot > last:
+            return
+        if slot < last:
+            self.forget([last])
+            self.state.move(last, slot)
+            self.engine.move(last, slot)
+            self.active[slot] = self.active[last]
+        self.state.retire(last)
+        self.active.pop()
+        self.poll.changed(slot)
+        self.poll.changed(last)
+
+    def forget(self, slots: list[int]) -> None:
+        """What an engine holds for the lanes of these slots has ended."""
+        if self.keeps_requests:
+            ended = self.requests.forget(slots, self.state.lanes)
+            if ended:
+                self.engine.requests([], ended)
 
     def widen(self) -> None:
         """Give the rows of slots that nobody waits for to the chains that still run. They stay what they are."""
-        active = len(self.prefill_cost)
+        active = len(self.active)
         if self.waiting or not self.widens:
             return
         fed = active if self.recordings is None else _rounded(active, self.state.chains)
@@ -259,6 +313,7 @@ class Run:
         if lanes == self.state.lanes:
             return
         chains = self.plan.rows // lanes
+        self.forget(list(range(active)))
         self.engine.widen(chains, lanes)
         self.state = self.state.widened(chains, lanes)
         self.new_layout()
@@ -273,31 +328,22 @@ class Run:
         pending = torch.full((rows,), Status.PENDING, dtype=torch.int32, device=device)
         return Sampled(token, values, values, pending, entropy=values if self.law.needs_entropy else None)
 
-    def retire(self, slot: int) -> PowerResult:
-        last = len(self.prefill_cost) - 1
-        result = read_result(
+    def retire(self, slots: list[int]) -> list[PowerResult]:
+        """What the chains in these slots have come to. The slots stay as they are until `admit`."""
+        results = read_results(
             self.state,
-            slot,
+            slots,
             alpha=self.alpha,
             can_end_early=self.can_end_early,
-            prefill=self.prefill_cost[slot],
-            recalled=self.recalled[slot],
+            prefill=[self.active[slot].prefill for slot in slots],
+            recalled=[self.active[slot].recalled for slot in slots],
             tokenizer=self.tokenizer,
             prompts=self.prompts,
         )
-        drawn = result.cost.extension + result.cost.proposal
-        self.report.drawn += drawn
-        self.report.useful_lane_steps += drawn - result.cost.recalled
-        if slot != last:
-            self.state.move(last, slot)
-            self.engine.move(last, slot)
-            for of_slot in (self.prefill_cost, self.recalled):
-                of_slot[slot] = of_slot[last]
-        self.state.retire(last)
-        self.prefill_cost.pop()
-        self.recalled.pop()
-        self.poll.discard()
-        return result
+        for cost in (result.cost for result in results):
+            self.report.drawn += cost.extension + cost.proposal
+            self.report.useful_lane_steps += cost.extension + cost.proposal - cost.recalled
+        return results
 
 
 def _rounded(chains: int, slots: int) -> int:

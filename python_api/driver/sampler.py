@@ -19,7 +19,7 @@ from power_kernels import backend_for
 from power_kernels.api.driver import captured
 from power_kernels.api.driver.checks import integer, items, plain
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import CapturableEngine, Engine
+from power_kernels.api.driver.engine import CapturableEngine, Engine, ranks_of
 from power_kernels.api.driver.horizons import Part, parts_of
 from power_kernels.api.driver.memory import is_out_of_memory
 from power_kernels.api.driver.planning import plan_run
@@ -71,7 +71,7 @@ class PowerSampler:
                 f"model is a {type(model).__name__}; it must be a transformers causal LM or a power_kernels.api.Engine"
             )
         self.engine: Engine = engine
-        self._ranks = getattr(engine, "ranks", None)  # `engines/huggingface/tensor_parallel.py`
+        self._ranks = ranks_of(engine)
         self.tokenizer = tokenizer
         self.capture = _check_capture(capture, engine)
         self.last_run: RunReport | None = None

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import power_kernels
-from power_kernels.api.driver.engine import EngineBusyError, Sampled, UnsupportedModelError
+from power_kernels.api.driver.engine import EngineBusyError, Sampled, StepReport, UnsupportedModelError
 from power_kernels.api.engines.huggingface import decode_attention
 from power_kernels.api.engines.huggingface.adapters import Adapters, without_wrapper
 from power_kernels.api.engines.huggingface.compiled import CompiledForward
@@ -223,18 +223,28 @@ class HuggingFaceEngine:
         """
         if self.device.type != "cpu":
             return self.decode(state, self.plan(state))
+        before = self.forward_seconds
+        sampled, fed, recalled = self._step_on_cpu(state)
+        self._report = StepReport(fed, recalled, self.forward_seconds - before)
+        return sampled
+
+    def step_report(self) -> StepReport:
+        return self._report
+
+    def _step_on_cpu(self, state: ChainState) -> tuple[Sampled, int, Sequence[int]]:
+        """What was drawn, how many lanes were fed, and which were recalled."""
         self._check_running()
         if self._memory is not None:
             lanes, hidden = self._memory.recall(state)
             if lanes:
                 self._held.steps += 1
-                return self._spread(state, lanes, self._draw(state, lanes, hidden), recalled=True)
+                return self._spread(state, lanes, self._draw(state, lanes, hidden)), 0, lanes
         length, lanes = self.plan(state), range(state.position.shape[0])
         if self.attention == decode_attention.ROWS:
             status = state.lane_field[:, LaneField.STATUS].tolist()
             lanes = [lane for lane in lanes if status[lane] == LaneStatus.RUNNING]
         if not lanes:  # all of them wait for one that is decided without a token
-            return self._spread(state, [], _nothing_drawn(self.device, self._entropy))
+            return self._spread(state, [], _nothing_drawn(self.device, self._entropy)), 0, ()
         output = self._fed(state, length, lanes=lanes)
         drawn = self._draw(state, lanes, output)
         good = drawn.status == Status.OK
@@ -242,7 +252,7 @@ class HuggingFaceEngine:
             self._memory.learn(state, lanes, output, good)
         if not bool(good.all()):
             self._scrub(lanes, state.position[lanes], ~good)
-        return self._spread(state, lanes, drawn)
+        return self._spread(state, lanes, drawn), len(lanes), ()
 
     def plan(self, state: ChainState) -> int:
         """The host's part of the next step. Returns how many positions its attention may have to read.
@@ -267,12 +277,13 @@ class HuggingFaceEngine:
 
         The host does not know which lanes run, so all are fed; those that do not attend to one position.
         """
-        lanes = slice(0, state.position.shape[0])
+        before, lanes = self.forward_seconds, slice(0, state.position.shape[0])
         running = state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
         output = self._fed(state, plan, decode_attention.recordable(self.attention), running=running)
         drawn = self._draw(state, lanes, output)
         # A lane that does not run has not seen what it wrote, so that its logits do not tell whether that is finite.
         self._scrub(lanes, state.position, (drawn.status != Status.OK) | ~running)
+        self._report = StepReport(state.position.shape[0], (), self.forward_seconds - before)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
 
     def _fed(
@@ -305,9 +316,7 @@ class HuggingFaceEngine:
                 return self._head.sample(output, *draw, return_entropy=self._entropy)
         return power_kernels.sample_tokens(self._logits(output), *draw, return_entropy=self._entropy)
 
-    def _spread(
-        self, state: ChainState, lanes, drawn: power_kernels.SampleOutput, *, recalled: bool = False
-    ) -> Sampled:
+    def _spread(self, state: ChainState, lanes, drawn: power_kernels.SampleOutput) -> Sampled:
         """What was drawn for some lanes, among all of them; the others are PENDING."""
         rows = state.position.shape[0]
 
@@ -318,15 +327,12 @@ class HuggingFaceEngine:
             out[lanes] = values
             return out
 
-        status = spread(drawn.status, Status.PENDING)
         return Sampled(
             spread(drawn.token),
             spread(drawn.logq),
             spread(drawn.weight),
-            status,
-            recalled=status != Status.PENDING if recalled else None,
+            spread(drawn.status, Status.PENDING),
             entropy=spread(drawn.entropy),
-            fed=0 if recalled else len(lanes),
         )
 
     def move(self, source: int, target: int) -> None:

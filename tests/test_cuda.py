@@ -13,12 +13,14 @@ from power_kernels import nvtx, reference
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
 from power_kernels.api.driver import captured
 from power_kernels.api.driver.poll import Poll
+from power_kernels.api.engines.huggingface.decode_attention import FLASH, DecodeView
 from power_kernels.errors import ArgumentTypeError
 from power_kernels.ops import dispatch
 from power_kernels.state import ChainField, Law, Mode, Outcome, Status
 from tests import tiny_models
 from tests.devices import DEVICE, ON_CUDA, on_device
 from tests.op_helpers import FLOATS, INF, NAN, SEED, assert_same_bits, counters, normal_logits, per_row, sample
+from tests.test_decode_attention import by_definition
 from tests.test_ops_contract import ARGUMENTS, call, placed
 
 pytestmark = pytest.mark.skipif(not ON_CUDA, reason="shows what only a device can: pytest --device cuda")
@@ -381,3 +383,54 @@ def test_ranges_can_be_switched_on_where_torch_has_nvtx():
         assert_equal_bits(call("mh_accept", arguments), plain)
     finally:
         nvtx.disable()
+
+
+# ---- flash attention at sizes that the trial of `decode_attention.choose` does not have
+
+
+def relative_errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each row and head. Rounding gives up to 6e-3, one part of sixteen left out 0.25."""
+    return ((got.double().cpu() - want).square().mean(-1) / want.square().mean(-1)).sqrt()
+
+
+@pytest.mark.parametrize("sinks", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(28, 4, 128), (32, 32, 96)], ids=["grouped", "multi-head"])
+def test_flash_is_right_over_thousands_of_positions_and_several_splits(heads, kv_heads, dim, window, sinks):
+    """Two to four rows leave most of the device idle, so the kernel splits each row's keys and joins the parts."""
+    positions = [4095, 6143, 17, 4096]
+    keys, values = (
+        torch.randn(
+            2, len(positions), kv_heads, 6144, dim, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE
+        )
+        .bfloat16()
+        .unbind()
+    )
+    query = torch.randn(len(positions), heads, 1, dim, device=DEVICE).bfloat16()
+    sink = None if sinks is None else torch.linspace(-sinks, sinks, heads, device=DEVICE)
+    for rows in (2, 4):
+        position = torch.tensor(positions[:rows], device=DEVICE)
+        view = DecodeView(position, 6144, FLASH)
+        got = view.attend(query[:rows], keys, values, dim**-0.5, window, None, sink)
+        want = by_definition(query[:rows], keys, values, position, 6144, dim**-0.5, window, None, sink)
+        assert relative_errors(got, want).max() < 2e-2
+
+
+def test_flash_reads_slabs_of_more_than_2_31_entries():
+    """520 rows of 8,192 positions: the last rows lie beyond what int32 counts, in bytes and in entries."""
+    rows, heads, kv_heads, positions, dim = 520, 28, 4, 8192, 128
+    assert rows * kv_heads * positions * dim > 2**31
+    if torch.cuda.mem_get_info(DEVICE)[0] < 12 << 30:
+        pytest.skip("12 GiB are not free")
+    keys, values = (torch.empty(rows, kv_heads, positions, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    for seed, slab in enumerate((keys, values)):
+        slab.normal_(generator=torch.Generator(DEVICE).manual_seed(seed))
+    query = torch.randn(rows, heads, 1, dim, device=DEVICE).bfloat16()
+    position = torch.arange(rows, device=DEVICE) * 7 % positions
+    position[-1], position[0] = positions - 1, 5000
+    got = DecodeView(position, positions, FLASH).attend(query, keys, values, dim**-0.5, None, None)
+    chosen = [0, 1, 255, 511, 512, rows - 1]  # row 512 is the first whose first entry is the 2**31st or later
+    want = by_definition(
+        query[chosen], keys[chosen], values[chosen], position[chosen], positions, dim**-0.5, None, None
+    )
+    assert relative_errors(got[chosen], want).max() < 2e-2

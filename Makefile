@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # torch is installed first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench doctor kernels-report gpu-check clean
+.PHONY: demo test lint bench doctor kernels-report ptx gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.commands.demo
@@ -26,8 +26,20 @@ bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OU
 	$(PY) bench/end_to_end.py throughput --json $(or $(OUT),build/bench)/throughput.json
 	$(PY) bench/plots.py $(or $(OUT),build/bench)/*.json $(or $(OUT),build/bench)
 
-kernels-report: $(READY)  ## every Triton kernel compiled for every target, without a GPU: registers, loads, instructions
+kernels-report: $(READY)  ## without a GPU: every Triton kernel compiled for every target, and executed on real shapes
 	$(PY) -m power_kernels.triton
+	$(PY) -m tests.ptx.report
+
+PTX       := $(PY) -m pytest -p tests.ptx.plugin -p no:xdist -q
+PTX_TESTS := tests/test_triton_kernels.py tests/test_triton_lm_head.py tests/test_paged_kv.py tests/test_long_answers.py \
+	tests/ptx/configurations.py tests/ptx/chains.py -k "not on_tensor_cores"
+
+ptx: $(READY)  ## compiled kernels executed thread by thread on the CPU: six schedules, sm_80 and sm_90, mutants
+	$(PTX) tests/ptx/selftest.py
+	$(PTX) $(PTX_TESTS)
+	$(PTX) --ptx-target 90 $(PTX_TESTS)
+	$(PTX) --ptx-noise 2 --ptx-schedules "in order" $(PTX_TESTS)
+	$(PY) -m tests.ptx.mutate
 
 doctor: $(READY)
 	$(VENV)/bin/power-kernels doctor

@@ -55,9 +55,10 @@ class Finding:
 
     @property
     def fails(self) -> bool:
-        """Whether this is a fault. Lanes of one store that write the same bits are not: Triton stores a scalar that
-        every lane holds in this way, and PTX defines that one of them is written."""
-        return self.kind not in INFORMATION and not (self.kind == "RACE_LANES" and self.same_value)
+        """Whether this is a fault. Equal bits that several threads write to shared memory are not: shared memory is
+        the compiler's alone, and Triton lets every thread that holds a copy of a value store it."""
+        copies = self.buffer == "shared" and self.same_value
+        return self.kind not in INFORMATION and not (self.kind.startswith("RACE") and copies)
 
     def __str__(self) -> str:
         lines = self.source + (f" / {self.other_source}" if self.other_source else "")

@@ -5,24 +5,24 @@ Triton's own binder decides types, alignment and constants, as on a GPU. Needs a
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from power_kernels.ops import dispatch
+from tests import triton_requests
 from tests.ptx.findings import Findings
 from tests.ptx.lower import Program, lower
 from tests.ptx.machine import SCHEDULES, Schedule, launch
 from tests.ptx.memory import bytes_of
-from tests.ptx.native import ROOT
 from tests.ptx.parse import parse
-from tests.triton_requests import Driver, bind, request
 
 ALL, SOME = True, False
 _SCORED = {"logp_ptr": ALL, "logq_ptr": ALL, "weight_ptr": ALL, "entropy_ptr": ALL, "status_ptr": ALL}
@@ -53,8 +53,17 @@ class Compiled:
     hits: np.ndarray  # how often a warp executed each instruction
 
 
+def _run_operator(name: str, device: torch.device, *args) -> None:
+    """As `dispatch.run`, which lets no CPU tensor through to Triton without the interpreter."""
+    if dispatch.forced_backend() == "triton":
+        dispatch._triton_kernel(name)(*args)
+    else:
+        dispatch.run(name, device, *args)
+
+
 class Launcher:
-    """Install it with `with`: every launch of a Triton kernel on CPU tensors is executed, and its findings are kept.
+    """Install it with `with`: every launch of a Triton kernel on CPU tensors is executed, and its findings are kept;
+    `use_backend("triton")` serves CPU tensors.
 
     noise: last places that ex2.approx, div.full and rcp.approx may err by. change_ptx: what is done to every PTX text
     before it is executed.
@@ -68,8 +77,9 @@ class Launcher:
         change_ptx: Callable[[str], str] = lambda ptx: ptx,
     ):
         self.schedules = schedules
+        self.schedules_of: dict[str, Sequence[Schedule]] = {}  # kernels that have others
         self.noise = noise
-        self.driver = Driver(capability)
+        self.driver = triton_requests.Driver(capability)
         self.change_ptx = change_ptx
         self.findings = Findings()
         self.programs: dict[tuple, Compiled] = {}
@@ -83,26 +93,28 @@ class Launcher:
         self._replaced = JITFunction.run
         triton.runtime.driver.set_active(self.driver)
         JITFunction.run = lambda function, *args, grid, warmup, **kwargs: self.run(function, args, grid, kwargs)
+        self._dispatched = dispatch.rebind(_run_operator)
         return self
 
     def __exit__(self, *_):
         JITFunction.run = self._replaced
+        dispatch.rebind(self._dispatched)
 
     def compiled(self, function: JITFunction, args, kwargs) -> tuple[Compiled, dict]:
         """The program of a launch, and its arguments by name."""
-        bound, options, signature, constexprs, attributes = bind(function, args, kwargs)
-        asked = request(function, options, signature, constexprs, attributes)
-        key = (function.cache_key, asked)
-        if key not in self.programs:
+        bound, options, signature, constexprs, attributes = triton_requests.bind(function, args, kwargs)
+        asked = triton_requests.request(function, options, signature, constexprs, attributes)
+        name = (function.cache_key, asked)
+        if name not in self.programs:
             began = time.perf_counter()
             source = function.ASTSource(function, signature, constexprs, attributes)
             kernel = triton.compile(source, target=self.driver.target, options=options.__dict__)
             ptx = self.change_ptx(kernel.asm["ptx"])
             program = lower(parse(ptx))
             hits = np.zeros(len(program.code), np.uint64)
-            self.programs[key] = Compiled(program, kernel.metadata.shared, ptx, asked, hits)
+            self.programs[name] = Compiled(program, kernel.metadata.shared, ptx, asked, hits)
             self.seconds["compile"] += time.perf_counter() - began
-        return self.programs[key], {n: bound[n] for n in signature if signature[n] != "constexpr"}
+        return self.programs[name], {n: bound[n] for n in signature if signature[n] != "constexpr"}
 
     def run(self, function: JITFunction, args, grid, kwargs) -> None:
         compiled, passed = self.compiled(function, args, kwargs)
@@ -118,7 +130,7 @@ class Launcher:
             names,
             arguments,
             compiled.shared,
-            self.schedules,
+            self.schedules_of.get(name, self.schedules),
             outputs,
             self._undefined_before,
             self.noise,
@@ -153,7 +165,10 @@ class Launcher:
                 storage = storages[key].untyped_storage()
                 self._undefined[key] = (bytes_of(storage).copy(), undefined, storage)
 
-    def requests(self) -> set[str]:
-        """What was asked for, of the package's kernels only."""
-        folder = str(Path(ROOT, "power_kernels"))
-        return {c.request for c in self.programs.values() if c.program.kernel.files.get(1, "").startswith(folder)}
+    def configurations(self) -> tuple[set[str], set[str]]:
+        """Names of the configurations listed for the target that were executed, and of those that were not."""
+        key = triton_requests.key
+        asked = {key(json.loads(compiled.request)) for compiled in self.programs.values()}
+        names = triton_requests.listed(self.driver.target.arch)
+        ran = {name for line, name in names.items() if key(json.loads(line)) in asked}
+        return ran, set(names.values()) - ran

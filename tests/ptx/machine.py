@@ -32,6 +32,7 @@ class Schedule:
     yield_percent: int = 0  # chance to switch warps after a memory operation, in random order
     eager: bool = False  # cp.async writes when issued, not when waited for
     salt: int = 0  # of the random order
+    budget: int = 1 << 28  # instructions that a warp may take
     check: bool = True  # races and undefined values; without, only bounds and alignment
 
     def options(self, noise: int) -> native.Options:
@@ -45,7 +46,7 @@ class Schedule:
             eager_copies=self.eager,
             salt=self.salt,
             seed=1,
-            budget=1 << 28,
+            budget=self.budget,
         )
 
 
@@ -170,7 +171,7 @@ def launch(
     ]
     memory = Memory(tensors, tuple(outputs), undefined_before)
     grid = (*grid, 1, 1, 1)[:3]
-    if memory.big:
+    if memory.big:  # in place, under one schedule
         schedules = [UNCHECKED]
     name, result = program.kernel.name, Result(hits=np.zeros(len(program.code), np.uint64))
     start = {} if memory.big else {key: memory.bytes(key).copy() for key in memory.order}
@@ -184,7 +185,7 @@ def launch(
         result.findings.add(_finding(program, memory, e, schedule.name) for e in events)
         if totals.aborted:
             result.findings.add([Finding("ABORTED", name, schedules={schedule.name})])
-        if memory.big:
+        if not schedule.check:
             continue
         if k == 0:
             result.left_undefined = {key: memory.undefined_bytes(key, flags) for key in memory.order}

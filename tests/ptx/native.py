@@ -66,6 +66,9 @@ COUNTS = (
 )
 
 
+SECTOR = 32  # bytes
+
+
 class Totals(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in COUNTS)
 

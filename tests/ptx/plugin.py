@@ -34,15 +34,27 @@ class Plugin:
         self.launcher = Launcher(schedules, option("--ptx-noise"), option("--ptx-target"))
         self.report = option("--ptx-report")
 
+    @pytest.fixture
+    def ptx_launcher(self):
+        return self.launcher
+
+    def pytest_collection_modifyitems(self, config, items):
+        """Of tests that name a backend only those that name this one."""
+        others = [i for i in items if hasattr(i, "callspec") and i.callspec.params.get("backend", "triton") != "triton"]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [i for i in items if i not in others]
+
     def pytest_sessionfinish(self, session):
         faults = self.launcher.findings.faults()
         if faults and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if self.report:
+            ran, not_run = self.launcher.configurations()
             found = {
                 "findings": [str(f) for f in faults],
                 "schedules": [s.name for s in self.launcher.schedules],
-                "requests": sorted(self.launcher.requests()),
+                "configurations": sorted(ran),
+                "configurations_not_run": sorted(not_run),
                 "counts": self.launcher.counts,
                 "seconds": self.launcher.seconds,
             }
@@ -51,9 +63,11 @@ class Plugin:
     def pytest_terminal_summary(self, terminalreporter):
         counts, seconds = self.launcher.counts.values(), self.launcher.seconds
         faults = self.launcher.findings.faults()
+        ran, not_run = self.launcher.configurations()
+        launches, instructions = (sum(c[name] for c in counts) for name in ("launches", "instructions"))
         terminalreporter.write_line(
-            f"ptx: {sum(c['launches'] for c in counts)} launches under {len(self.launcher.schedules)} schedules, "
-            f"{sum(c['instructions'] for c in counts):,} warp instructions, {len(faults)} findings; "
+            f"ptx: {len(ran)} of {len(ran) + len(not_run)} configurations, {launches} launches under "
+            f"{len(self.launcher.schedules)} schedules, {instructions:,} warp instructions, {len(faults)} findings; "
             f"seconds: {seconds['compile']:.0f} compiling, {seconds['run']:.0f} executing"
         )
         for f in faults:
@@ -63,22 +77,11 @@ class Plugin:
 @pytest.hookimpl(trylast=True)  # after tests/conftest.py has chosen the interpreter
 def pytest_configure(config):
     os.environ.pop("TRITON_INTERPRET", None)
-    from power_kernels.ops import dispatch
     from tests import op_helpers
 
     plugin = Plugin(config)
     config.pluginmanager.register(plugin, "ptx launcher")
     plugin.launcher.__enter__()
-
-    run = dispatch.run
-
-    def execute(name, device, *args):
-        """As `dispatch.run`, which lets no CPU tensor through to Triton without the interpreter."""
-        if dispatch.forced_backend() == "triton":
-            return dispatch._triton_kernel(name)(*args)
-        return run(name, device, *args)
-
-    dispatch.rebind(execute)
     if config.getoption("--ptx-full"):
         op_helpers.INTERPRETED = False
     if noise := config.getoption("--ptx-noise"):

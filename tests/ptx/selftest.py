@@ -5,6 +5,7 @@ python -m pytest -p tests.ptx.plugin tests/ptx/selftest.py
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_what_one_launch_leaves_undefined_is_undefined_for_the_next():
     assert {f.kind for f in launcher.findings.faults()} == {"UNDEFINED_STORE"}
 
 
+def test_entries_that_are_marked_undefined_are_found_where_they_reach_a_result():
+    x, y = torch.arange(128, dtype=torch.int32), ints(128)
+    with Launcher() as launcher:
+        launcher.mark_undefined(x, torch.arange(128) >= 64)
+        planted.sound[(1,)](x, y, 64, BLOCK=128)
+        assert not launcher.findings.faults()
+        launcher.mark_undefined(x, torch.arange(128) >= 64)
+        planted.sound[(1,)](x, y, 65, BLOCK=128)
+    assert {f.kind for f in launcher.findings.faults()} == {"UNDEFINED_STORE"}
+
+
 def test_a_vector_at_an_odd_address_is_misaligned():
     """As if the pointer had been declared aligned: the kernel is compiled for one that is."""
     x, y = torch.arange(516, dtype=torch.int32), ints(516)
@@ -144,15 +156,7 @@ def test_an_integer_division_by_zero_is_found():
 
 
 def test_a_loop_without_an_end_is_given_up():
-    import dataclasses
-
-    class Short(type(SCHEDULES["in order"])):
-        def options(self, noise):
-            options = super().options(noise)
-            options.budget = 1000
-            return options
-
-    schedule = Short(**dataclasses.asdict(SCHEDULES["in order"]))
+    schedule = dataclasses.replace(SCHEDULES["in order"], budget=1000)
     found = run(planted.racy_branch, (1,), ints(4, 1 << 30), ints(128), BLOCK=128, options={"schedules": [schedule]})
     assert {"HANG", "ABORTED"} <= set(found)
 
@@ -165,7 +169,7 @@ def test_scans_and_sums_are_exact_and_silent(warps):
 
 
 @pytest.mark.parametrize("warps", [2, 8])
-def test_each_barrier_of_a_scan_through_shared_memory_is_missed(warps):
+def test_each_barrier_of_a_scan_through_shared_memory_is_needed(warps):
     x, y = torch.randint(-50, 50, (512,), dtype=torch.int32), ints(512)
     with Launcher(ONE) as launcher:
         planted.sums[(1,)](x, y, BLOCK=512, num_warps=warps)

@@ -13,7 +13,7 @@ demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.commands.demo
 
 test: $(READY)  ## the whole test suite
-	$(PY) -m pytest -q -n 2 tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ HOST_FILES = {
     "test_interrupts": "commands in processes of their own, on the CPU",
     "test_install": "the build of the package",
     "test_device_calls": "torch.cuda replaced by what keeps a record",
+    "test_instruction_sets": "the C++ kernels serve CPU tensors",
     "test_devices": "how tensors get to a device, shown with the host as the device",
     "test_law_enumeration": "the reference, on the host whatever the device",
     "test_prefix_memory": "prefixes are remembered on a CPU only",
@@ -37,6 +39,17 @@ HOST_FILES = {
     "test_tensor_parallel": "processes on the CPU",
     "test_triton_compile": "compiles for every target without a device",
 }
+
+
+# Files that take longest, the longest first. Each of several workers takes whole files (`--dist loadfile`): these come
+# first, as the last ones leave one worker alone.
+LONGEST = (
+    "test_triton_compile",
+    "test_ptx",
+    "test_chain_identity",
+    "test_readme",
+    "test_install",
+)
 
 
 def pytest_addoption(parser):
@@ -92,6 +105,9 @@ def pytest_configure(config):
     # before anything imports triton, which reads it once
     if kind == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        # What is compiled without a device is compiled once, whichever process asks, and kept from run to run: Triton's
+        # keys hold its own version, the source, the options and the target.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
     else:
         os.environ.pop("TRITON_INTERPRET", None)
     os.environ["POWER_KERNELS_TEST_DEVICE"] = device
@@ -109,6 +125,9 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        rank = {name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     part, parts = map(int, config.getoption("--shard").split("/"))
     if parts > 1:
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -415,16 +411,6 @@ def test_the_number_of_threads_changes_no_bit(rows):
 def test_an_empty_batch_is_no_error():
     assert sample(torch.zeros(0, 5), 1.0, 1.0, np.zeros((0, 4))).token.shape == (0,)
     assert score(torch.zeros(0, 5), 0, 1.0, 1.0).logp.shape == (0,)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_lower_instruction_sets_pass_the_same_tests(isa):
-    if "POWER_KERNELS_CPU" in os.environ:
-        pytest.skip("already inside")
-    command = [*f"-m pytest -q -x -p no:cacheprovider {__file__} -k".split(), "not kv_"]
-    environment = {**os.environ, "POWER_KERNELS_CPU": isa, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 
@@ -598,19 +597,3 @@ def test_a_uniform_in_the_tail_draws_the_entry_that_float64_says(fast):
     uniform = (1.0 + (want - 1 + 0.5) * mass) / (1.0 + (VAST - 1) * mass)  # the middle of each entry's own interval
     out = sample(hidden.expand(100, 2), lm_head, 4.0, 1.0, counter_of_uniform(uniform), entropy=False)
     assert out.token.tolist() == want.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-
-
-# avx512: without the instructions for bfloat16
-@host_only
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_lower_instruction_sets_pass_the_same_tests(isa):
-    if "POWER_KERNELS_CPU" in os.environ:
-        pytest.skip("already inside")
-    chosen = "cpp and (values or tanh) or wide or same_bits and not (every_backend or triton or reference)"
-    command = [*f"-m pytest -q -x -p no:cacheprovider {__file__} -k".split(), chosen]
-    environment = {**os.environ, "POWER_KERNELS_CPU": isa, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]

@@ -227,11 +227,11 @@ def _examine_one(job: tuple[int, str, bool]) -> dict:
 
 
 def rows(targets, words=(), disassemble: bool = True):
-    """The rows of the report in order, two compilations at a time, none from a cache."""
+    """The rows of the report in order, two compilations at a time. None comes from a cache but TRITON_CACHE_DIR's."""
     chosen = [(i, c) for i, c in enumerate(configurations()) if all(word in c.name for word in words)]
     jobs = [(i, t, disassemble) for t in targets for i, c in chosen if c.targets is None or t in c.targets]
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(2) as pool:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
         yield from pool.map(_examine_one, jobs)
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from power_kernels.api import PowerConfig, PowerSampler
+from power_kernels.api import PowerConfig, PowerSampler, generate_sharded
 from power_kernels.api.driver.text import answer_text, end_of_turn
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests.toys import Toy, ToyEngine, power_toy
@@ -187,6 +187,16 @@ def test_a_conversation_is_put_into_the_chat_template_and_ends_with_the_turn():
     assert sampler(tokenizer).read([talk], eos_token_id=[3])[1] == [3]
     assert sampler(tokenizer, eos=(12,)).read([talk])[1] == [12]
     assert sampler(tokenizer).read(["w5"])[1] == [0]
+
+
+def test_a_conversation_keeps_its_end_of_turn_where_the_answers_are_divided():
+    talk = [{"role": "user", "content": "w2"}]
+    expected = [summary(r) for r in sampler(word_tokenizer()).generate([talk], CONFIG, num_chains=4)]
+    for given in ({}, {"eos_token_id": [0, 12]}):
+        found = generate_sharded(sampler(word_tokenizer()), [talk], CONFIG, num_chains=4, **given)
+        assert [summary(r) for r in found] == expected
+    endless = sampler(word_tokenizer(), toy=Toy(3, 5, seed=3))
+    assert generate_sharded(endless, [talk], CONFIG, eos_token_id=-1)[0].finish == "length"
 
 
 def test_the_end_of_a_turn_is_the_special_token_behind_what_the_assistant_said():

@@ -79,7 +79,7 @@ def report(question: str, results: list, prompt_length: int, width: int) -> str:
 
 
 def shown(result) -> str:
-    return result.text.strip() + (" [...]" if result.finish == "length" else "")
+    return result.text.strip() + (" [...]" if result.finish in ("length", "context") else "")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,9 @@ engine that watches SERIAL and DIVERGENCE instead draws other chains, and a test
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +205,24 @@ def test_an_engine_that_watches_serial_and_divergence_draws_other_chains():
     got = run(SerialWatchingEngine, "many restarts, two lanes", counts)
     assert counts.restarts >= 70
     assert sum(a != b for a, b in zip(got, expected("many restarts, two lanes"), strict=True)) >= 15
+
+
+def test_the_engine_of_the_documentation_draws_the_chains_of_one_that_keeps_rows(capsys):
+    """128 chains, bitwise; and its page runs."""
+    page = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names = {}
+    exec(compile(snippet, "docs/engines.md", "exec"), names)
+    assert len(re.findall(r"nats, \d of 8 steps accepted", capsys.readouterr().out)) == 2
+    case = CASES["ends, five lanes, few slots"]
+
+    def model(tokens: list[int]) -> torch.Tensor:
+        (prompt,) = [prompt for prompt in PROMPTS if tokens[: len(prompt)] == prompt]
+        return torch.from_numpy(case.toy.logits(tokens[len(prompt) :])).float()
+
+    engine = names["ListEngine"](model, 16, case.toy.eos)
+    got = list(map(summary, draw(engine, {**case.config, "lanes": case.lanes}, case.slots)))
+    assert got == expected("ends, five lanes, few slots")
 
 
 def test_requests_of_a_transformers_model_draw_the_chains_of_its_engine():

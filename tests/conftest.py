@@ -34,8 +34,8 @@ HOST_FILES = {
     "test_devices": "how tensors get to a device, shown with the host as the device",
     "test_law_enumeration": "the reference, on the host whatever the device",
     "test_prefix_memory": "prefixes are remembered on a CPU only",
+    "test_docs": "the text",
     "test_ptx": "the compiled kernels, executed on the CPU",
-    "test_readme": "the text",
     "test_tensor_parallel": "processes on the CPU",
     "test_triton_compile": "compiles for every target without a device",
 }

@@ -1,0 +1,152 @@
+"""Every command and snippet of the README and of docs/ runs as a reader would run it, and every link leads somewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+BLOCKS = [
+    (page, kind, text)
+    for page, content in PAGES.items()
+    for kind, text in re.findall(r"^```(\w+)\n(.*?)^```", content, re.M | re.S)
+]
+# Blocks that share a variable run as a whole; elsewhere each line is a command.
+COMMANDS = {
+    line.split("#")[0].strip()
+    for _, kind, text in BLOCKS
+    if kind == "bash" and "MODEL" not in text
+    for line in text.splitlines()
+}
+
+
+def run(command: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TRITON_INTERPRET": "0",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    return subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
+# then prints.
+TESTED = {
+    "make demo": (
+        "make demo",
+        ("plain sampling", "low temperature", "power sampling", "nats", "acceptance rate", "tokens forwarded"),
+    ),
+    "make test": ("make --dry-run test", ("-m pytest", " tests")),  # the command that is running now
+    "power-kernels doctor": ("power-kernels doctor", ("backend of each op", "sample_tokens", "missing")),
+    "pip install torch setuptools wheel": ("pip install --dry-run torch setuptools wheel", ()),
+    "pip install --no-build-isolation '.[gguf]'": ("pip install --dry-run --no-build-isolation '.[gguf]'", ()),
+    "make bench": ("make --dry-run bench", ("bench/ops.py", "bench/end_to_end.py")),
+    "power-kernels bench": ("power-kernels bench --quick --ops mh_accept", ("decisions/s", "eager")),
+    "python bench/ops.py": ("python bench/ops.py --quick", ("decisions/s", "logsumexp", "compile", "eager", "limits")),
+    "python bench/end_to_end.py": (
+        "python bench/end_to_end.py --quick --only ours-1",
+        ("plain generate", "power_kernels, 1 chain"),
+    ),
+    "python bench/end_to_end.py latency": (
+        "python bench/end_to_end.py latency --quick --lanes 1,default",
+        ("plain", "default lanes over 1 lane"),
+    ),
+    "python bench/end_to_end.py throughput": (
+        "python bench/end_to_end.py throughput --quick --prompts 3 --slots 2 --tokens 6",
+        ("answers", "useful"),
+    ),
+    'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (
+        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.commands.demo_model)"',
+        ("attention", "lanes"),
+    ),
+    "python -m power_kernels.api.commands.paged_demo": (
+        "python -m power_kernels.api.commands.paged_demo --tiny",
+        ("shared", "copied"),
+    ),
+    "make kernels-report": (
+        "python -m power_kernels.triton --quick mh_accept",
+        ("sm_80", "sm_90", "sm_100", "gfx942", "regs"),
+    ),
+    "make ptx": ("make --dry-run ptx", ("tests.ptx",)),
+    "make gpu-check OUT=results": ("make --dry-run gpu-check OUT=results", ("bench/gpu_check.py --out",)),
+    "make gpu-check OUT=results PLAN=smoke": (
+        "make --dry-run gpu-check OUT=results PLAN=smoke",
+        ("bench/gpu_check.py --out", "--plan smoke"),
+    ),
+    "make gpu-check OUT=results-decode PLAN=decode": (
+        "make --dry-run gpu-check OUT=results-decode PLAN=decode",
+        ("--plan decode",),
+    ),
+}
+
+
+def test_every_command_is_tested():
+    assert sorted(COMMANDS) == sorted(TESTED)
+    assert {kind for _, kind, _ in BLOCKS} <= {"bash", "python"}
+
+
+@pytest.mark.parametrize("command", TESTED)
+def test_the_command_runs(command):
+    tested_as, printed = TESTED[command]
+    done = run(tested_as)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for needed in printed:
+        assert needed in done.stdout, done.stdout
+
+
+def test_the_generate_blocks_run():
+    one, several = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
+    done = run(one)
+    assert done.returncode == 0, done.stderr
+    assert "tokens forwarded" in done.stdout
+    out = ROOT / "build" / "colours.jsonl"
+    out.unlink(missing_ok=True)
+    done = run(several)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["chain_id"] for line in out.read_text().splitlines()] == [0, 1]
+
+
+def test_python_snippets_run_in_order():
+    """Page by page, each page as one program: a later snippet uses what an earlier one made."""
+    programs = {page: "\n".join(t for p, kind, t in BLOCKS if kind == "python" and p == page) for page in PAGES}
+    programs = {page: text for page, text in programs.items() if text}
+    assert {"README.md", "docs/python.md", "docs/engines.md"} <= set(programs)
+    code = (
+        "import json, sys, torch\ntorch.set_num_threads(1)\n"
+        "for page, text in json.load(sys.stdin).items():\n"
+        "    print('page', page)\n    exec(compile(text, page, 'exec'), {'__name__': '__main__'})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"},
+        input=json.dumps(programs), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = dict(zip(programs, done.stdout.split("page ")[1:], strict=True))
+    for page in ("README.md", "docs/python.md"):
+        assert len(re.findall(r"nats, \d+ of \d+ steps accepted", printed[page])) == 2
+    assert "tensor([" in printed["README.md"]
+    assert "The capital of France is" in printed["docs/python.md"]
+
+
+def test_links_lead_to_files_and_headings():
+    def anchor(heading: str) -> str:
+        return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+    for page, content in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", content):
+            path, _, heading = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            if heading:
+                assert heading in map(anchor, re.findall(r"^#+ (.*)$", file.read_text(), re.M)), f"{page}: {target}"
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(PAGES["README.md"].splitlines()) <= 150

@@ -8,8 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -42,13 +40,9 @@ void kv_copy_ranges(Tensor dst, Tensor src, Tensor ranges) {
     if (stop <= start) continue;
     const bool inside = dst_row >= 0 && dst_row < dst.size(1) && src_row >= 0 && src_row < src.size(1) && start >= 0 &&
                         stop <= dst.size(3) && stop <= src.size(3);
-    // pybind11 turns this type into a ValueError
-    if (!inside)
-      throw std::invalid_argument("kv_copy_ranges: range " + std::to_string(i) + " = (" + std::to_string(dst_row) +
-                                  ", " + std::to_string(src_row) + ", " + std::to_string(start) + ", " +
-                                  std::to_string(stop) + ") leaves a slab of " + std::to_string(dst.size(1)) + " and " +
-                                  std::to_string(src.size(1)) + " rows, " + std::to_string(dst.size(3)) + " and " +
-                                  std::to_string(src.size(3)) + " positions");
+    STD_TORCH_CHECK(inside, "kv_copy_ranges: range ", i, " = (", dst_row, ", ", src_row, ", ", start, ", ", stop,
+                    ") leaves a slab of ", dst.size(1), " and ", src.size(1), " rows, ", dst.size(3), " and ",
+                    src.size(3), " positions");
     copies.push_back({(dst_row * dst.stride(1) + start * dst.stride(3)) * item,
                       (src_row * src.stride(1) + start * src.stride(3)) * item, stop - start});
     most = std::max(most, stop - start);

@@ -23,12 +23,6 @@
 #include <new>
 #include <optional>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 namespace power_kernels {
 
 // sampling.cpp
@@ -51,65 +45,9 @@ constexpr int64_t STRIP = 64;          // weights that stay in the second-level 
 constexpr int64_t SLICE = 256;         // entries of the vocabulary that sampling computes at a time
 constexpr int64_t PITCH = TILE + 16;   // a power of two would put a column of logits into one set of the cache
 
-#define PK_DOT_BF16 0
-#define PK_ISA 0
-#define PK_WIDTH 4
-namespace baseline {
-#include "lm_head_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define PK_ISA 2
-#define PK_WIDTH 8
-namespace avx2 {
-#include "lm_head_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-#define PK_ISA 5
-#define PK_WIDTH 16
-namespace avx512 {
-#include "lm_head_kernel.h"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
-#endif
-#undef PK_DOT_BF16
-#define PK_DOT_BF16 1
-namespace avx512_bf16 {
-#include "lm_head_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
+#define PK_BODY "lm_head_kernel.h"
+#define PK_WITH_DOT_BF16
+#include "for_each_isa.h"
 
 int dtype_index(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
@@ -227,12 +165,7 @@ void score_from_hidden_out(Tensor hidden, Tensor lm_head, std::optional<Tensor> 
   const auto tokens = vector_of<const int64_t>(tokens_, N, "tokens");
   const auto alpha = vector_of<const float>(alpha_, N, "alpha");
   const auto beta = vector_of<const float>(beta_, N, "beta");
-  const auto logp = vector_of<float>(logp_, N, "logp");
-  const auto logq = vector_of<float>(logq_, N, "logq");
-  const auto weight = vector_of<float>(weight_, N, "weight");
-  const auto status = vector_of<int32_t>(status_, N, "status");
-  const bool has_entropy = entropy_.has_value();
-  const auto entropy = has_entropy ? vector_of<float>(*entropy_, N, "entropy") : Vector<float>{};
+  const Quantities out(N, logp_, logq_, weight_, entropy_, status_);
   const int64_t tiles = ceil_div(head.V, TILE), chunk = chunk_rows(N), chunks = ceil_div(N, chunk);
   STD_TORCH_CHECK(workspace.element_size() == 4 && workspace.is_contiguous() &&
                       workspace.numel() >= N * (4 * tiles + 1),
@@ -251,23 +184,17 @@ void score_from_hidden_out(Tensor hidden, Tensor lm_head, std::optional<Tensor> 
       for (int64_t r = 0; r < count; ++r) {
         const float* z = block.z.get() + r * PITCH;
         const int64_t b = row + r, x = tokens[b] - first;
-        masses.mass(z, n, 0, 1, beta[b], has_entropy, slots + b * tiles + t);
+        masses.mass(z, n, 0, 1, beta[b], out.has_entropy, slots + b * tiles + t);
         if (x >= 0 && x < n) chosen[b] = z[x];
       }
     }
   });
   torch::stable::parallel_for(0, N, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      RowMass row = combine(slots + b * tiles, tiles, alpha[b], beta[b], has_entropy);
+      RowMass row = combine(slots + b * tiles, tiles, alpha[b], beta[b], out.has_entropy);
       const int64_t x = tokens[b];
       if (row.status == Status::OK_ && (x < 0 || x >= head.V)) row.status = Status::BAD_TOKEN_;
-      TokenScore s{NAN, NAN, NAN};
-      if (row.status == Status::OK_) s = score(row, chosen[b], alpha[b], beta[b]);
-      status[b] = static_cast<int32_t>(row.status);
-      logp[b] = s.logp;
-      logq[b] = s.logq;
-      weight[b] = s.weight;
-      if (has_entropy) entropy[b] = row.status == Status::OK_ ? static_cast<float>(row.entropy) : NAN;
+      out.write(b, row, chosen[b], alpha[b], beta[b]);
     }
   });
 }

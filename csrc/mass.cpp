@@ -3,59 +3,10 @@
 #include "isa.h"
 #include "mass.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 namespace power_kernels {
 
-#define PK_ISA 0
-#define PK_WIDTH 4
-namespace baseline {
-#include "mass_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define PK_ISA 2
-#define PK_WIDTH 8
-namespace avx2 {
-#include "mass_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-#define PK_ISA 5
-#define PK_WIDTH 16
-namespace avx512 {
-#include "mass_kernel.h"
-}
-#undef PK_ISA
-#undef PK_WIDTH
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
+#define PK_BODY "mass_kernel.h"
+#include "for_each_isa.h"
 
 const MassKernels& mass_kernels(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;

@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -136,5 +137,32 @@ inline TokenScore score(const RowMass& row, double z, double alpha, double beta)
   if (1.0 <= beta && beta <= alpha && weight > 0) weight = 0;
   return {static_cast<float>(logp), static_cast<float>(logq), static_cast<float>(weight)};
 }
+
+// What sampling and scoring say of each row: in nats, NaN where the status is not OK.
+struct Quantities {
+  Vector<float> logp, logq, weight, entropy;
+  Vector<int32_t> status;
+  bool has_entropy;
+
+  Quantities(int64_t rows, const Tensor& logp_, const Tensor& logq_, const Tensor& weight_,
+             const std::optional<Tensor>& entropy_, const Tensor& status_)
+      : logp(vector_of<float>(logp_, rows, "logp")),
+        logq(vector_of<float>(logq_, rows, "logq")),
+        weight(vector_of<float>(weight_, rows, "weight")),
+        entropy(entropy_ ? vector_of<float>(*entropy_, rows, "entropy") : Vector<float>{}),
+        status(vector_of<int32_t>(status_, rows, "status")),
+        has_entropy(entropy_.has_value()) {}
+
+  // z: the logit of row b's token, not read where the row's status is not OK.
+  void write(int64_t b, const RowMass& row, double z, double alpha, double beta) const {
+    const bool ok = row.status == Status::OK_;
+    const TokenScore s = ok ? score(row, z, alpha, beta) : TokenScore{NAN, NAN, NAN};
+    logp[b] = s.logp;
+    logq[b] = s.logq;
+    weight[b] = s.weight;
+    if (has_entropy) entropy[b] = ok ? static_cast<float>(row.entropy) : NAN;
+    status[b] = static_cast<int32_t>(row.status);
+  }
+};
 
 }  // namespace power_kernels

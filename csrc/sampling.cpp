@@ -78,13 +78,9 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   const auto alpha = vector_of<const float>(alpha_, B, "alpha");
   const auto beta = vector_of<const float>(beta_, B, "beta");
   const auto token = vector_of<int64_t>(token_, B, "token");
-  const auto logp = vector_of<float>(logp_, B, "logp");
-  const auto logq = vector_of<float>(logq_, B, "logq");
-  const auto weight = vector_of<float>(weight_, B, "weight");
-  const auto status = vector_of<int32_t>(status_, B, "status");
-  const bool has_exclude = exclude_.has_value(), has_entropy = entropy_.has_value();
+  const Quantities out(B, logp_, logq_, weight_, entropy_, status_);
+  const bool has_exclude = exclude_.has_value();
   const auto exclude = has_exclude ? vector_of<const int64_t>(*exclude_, B, "exclude") : Vector<const int64_t>{};
-  const auto entropy = has_entropy ? vector_of<float>(*entropy_, B, "entropy") : Vector<float>{};
   STD_TORCH_CHECK(counter_.dim() == 2 && counter_.size(0) == B && counter_.size(1) == 4 &&
                       counter_.element_size() == 4,
                   "counter must be int32 [rows, 4]");
@@ -93,11 +89,11 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   const bool own_seeds = seed_.numel() != 1;
   const auto seed = vector_of<const uint64_t>(seed_, own_seeds ? B : 1, "seed");
 
-  TileMass* all_slots = mass_pass(logits, beta, has_entropy, workspace);
+  TileMass* all_slots = mass_pass(logits, beta, out.has_entropy, workspace);
   torch::stable::parallel_for(0, B, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       TileMass* slots = all_slots + b * logits.tiles;
-      RowMass row = combine(slots, logits.tiles, alpha[b], beta[b], has_entropy);
+      RowMass row = combine(slots, logits.tiles, alpha[b], beta[b], out.has_entropy);
       const int64_t excluded = has_exclude && exclude[b] >= 0 ? exclude[b] : -1;
       if (row.status == Status::OK_ && excluded >= logits.V) row.status = Status::BAD_TOKEN_;
       int64_t x = -1;
@@ -106,19 +102,8 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
         for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
         x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed[own_seeds ? b : 0]).u0, excluded, slots);
       }
-      status[b] = static_cast<int32_t>(row.status);
-      if (row.status != Status::OK_) {
-        token[b] = -1;
-        logp[b] = logq[b] = weight[b] = NAN;
-        if (has_entropy) entropy[b] = NAN;
-        continue;
-      }
-      const TokenScore s = score(row, logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
       token[b] = x;
-      logp[b] = s.logp;
-      logq[b] = s.logq;
-      weight[b] = s.weight;
-      if (has_entropy) entropy[b] = static_cast<float>(row.entropy);
+      out.write(b, row, x < 0 ? NAN : logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
     }
   });
 }

@@ -9,15 +9,13 @@ import torch
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.ops.checks import (
     LOGIT_DTYPES,
-    check_exponents,
     check_flag,
     check_rows,
-    check_seed,
     check_tensor,
     check_vectors,
 )
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, row_outputs, workspace_size
+from power_kernels.ops.rows import check_outputs, check_sampling, check_scoring, row_outputs, workspace_size
 from power_kernels.ops.sampling import SampleOutput
 from power_kernels.ops.scoring import ScoreOutput
 
@@ -60,29 +58,12 @@ def _check_head(hidden, lm_head, bias, softcap, scale) -> None:
 
 def _check_sample(hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale) -> None:
     _check_head(hidden, lm_head, bias, softcap, scale)
-    rows = (hidden.shape[0],)
-    check_vectors(
-        hidden,
-        alpha=(alpha, torch.float32, rows),
-        beta=(beta, torch.float32, rows),
-        counter=(counter, torch.int32, (*rows, 4)),
-    )
-    check_seed(hidden, seed, *rows)
-    if exclude is not None:
-        check_vectors(hidden, exclude=(exclude, torch.int64, rows))
-    check_exponents(alpha=alpha, beta=beta)
+    check_sampling(hidden, hidden.shape[0], alpha, beta, seed, counter, exclude)
 
 
 def _check_score(hidden, lm_head, bias, tokens, alpha, beta, softcap, scale) -> None:
     _check_head(hidden, lm_head, bias, softcap, scale)
-    rows = (hidden.shape[0],)
-    check_vectors(
-        hidden,
-        tokens=(tokens, torch.int64, rows),
-        alpha=(alpha, torch.float32, rows),
-        beta=(beta, torch.float32, rows),
-    )
-    check_exponents(alpha=alpha, beta=beta)
+    check_scoring(hidden, hidden.shape[0], tokens, alpha, beta)
 
 
 def _new_workspace(hidden, lm_head) -> torch.Tensor:

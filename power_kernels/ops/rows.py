@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from power_kernels.errors import ArgumentError
-from power_kernels.ops.checks import check_vectors
+from power_kernels.ops.checks import check_exponents, check_seed, check_vectors
 
 SMALLEST_TILE = 256  # no backend's tile of the vocabulary is narrower, which bounds the workspace
 TILE_VALUES = 4  # max, rest at 1, rest at beta, entropy partial
@@ -14,6 +14,31 @@ TILE_VALUES = 4  # max, rest at 1, rest at beta, entropy partial
 def workspace_size(rows: int, vocab: int) -> int:
     """float32 elements of workspace that the `_out` forms of sampling and scoring need on any backend."""
     return rows * -(-vocab // SMALLEST_TILE) * TILE_VALUES
+
+
+def check_sampling(like: torch.Tensor, rows: int, alpha, beta, seed, counter, exclude) -> None:
+    """What every sampler takes for each of its rows. like: on the device where all must be."""
+    check_vectors(
+        like,
+        alpha=(alpha, torch.float32, (rows,)),
+        beta=(beta, torch.float32, (rows,)),
+        counter=(counter, torch.int32, (rows, 4)),
+    )
+    check_seed(like, seed, rows)
+    if exclude is not None:
+        check_vectors(like, exclude=(exclude, torch.int64, (rows,)))
+    check_exponents(alpha=alpha, beta=beta)
+
+
+def check_scoring(like: torch.Tensor, rows: int, tokens, alpha, beta) -> None:
+    """The same for every scorer."""
+    check_vectors(
+        like,
+        tokens=(tokens, torch.int64, (rows,)),
+        alpha=(alpha, torch.float32, (rows,)),
+        beta=(beta, torch.float32, (rows,)),
+    )
+    check_exponents(alpha=alpha, beta=beta)
 
 
 def check_outputs(like: torch.Tensor, need: int, workspace, floats, entropy, status) -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_seed, check_vectors
+from power_kernels.ops.checks import check_flag, check_logits, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs, workspace_size
+from power_kernels.ops.rows import check_outputs, check_sampling, new_workspace, row_outputs, workspace_size
 
 
 class SampleOutput(NamedTuple):
@@ -24,17 +24,7 @@ class SampleOutput(NamedTuple):
 
 def _check_sample(logits, alpha, beta, seed, counter, exclude) -> None:
     check_logits(logits)
-    rows = (logits.shape[0],)
-    check_vectors(
-        logits,
-        alpha=(alpha, torch.float32, rows),
-        beta=(beta, torch.float32, rows),
-        counter=(counter, torch.int32, (*rows, 4)),
-    )
-    check_seed(logits, seed, *rows)
-    if exclude is not None:
-        check_vectors(logits, exclude=(exclude, torch.int64, rows))
-    check_exponents(alpha=alpha, beta=beta)
+    check_sampling(logits, logits.shape[0], alpha, beta, seed, counter, exclude)
 
 
 def sample_tokens(

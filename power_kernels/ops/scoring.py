@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_vectors
+from power_kernels.ops.checks import check_flag, check_logits
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, new_workspace, row_outputs, workspace_size
+from power_kernels.ops.rows import check_outputs, check_scoring, new_workspace, row_outputs, workspace_size
 
 
 class ScoreOutput(NamedTuple):
@@ -23,14 +23,7 @@ class ScoreOutput(NamedTuple):
 
 def _check_score(logits, tokens, alpha, beta) -> None:
     check_logits(logits)
-    rows = (logits.shape[0],)
-    check_vectors(
-        logits,
-        tokens=(tokens, torch.int64, rows),
-        alpha=(alpha, torch.float32, rows),
-        beta=(beta, torch.float32, rows),
-    )
-    check_exponents(alpha=alpha, beta=beta)
+    check_scoring(logits, logits.shape[0], tokens, alpha, beta)
 
 
 def score_tokens(

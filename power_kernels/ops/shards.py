@@ -25,7 +25,8 @@ from __future__ import annotations
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_seed, check_tensor, check_vectors
+from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_tensor, check_vectors
+from power_kernels.ops.rows import check_sampling, check_scoring
 from power_kernels.ops.sampling import SampleOutput
 from power_kernels.ops.scoring import ScoreOutput
 from power_kernels.state import Status
@@ -157,13 +158,10 @@ class _Whole:
         return [torch.where(status == int(Status.OK), column, torch.nan).float() for column in columns]
 
 
-def _check_records(records, alpha, beta) -> None:
+def _check_records(records) -> None:
     check_tensor("records", records, dtypes=(torch.float64,), shape=(None, None, SHARD_FIELDS))
     if len(records) < 1:
         raise ArgumentError("records has no shards; there must be at least 1")
-    rows = (records.shape[1],)
-    check_vectors(records, alpha=(alpha, torch.float32, rows), beta=(beta, torch.float32, rows))
-    check_exponents(alpha=alpha, beta=beta)
 
 
 def score_from_shards(
@@ -179,8 +177,8 @@ def score_from_shards(
     records: float64 [S, B, 8], `shard_record` of every shard with these tokens. tokens: int64 [B], ids of the whole
     vocabulary. alpha, beta, the outputs and the errors: as `score_tokens`.
     """
-    _check_records(records, alpha, beta)
-    check_vectors(records, tokens=(tokens, torch.int64, (records.shape[1],)))
+    _check_records(records)
+    check_scoring(records, records.shape[1], tokens, alpha, beta)
     check_flag("return_entropy", return_entropy)
     whole = _Whole(records, alpha, beta)
     status = whole.status(tokens, 0)
@@ -212,14 +210,11 @@ def sample_from_shards(
     the others token -1 and -inf. So the maximum over the ranks is the answer. Entropy and status are the same on every
     rank, and a bad row has token -1 and NaN on all of them.
     """
-    _check_records(records, alpha, beta)
+    _check_records(records)
     check_logits(logits)
     rows, width = logits.shape
     check_tensor("logits", logits, shape=(records.shape[1], None), like=records)
-    check_vectors(records, counter=(counter, torch.int32, (rows, 4)))
-    check_seed(records, seed, rows)
-    if exclude is not None:
-        check_vectors(records, exclude=(exclude, torch.int64, (rows,)))
+    check_sampling(records, rows, alpha, beta, seed, counter, exclude)
     check_flag("return_entropy", return_entropy)
     _check_offset(offset)
     if isinstance(shard, bool) or not isinstance(shard, int):

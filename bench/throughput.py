@@ -1,6 +1,6 @@
-"""Many prompts through a fixed number of slots: answers per second, and what the lanes do meanwhile.
+"""Many prompts in steps of a fixed number of rows: answers per second, and what the rows do meanwhile.
 
-    python bench/end_to_end.py throughput                     SmolLM2, 64 prompts, 16 slots, T = 64: 7 minutes
+    python bench/end_to_end.py throughput                     SmolLM2, 64 prompts, 16 rows, T = 64: 7 minutes
     python bench/end_to_end.py throughput --model qwen2.5-7b --device cuda --slots 64
 
 Plain generation comes first and last and its mean is taken; in between our engine's plain sampling, power sampling
@@ -184,7 +184,7 @@ def verdicts(rows: list[dict], device_type: str) -> list[dict]:
     if ours:
         # The stricter of the two shares: on a CPU an idle lane does not go through the model and is not in the other.
         filled, driver = ours.get("filled"), ours.get("driver")
-        found.append(target("share of lane-steps doing useful work", filled, TARGETS["filled"], at_most=False))
+        found.append(target("share of rows that drew a token", filled, TARGETS["filled"], at_most=False))
         found.append(target("the driver's own share of a step", driver, TARGETS["driver"]))
     if ours and published and device_type == "cuda":
         ratio = None if "not_measured" in ours else ours["answers_per_s"] / published["answers_per_s"]

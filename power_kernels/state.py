@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.law import CUTS, Cut, Law, check_integer  # noqa: F401  the law's names are found here, too
+from power_kernels.law import Law, check_integer
 from power_kernels.rng import MAX_PROMPT_ID
 
 # Lanes a chain that the triton backend compiles for; the others take any number.

@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 
 from power_kernels import rng
+from power_kernels.law import Law
 from power_kernels.reference import Answer, ReferenceChain, leave_probability
-from power_kernels.state import Law, Outcome
+from power_kernels.state import Outcome
 from tests.toys import Toy
 
 Tokens = tuple[int, ...]

@@ -20,7 +20,8 @@ import torch
 
 import power_kernels as pk
 from power_kernels import reference, rng
-from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Law, Mode, Outcome, Status
+from power_kernels.law import Law
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome, Status
 from tests.test_chain_identity import assert_same_state, copied
 
 BLOCK, WARP = 128, 32  # positions that a program, and one of its warps, looks at in one go

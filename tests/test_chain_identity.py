@@ -26,8 +26,9 @@ import torch
 import power_kernels as pk
 from power_kernels import reference, rng
 from power_kernels.api import PowerConfig, PowerResult, PowerSampler, Sampled
+from power_kernels.law import CUTS, Law
 from power_kernels.reference import Answer, ReferenceChain
-from power_kernels.state import CUTS, ChainField, ChainState, LaneField, LaneStatus, Law, Mode, Outcome, Status
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome, Status
 from tests.devices import ON_CUDA
 from tests.op_helpers import BACKENDS, FAST, serving
 from tests.toys import Toy, ToyEngine, power_toy

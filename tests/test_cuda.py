@@ -15,8 +15,9 @@ from power_kernels.api.driver import captured
 from power_kernels.api.driver.poll import Poll
 from power_kernels.api.engines.huggingface.decode_attention import FLASH, DecodeView
 from power_kernels.errors import ArgumentTypeError
+from power_kernels.law import Law
 from power_kernels.ops import dispatch
-from power_kernels.state import ChainField, Law, Mode, Outcome, Status
+from power_kernels.state import ChainField, Mode, Outcome, Status
 from tests import tiny_models
 from tests.devices import DEVICE, ON_CUDA, on_device
 from tests.op_helpers import FLOATS, INF, NAN, SEED, assert_same_bits, counters, normal_logits, per_row, sample

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README and of docs/ runs as a reader would run it, and every link leads somewhere."""
+"""Every command and snippet of README and docs/ runs as a reader would run it, and every link leads somewhere."""
 
 import json
 import os

@@ -27,7 +27,8 @@ from power_kernels.api.engines.huggingface.patches import Patches
 from power_kernels.api.engines.huggingface.ragged_cache import KvLayout, KvSlabs
 from power_kernels.api.engines.huggingface.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.state import ChainState, LaneField, LaneStatus, Law, Status
+from power_kernels.law import Law
+from power_kernels.state import ChainState, LaneField, LaneStatus, Status
 from tests import flash_attention, tiny_models
 from tests.devices import DEVICE, ON_CUDA
 

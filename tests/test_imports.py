@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import power_kernels
 import power_kernels.api
 
+ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "triton", "transformers", "scipy", "matplotlib", "tokenizers"}
 
 # Everything that is answered at once: (the command line, its exit status, a part of what it says).
@@ -107,3 +109,37 @@ def test_editors_and_python_are_told_the_same_names(package):
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nonsense'"):
         package.nonsense  # noqa: B018
+
+
+def test_a_name_of_the_package_is_imported_from_where_it_is_defined():
+    """Packages collect names for their users; of modules each name has one home."""
+    homes, imported = {}, 0
+    for file in (file for folder in ("power_kernels", "python_api", "tests", "bench") for file in files(folder)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("power_kernels."):
+                continue
+            path = node.module.replace("power_kernels.api.", "python_api.").replace(".", "/") + ".py"
+            if not (ROOT / path).exists():
+                continue
+            if path not in homes:
+                homes[path] = set(defined(ast.parse((ROOT / path).read_text()).body))
+            for alias in node.names:
+                assert alias.name in homes[path], f"{file}: {alias.name} is not defined in {path}"
+                imported += 1
+    assert imported > 300
+
+
+def files(name: str) -> list[Path]:
+    return [path for path in (ROOT / name).rglob("*.py") if "api" not in path.relative_to(ROOT).parts]  # a link
+
+
+def defined(body) -> Iterator[str]:
+    """The names that statements define, but for imports."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            yield from defined(node.body + node.orelse)

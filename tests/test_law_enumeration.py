@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from power_kernels.law import Law
 from power_kernels.reference import ReferenceChain
-from power_kernels.state import Law
 from tests import faults
 from tests.exact_law import (
     Space,

@@ -17,9 +17,10 @@ import torch
 
 import power_kernels as pk
 from power_kernels import reference
+from power_kernels.law import CUTS, Law
 from power_kernels.ops import dispatch
 from power_kernels.reference import Answer, ReferenceChain
-from power_kernels.state import CUTS, ChainField, ChainState, LaneField, Law, Mode, Outcome, Status
+from power_kernels.state import ChainField, ChainState, LaneField, Mode, Outcome, Status
 from tests import faults
 from tests.devices import DEVICE, ON_CUDA, host_only
 from tests.exact_law import Run, answer_of, chi_square, direct_matrix, output_law, simulate, space

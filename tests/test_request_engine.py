@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
-from power_kernels.api.driver import requests
+from power_kernels.api.driver import host
 from power_kernels.api.driver.engine import RequestEngine
-from power_kernels.state import ChainState, LaneField, LaneStatus, Law, Outcome, Status
+from power_kernels.law import Law
+from power_kernels.state import ChainState, LaneField, LaneStatus, Outcome, Status
 from tests import tiny_models
 from tests.devices import DEVICE
 from tests.request_engine import LookingEngine, RequestKeeper, SerialWatchingEngine, ToldEngine
@@ -252,9 +253,11 @@ def test_requests_of_a_transformers_model_draw_the_chains_of_its_engine():
 
 
 def test_what_a_device_holds_comes_to_the_host_in_one_copy_as_it_is():
+    """Every kind of tensor of a state, a byte among words, one without entries and one that is not contiguous."""
     state = ChainState.allocate(2, 3, Law(4, 4, 2))
-    for tensor in (state.field, state.lane_field, state.token):
+    tensors = [state.outcome, state.field, state.cumw, state.cumz, state.cost, state.logq, state.token.t()]
+    for tensor in tensors:
         tensor.copy_(torch.randint(-9, 9, tensor.shape))
-    tensors = [state.field, state.lane_field, state.token]
-    for got, want in zip(requests._in_one_copy(tensors), tensors, strict=True):
+    for got, want in zip(host.in_one_copy(tensors), tensors, strict=True):
+        assert got.dtype == want.numpy().dtype
         assert got.tolist() == want.tolist()

@@ -13,8 +13,9 @@ import triton.language as tl  # noqa: E402
 
 from power_kernels import reference, rng  # noqa: E402
 from power_kernels.errors import ArgumentError  # noqa: E402
+from power_kernels.law import Law  # noqa: E402
 from power_kernels.rng import MAX_PROMPT_ID  # noqa: E402
-from power_kernels.state import ChainField, ChainState, LaneStatus, Law, Mode, Status  # noqa: E402
+from power_kernels.state import ChainField, ChainState, LaneStatus, Mode, Status  # noqa: E402
 from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
 from power_kernels.triton import rng as triton_rng  # noqa: E402
 from tests.devices import DEVICE  # noqa: E402

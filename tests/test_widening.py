@@ -10,7 +10,8 @@ from power_kernels.api.driver import captured, run
 from power_kernels.api.driver.engine import WideningEngine
 from power_kernels.api.driver.planning import Plan
 from power_kernels.errors import ArgumentError
-from power_kernels.state import ChainState, Law, Outcome
+from power_kernels.law import Law
+from power_kernels.state import ChainState, Outcome
 from tests import tiny_models
 from tests.recorded_graph import RecordedGraphs
 from tests.test_driver import Event, LatePoll

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import power_kernels as pk
-from power_kernels.state import ChainState, Law
+from power_kernels.law import Law
+from power_kernels.state import ChainState
 from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring
 
 SEEN: set[str] = set()

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
+from power_kernels.law import Law
 from power_kernels.ops.checks import check_rows, check_seed, check_tensor, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainState, Cost, Law
+from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainState, Cost
 
 _STATE_ARGUMENTS = ", ".join(
     f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(ChainState.__dataclass_fields__)

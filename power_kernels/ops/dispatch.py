@@ -21,12 +21,12 @@ import torch
 from power_kernels import reference
 from power_kernels.block_tables import BlockStatus
 from power_kernels.errors import ArgumentError, BackendError
+from power_kernels.law import Cut
 from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
     ChainField,
     Cost,
-    Cut,
     LaneField,
     LaneStatus,
     Mode,

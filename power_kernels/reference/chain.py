@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from power_kernels import rng
+from power_kernels.law import Law
 from power_kernels.reference import law as ref
 from power_kernels.reference.sampling import write
 from power_kernels.state import ChainField as CF
-from power_kernels.state import ChainState, Cost, LaneStatus, Law, Mode, Outcome, Status
+from power_kernels.state import ChainState, Cost, LaneStatus, Mode, Outcome, Status
 from power_kernels.state import LaneField as LF
 
 _NAN = float("nan")

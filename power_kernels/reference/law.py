@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from power_kernels import rng
+from power_kernels.law import Law
 from power_kernels.reference.rows import draw_token, entropy, token_quantities
-from power_kernels.state import Law, Outcome
+from power_kernels.state import Outcome
 
 
 def leave_probability(logq: float) -> float:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from power_kernels import rng as contract
 from power_kernels.errors import ArgumentError
+from power_kernels.law import Cut
 from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
@@ -28,7 +29,6 @@ from power_kernels.state import (
     ChainField,
     ChainState,
     Cost,
-    Cut,
     LaneField,
     LaneStatus,
     Mode,
@@ -239,7 +239,7 @@ _STREAM_STEP = tl.constexpr(contract.STREAM_STEP)
 
 
 class _Law(NamedTuple):
-    """`state.Law`."""
+    """`law.Law`."""
 
     max_new_tokens: tl.tensor
     block_size: tl.tensor

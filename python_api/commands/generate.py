@@ -14,9 +14,10 @@ import json
 import os
 from pathlib import Path
 
-from power_kernels.api.driver.config import CUTS, PowerConfig
+from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.launcher import from_environment
 from power_kernels.errors import ArgumentError
+from power_kernels.law import CUTS
 
 INCOMPLETE = 1
 INTERRUPTED = 130  # what a shell reports for SIGINT

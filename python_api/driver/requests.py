@@ -7,9 +7,9 @@ those that run under another EPOCH, or do not run, have ended; those that run an
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from power_kernels.api.driver.engine import Ended, Opened
+from power_kernels.api.driver.host import on_host
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus
 
 _NONE = -1  # the EPOCH of a lane that has no request
@@ -25,7 +25,7 @@ class RequestLog:
 
     def news(self, state: ChainState) -> tuple[list[Opened], list[Ended]]:
         """What the engine must be told before it steps on this state, that of the first slots."""
-        field, lane_field, token = _on_host(state)
+        field, lane_field, token = on_host([state.field, state.lane_field, state.token])
         runs = lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
         now, held = np.where(runs, lane_field[:, LaneField.EPOCH], _NONE), self._epoch[: len(runs)]
         changed = now != held
@@ -66,16 +66,3 @@ class RequestLog:
 
     def _ended(self, lanes: np.ndarray) -> list[Ended]:
         return [Ended(lane, int(self._request[lane])) for lane in np.flatnonzero(lanes).tolist()]
-
-
-def _on_host(state: ChainState) -> list[np.ndarray]:
-    """`field`, `lane_field` and `token` of a state."""
-    tensors = [state.field, state.lane_field, state.token]
-    return [t.numpy() for t in tensors] if state.field.device.type == "cpu" else _in_one_copy(tensors)
-
-
-def _in_one_copy(tensors: list[torch.Tensor]) -> list[np.ndarray]:
-    """Tensors of one dtype on a device, one behind the other: the host waits once."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

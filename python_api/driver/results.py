@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from power_kernels.api.driver.host import on_host
 from power_kernels.api.driver.text import answer_text
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
 
@@ -130,22 +131,8 @@ _READ = ("field", "token", "logq", "cumw", "outcome", "left", "forwarded", "cost
 
 def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
     """The rows of some chains, by the name of their tensor."""
-    tensors = {name: getattr(state, name) for name in _READ}
-    if state.field.device.type == "cpu":
-        return {name: tensor.numpy()[slots] for name, tensor in tensors.items()}
-    return _in_one_copy(tensors, slots)
-
-
-def _in_one_copy(tensors: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """Rows of tensors on a device, side by side as bytes: the host waits once."""
-    index = torch.tensor(rows, device="cpu").to(next(iter(tensors.values())).device, non_blocking=True)
-    parts = {name: tensor[index].view(torch.uint8) for name, tensor in tensors.items()}
-    stops = np.cumsum([part.shape[1] for part in parts.values()])
-    packed = np.split(torch.cat(list(parts.values()), dim=1).cpu().numpy(), stops[:-1], axis=1)
-    return {
-        name: np.ascontiguousarray(part).view(torch.empty(0, dtype=tensors[name].dtype, device="cpu").numpy().dtype)
-        for name, part in zip(tensors, packed, strict=True)
-    }
+    index = torch.tensor(slots, device="cpu").to(state.field.device, non_blocking=True)
+    return dict(zip(_READ, on_host([getattr(state, name)[index] for name in _READ]), strict=True))
 
 
 def _result(

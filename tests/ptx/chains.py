@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from power_kernels import reference
-from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Law, Mode
+from power_kernels.law import Law
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode
 from power_kernels.triton import chain
 from tests.long_answers import CASES, KINDS, assert_launch, telling
 from tests.test_long_answers import by_triton

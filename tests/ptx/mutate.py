@@ -24,7 +24,8 @@ import torch
 
 import power_kernels as pk
 from power_kernels import reference
-from power_kernels.state import ChainField, ChainState, Law, Mode
+from power_kernels.law import Law
+from power_kernels.state import ChainField, ChainState, Mode
 from power_kernels.triton import chain, sampling, scoring
 from tests import long_answers
 from tests import test_triton_kernels as kernels

@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import power_kernels as pk
 from power_kernels.api.driver.engine import EngineBusyError, Sampled, UnsupportedModelError
-from power_kernels.api.engines.huggingface.ragged_attention import NAME, DecodeView, PrefillView, Segment, attached
+from power_kernels.api.engines.huggingface.decode_attention import DecodeView
+from power_kernels.api.engines.huggingface.ragged_attention import NAME, PrefillView, Segment, attached
 from power_kernels.rng import as_int64
 
 _MODELS = ("llama", "qwen2", "qwen3")

@@ -5,11 +5,14 @@ PEFT is no dependency. Where it is installed the tests take its own classes as w
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 
 class LoraLinear(nn.Module):
@@ -68,6 +71,25 @@ class HandMadePeftModel(nn.Module):
 
 def hand_made(model):
     return _wide(HandMadePeftModel(model))
+
+
+def save(wrapped: HandMadePeftModel, base: str, path: Path) -> str:
+    """The first adapter in a folder of its own, as PEFT writes it: no model, and no tokenizer."""
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    torch.save({n: p for n, p in wrapped.named_parameters() if "lora_" in n}, path / "adapter_model.bin")
+    return str(path)
+
+
+def load(path: str, **options):
+    """`from_pretrained` as PEFT helps it: of such a folder the base, with the adapter in its layers."""
+    config = Path(path) / "adapter_config.json"
+    if not config.exists():
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    wrapped = HandMadePeftModel(AutoModelForCausalLM.from_pretrained(base, **options))
+    wrapped.load_state_dict(torch.load(Path(path) / "adapter_model.bin"), strict=False)
+    return wrapped.get_base_model().eval()
 
 
 def of_peft(model):

@@ -1,6 +1,7 @@
 """The command line: results as they finish, going on after an interruption, errors before work, the doctor."""
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from power_kernels import use_backend
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.commands import answers
+from power_kernels.api.commands import answers, load
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.commands.output_file import OutputFile, RecordFile
 from power_kernels.api.driver.horizons import ContextWarning
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
 from power_kernels.errors import ArgumentError
+from tests import lora
 from tests.tiny_models import mamba
 
 VOCAB = 32
@@ -386,6 +389,64 @@ def test_prompts_that_nearly_fill_the_context_are_named_before_the_model_is_load
     path.write_text(json.dumps(prompts[1]) + "\n")
     assert run(model_path, str(path), tmp_path / "none.jsonl") == 2
     assert "prompt 0 has 240 tokens and max_new_tokens is 24; together they must not" in capsys.readouterr().err
+
+
+# PEFT is no dependency: transformers loads an adapter's folder with it, and `lora.load` stands for both.
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
+
+
+@pytest.fixture(params=["by hand", pytest.param("by PEFT", marks=needs_peft)])
+def adapter_path(request, model_path, tmp_path, monkeypatch):
+    """The folder of an adapter of the tiny Llama, with neither a configuration nor a tokenizer."""
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    if request.param == "by PEFT":
+        lora.of_peft(model).save_pretrained(tmp_path, selected_adapters=["first"])
+        return str(tmp_path / "first")
+    monkeypatch.setattr(load, "is_peft_available", lambda: True)
+    loader = SimpleNamespace(from_pretrained=lora.load)
+    monkeypatch.setattr(load, "AutoModelForCausalLM", loader)
+    return lora.save(lora.hand_made(model), model_path, tmp_path / "adapter")
+
+
+def test_an_adapters_folder_is_a_model(adapter_path, model_path, prompts, tmp_path, capsys):
+    """Its base says what the context is, and reads the prompts; its own layers draw."""
+    outs = [tmp_path / "adapter.jsonl", tmp_path / "base.jsonl"]
+    for path, out in zip((adapter_path, model_path), outs, strict=True):
+        assert run(path, prompts, out) == 0, capsys.readouterr().err
+    adapted, plain = map(read, outs)
+    assert len(adapted) == 6
+    assert all(record["text"] and record["tokens"] != plain[key]["tokens"] for key, record in adapted.items())
+    config = PowerConfig(max_new_tokens=24, block_size=8, mcmc_steps=3)
+    model = load.AutoModelForCausalLM.from_pretrained(adapter_path)
+    expected = PowerSampler(model).generate([[5, 6, 7], [8, 9], [4]], config, num_chains=2, seed=5)
+    assert [adapted[r.prompt_id, r.chain_id]["tokens"] for r in expected] == [r.tokens for r in expected]
+    assert run(adapter_path, prompts, tmp_path / "none.jsonl", "--max-new-tokens", "256") == 2
+    assert "must not exceed the model's context of 256" in capsys.readouterr().err
+    assert main(["doctor", "--model", adapter_path]) == 0
+    assert f"decoding of {adapter_path}" in capsys.readouterr().out
+
+
+def test_an_adapters_own_tokenizer_is_taken(adapter_path, model_path):
+    """Also where its files do not say what kind it is."""
+    words = Tokenizer(models.WordLevel({f"w{VOCAB - 1 - i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.save(os.path.join(adapter_path, "tokenizer.json"))
+    tokenizer, context = load.load_tokenizer(adapter_path)
+    assert tokenizer("w3").input_ids == [VOCAB - 4]
+    assert context == 256
+
+
+def test_an_adapter_that_cannot_be_loaded_says_why(adapter_path, model_path, capsys, monkeypatch):
+    command = ["generate", "--model", adapter_path, "--prompt", "w1", "--quiet"]
+    monkeypatch.setattr(load, "is_peft_available", lambda: False)
+    assert main(command) == 2
+    assert f"cannot be loaded: it is an adapter of {model_path}, which needs PEFT: pip install peft" in (
+        capsys.readouterr().err
+    )
+    config = os.path.join(adapter_path, "adapter_config.json")
+    with open(config, "w") as file:
+        json.dump({"peft_type": "LORA"}, file)
+    assert main(command) == 2
+    assert "adapter_config.json does not name the model that it adapts" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

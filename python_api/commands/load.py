@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    cached_file,
+    find_adapter_config_file,
+    is_peft_available,
+)
 
 from power_kernels.api.driver.distributed import Ranks
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface.inspection import configured_context
 from power_kernels.errors import ArgumentError
+
+# What a tokenizer may be kept in: one of these is there, whatever its kind.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# `cached_file` returns None for what is not there.
+_IF_THERE = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 
 
 def _device(given: str | None, ranks: Ranks) -> str:
@@ -28,11 +42,46 @@ def _device(given: str | None, ranks: Ranks) -> str:
 
 def load_tokenizer(name: str):
     """The tokenizer of `--model`, and the context of its model, None without a limit: little beside its weights, and
-    enough to look at the prompts. Raises ArgumentError."""
+    enough to look at the prompts. An adapter without a tokenizer of its own has its base's. Raises ArgumentError.
+
+    A configuration that is not to be had is left to the loader of the model.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name), configured_context(AutoConfig.from_pretrained(name))
+        base = _base_of(name)
+        config = _config(base or name)
+        if base is None:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        else:  # its folder does not say of which kind the tokenizer's files are: the base's configuration does
+            tokenizer = AutoTokenizer.from_pretrained(name if _has_tokenizer(name) else base, config=config)
+        return tokenizer, None if config is None else configured_context(config)
     except Exception as error:  # hubs, files and formats fail in as many ways as there are
         raise ArgumentError(f"--model {name} cannot be loaded: {error}") from error
+
+
+def _config(name: str) -> PreTrainedConfig | None:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):  # the model's loader will tell
+        return None
+
+
+def _base_of(name: str) -> str | None:
+    """The model that an adapter of the PEFT library is for; None where `name` is no adapter alone, but a model."""
+    if cached_file(name, CONFIG_NAME, **_IF_THERE) is not None:
+        return None
+    path = find_adapter_config_file(name)
+    if path is None:
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ArgumentError(f"{ADAPTER_CONFIG_NAME} does not name the model that it adapts (base_model_name_or_path)")
+    if not is_peft_available():
+        raise ArgumentError(f"it is an adapter of {base}, which needs PEFT: pip install peft")
+    return base
+
+
+def _has_tokenizer(name: str) -> bool:
+    return any(cached_file(name, file, **_IF_THERE) is not None for file in _TOKENIZER_FILES)
 
 
 def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, tokenizer=None) -> PowerSampler:
@@ -53,11 +102,8 @@ def _model(name: str, dtype: str, device: str):
 
 
 def _is_quantised(name: str) -> bool:
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):  # a directory of an adapter, or nothing at all: the model's loader will tell
-        return False
-    parts = config, config.get_text_config()
+    config = _config(_base_of(name) or name)
+    parts = () if config is None else (config, config.get_text_config())
     return any(getattr(part, "quantization_config", None) is not None for part in parts)
 
 

@@ -10,24 +10,52 @@ from power_kernels.lazy import on_demand
 if TYPE_CHECKING:  # what editors and type checkers read; the table below says the same to Python
     from power_kernels.api.driver.config import PowerConfig
     from power_kernels.api.driver.distributed import RankLostError, generate_sharded
-    from power_kernels.api.driver.engine import Engine, EngineBusyError, Sampled, UnsupportedModelError
+    from power_kernels.api.driver.engine import (
+        CapturableEngine,
+        Ended,
+        Engine,
+        EngineBusyError,
+        Opened,
+        ReportingEngine,
+        RequestEngine,
+        Sampled,
+        SharedEngine,
+        SizedEngine,
+        StepReport,
+        UnsupportedModelError,
+        WideningEngine,
+    )
+    from power_kernels.api.driver.horizons import ContextWarning
     from power_kernels.api.driver.results import PowerResult, TokenAccount
-    from power_kernels.api.driver.sampler import GenerationInterrupted, PowerSampler
+    from power_kernels.api.driver.run import RunReport
+    from power_kernels.api.driver.sampler import GenerationError, GenerationInterrupted, PowerSampler
     from power_kernels.api.engines.huggingface import HuggingFaceEngine
     from power_kernels.api.engines.huggingface.custom_generate import power_sample
 
 __all__ = [
+    "CapturableEngine",
+    "ContextWarning",
+    "Ended",
     "Engine",
     "EngineBusyError",
+    "GenerationError",
     "GenerationInterrupted",
     "HuggingFaceEngine",
+    "Opened",
     "PowerConfig",
     "PowerResult",
     "PowerSampler",
     "RankLostError",
+    "ReportingEngine",
+    "RequestEngine",
+    "RunReport",
     "Sampled",
+    "SharedEngine",
+    "SizedEngine",
+    "StepReport",
     "TokenAccount",
     "UnsupportedModelError",
+    "WideningEngine",
     "generate_sharded",
     "power_sample",
 ]
@@ -36,12 +64,24 @@ _HOMES = {
     "PowerConfig": "power_kernels.api.driver.config",
     "RankLostError": "power_kernels.api.driver.distributed",
     "generate_sharded": "power_kernels.api.driver.distributed",
+    "CapturableEngine": "power_kernels.api.driver.engine",
+    "Ended": "power_kernels.api.driver.engine",
     "Engine": "power_kernels.api.driver.engine",
     "EngineBusyError": "power_kernels.api.driver.engine",
+    "Opened": "power_kernels.api.driver.engine",
+    "ReportingEngine": "power_kernels.api.driver.engine",
+    "RequestEngine": "power_kernels.api.driver.engine",
     "Sampled": "power_kernels.api.driver.engine",
+    "SharedEngine": "power_kernels.api.driver.engine",
+    "SizedEngine": "power_kernels.api.driver.engine",
+    "StepReport": "power_kernels.api.driver.engine",
     "UnsupportedModelError": "power_kernels.api.driver.engine",
+    "WideningEngine": "power_kernels.api.driver.engine",
+    "ContextWarning": "power_kernels.api.driver.horizons",
     "PowerResult": "power_kernels.api.driver.results",
     "TokenAccount": "power_kernels.api.driver.results",
+    "RunReport": "power_kernels.api.driver.run",
+    "GenerationError": "power_kernels.api.driver.sampler",
     "GenerationInterrupted": "power_kernels.api.driver.sampler",
     "PowerSampler": "power_kernels.api.driver.sampler",
     "HuggingFaceEngine": "power_kernels.api.engines.huggingface",

@@ -386,9 +386,9 @@ def test_prompts_that_nearly_fill_the_context_are_named_before_the_model_is_load
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(answers, "load_sampler", refused)
-    path.write_text(json.dumps(prompts[1]) + "\n")
+    path.write_text(json.dumps(prompts[2]) + "\n")
     assert run(model_path, str(path), tmp_path / "none.jsonl") == 2
-    assert "prompt 0 has 240 tokens and max_new_tokens is 24; together they must not" in capsys.readouterr().err
+    assert "prompt 0 has 260 tokens, which leave no room for an answer" in capsys.readouterr().err
 
 
 # PEFT is no dependency: transformers loads an adapter's folder with it, and `lora.load` stands for both.
@@ -420,8 +420,10 @@ def test_an_adapters_folder_is_a_model(adapter_path, model_path, prompts, tmp_pa
     model = load.AutoModelForCausalLM.from_pretrained(adapter_path)
     expected = PowerSampler(model).generate([[5, 6, 7], [8, 9], [4]], config, num_chains=2, seed=5)
     assert [adapted[r.prompt_id, r.chain_id]["tokens"] for r in expected] == [r.tokens for r in expected]
-    assert run(adapter_path, prompts, tmp_path / "none.jsonl", "--max-new-tokens", "256") == 2
-    assert "must not exceed the model's context of 256" in capsys.readouterr().err
+    prompt = json.dumps({"tokens": [5] * 256})
+    (tmp_path / "long.jsonl").write_text(prompt)
+    assert run(adapter_path, str(tmp_path / "long.jsonl"), tmp_path / "none.jsonl") == 2
+    assert "no room for an answer in the model's context of 256" in capsys.readouterr().err
     assert main(["doctor", "--model", adapter_path]) == 0
     assert f"decoding of {adapter_path}" in capsys.readouterr().out
 
@@ -498,7 +500,6 @@ def test_prompts_are_printed_without_a_file(model_path, capsys):
         (["--mcmc-steps", "-1"], "mcmc_steps is -1"),
         (["--block-size", "-2"], "block_size is -2"),
         (["--temperature", "2.0"], "early_rejection is True with temperature 2.0"),
-        (["--max-new-tokens", "256"], "must not exceed the model's context of 256"),
         (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
         (["--device", "cuda:99"], "cannot be loaded on cuda:99"),
         (["--chat"], "prompt 0 does not fit the chat template"),

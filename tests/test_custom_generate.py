@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from power_kernels.api import PowerConfig, PowerSampler, power_sample
+from power_kernels.api import ContextWarning, PowerConfig, PowerSampler, power_sample
 from power_kernels.api.engines.huggingface.generate_call import _FOLLOWED
 from power_kernels.errors import ArgumentError
 from tests.devices import DEVICE
@@ -145,7 +145,6 @@ def test_a_model_is_not_kept_alive():
         ({"stopping_criteria": [print]}, "stopping_criteria holds builtin_function_or_method"),
         ({"attention_mask": torch.ones(2, 5)}, r"attention_mask has shape \[2, 5\]; it must be that of input_ids"),
         ({"alpha": 0.5}, "alpha is 0.5"),
-        ({"max_new_tokens": 100_000}, "must not exceed the model's context"),
     ],
 )
 def test_what_would_change_the_law_or_nothing_is_refused_by_name(model, arguments, message):
@@ -153,6 +152,12 @@ def test_what_would_change_the_law_or_nothing_is_refused_by_name(model, argument
         arguments = {**arguments, "streamer": Recorder()}
     with pytest.raises(ArgumentError, match=message):
         generate(model, **arguments)
+
+
+def test_answers_end_with_the_context(model):
+    with pytest.warns(ContextWarning, match="^each of the prompts 0, 1 leaves less than max_new_tokens = 100000"):
+        out = generate(model, max_new_tokens=100_000, eos_token_id=-1)
+    assert out.shape[1] == model.config.max_position_embeddings
 
 
 def test_every_setting_that_generate_knows_is_followed_or_refused(model):

@@ -120,8 +120,8 @@ VALUES = {
     "eos past the vocabulary": (dict(eos_token_id=16), r"eos_token_id holds 16; it must lie in \[0, 15\]"),
     "a negative eos": (dict(eos_token_id=[0, -2]), r"eos_token_id holds -2; it must lie in \[0, 15\]"),
     "more than the context": (
-        dict(prompts=[[1] * 5, [1] * 4]),
-        r"prompt 1 has 4 tokens and max_new_tokens is 5; together they must not exceed the model's context of 8",
+        dict(prompts=[[1] * 9, [1] * 8]),
+        r"prompt 1 has 8 tokens, which leave no room for an answer in the model's context of 8, and the others",
     ),
 }
 

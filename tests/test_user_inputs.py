@@ -5,6 +5,7 @@ that drop a space. Each test says the right value for input that did something e
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from power_kernels.api import PowerConfig, PowerSampler, generate_sharded
+from power_kernels.api import ContextWarning, PowerConfig, PowerSampler, RunReport, generate_sharded
 from power_kernels.api.driver.text import answer_text, end_of_turn
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests.toys import Toy, ToyEngine, power_toy
@@ -162,12 +163,63 @@ def test_a_part_of_the_answers_has_the_same_horizons():
     assert {(r.prompt_id, r.chain_id): summary(r) for r in left} == {key: whole[key] for key in ((0, 0), (0, 1))}
 
 
-def test_nothing_is_said_where_every_answer_fits_and_a_context_that_none_fits_is_an_error():
+def test_nothing_is_said_where_every_answer_fits_and_a_context_without_room_for_any_is_an_error():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler(context=8).generate([[5] * 3, [6]], CONFIG)
-    with pytest.raises(ArgumentError, match=r"^prompt 1 has 4 tokens and max_new_tokens is 5.*context of 8"):
-        sampler(context=8).generate([[5] * 7, [6] * 4], CONFIG)
+    with pytest.raises(ArgumentError, match=r"^prompt 0 has 8 tokens, which leave no room .* context of 8$"):
+        sampler(context=8).generate([[5] * 8], CONFIG)
+    with pytest.raises(ArgumentError, match=r"^prompt 1 has 8 tokens, .* context of 8, and the others have no fewer$"):
+        sampler(context=8).generate([[5] * 9, [6] * 8], CONFIG)
+
+
+def test_what_the_context_leaves_a_prompt_does_not_depend_on_the_others():
+    """Rooms of 3, 5 and 1 tokens for 5: alone, together, and without the one that has its five."""
+    prompts = [[5] * 5, [6], [7] * 7]
+
+    def drawn(chosen):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ContextWarning)
+            results = sampler(context=8).generate([prompts[i] for i in chosen], CONFIG, num_chains=4, prompt_ids=chosen)
+        return {(r.prompt_id, r.chain_id): summary(r) for r in results}
+
+    together = drawn([0, 1, 2])
+    assert {finish for (i, _), (*_, finish, _) in together.items() if i != 1} == {"context", "eos"}
+    for chosen in ([0], [1], [2], [0, 2]):
+        assert drawn(chosen) == {key: summed for key, summed in together.items() if key[0] in chosen}
+    with pytest.warns(ContextWarning, match=r"^prompt 0 leaves less than max_new_tokens = 5"):
+        sampler(context=8).generate(prompts[:1], CONFIG)
+
+
+def test_the_report_of_a_call_adds_up_its_runs():
+    prompts, rooms = [[5], [6] * 5, [7] * 7, [8] * 8], [5, 3, 1]
+    whole, parts = sampler(context=8), []
+    with pytest.warns(ContextWarning, match="different numbers of tokens are drawn in separate runs"):
+        stream = whole.stream(prompts, CONFIG, num_chains=6, max_chains=4)
+    results = [next(stream)]
+    assert whole.last_run.drawn > 0  # it is told while the call goes on
+    results += stream
+    for i, room in enumerate(rooms):
+        alone = sampler()
+        config = replace(CONFIG, max_new_tokens=room)
+        alone.generate([prompts[i]], config, num_chains=6, max_chains=4, prompt_ids=[i])
+        parts.append(alone.last_run)
+    report, counts = whole.last_run, ("steps", "row_steps", "lane_steps", "useful_lane_steps", "drawn", "widened")
+    for name in (*counts, "replays", "restarts"):
+        assert getattr(report, name) == sum(getattr(part, name) for part in parts), name
+    assert all(getattr(report, name) > max(getattr(part, name) for part in parts) for name in counts[:5])
+    assert report.drawn == sum(r.cost.extension + r.cost.proposal for r in results)
+    assert report.filled == sum(part.filled * part.row_steps for part in parts) / report.row_steps
+    assert (report.slots, report.lanes, report.captured) == (4, max(part.lanes for part in parts), False)
+    # Of runs that took long enough to be told apart; and the most slots of one, the most lanes of another.
+    one, other = (RunReport(*given) for given in ((8, 1, False), (2, 5, True)))
+    one.seconds["forward"], other.seconds["forward"], other.seconds["prefill"] = 1.0, 2.0, 4.0
+    both = RunReport.of_runs([one, other])
+    assert (both.slots, both.lanes, both.captured) == (8, 5, True)
+    assert {phase: s for phase, s in both.seconds.items() if s} == {"forward": 3.0, "prefill": 4.0}
+    with pytest.warns(ContextWarning):
+        whole.generate(prompts, CONFIG, share=(3, 4))  # the prompt without room: there was nothing to run
+    assert whole.last_run is None
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -63,20 +63,23 @@ def parts_of(jobs: list[Job], everything: list[Job], config: PowerConfig, limit:
 def context_message(lengths: Mapping[int, int], most: int, limit: int | None) -> str | None:
     """What to say of the prompts that leave less than `most` tokens of a context of `limit`, if any do.
 
-    lengths: of the prompts, by id. Raises ArgumentError where all of them do, which is then a mistake.
+    lengths: of the prompts, by id. Raises ArgumentError where none of them leaves any, so that there is nothing to
+    draw.
     """
-    cut = [i for i, length in lengths.items() if _horizon(length, most, limit) < most]
-    if len(cut) == len(lengths):
-        shortest = min(lengths, key=lengths.get)
-        raise ArgumentError(
-            f"prompt {shortest} has {lengths[shortest]} tokens and max_new_tokens is {most}; together they must not "
-            f"exceed the model's context of {limit}"
-        )
+    horizons = {i: _horizon(length, most, limit) for i, length in lengths.items()}
+    cut = [i for i, horizon in horizons.items() if horizon < most]
     if not cut:
         return None
+    if not any(horizons.values()):
+        shortest = min(lengths, key=lengths.get)
+        raise ArgumentError(
+            f"prompt {shortest} has {lengths[shortest]} tokens, which leave no room for an answer in the model's "
+            f"context of {limit}" + (", and the others have no fewer" if len(lengths) > 1 else "")
+        )
     return (
         f"{named(cut)} leaves less than max_new_tokens = {most} of the model's context of {limit}; its answers end "
-        'there, with finish "context"'
+        'there, with finish "context". Prompts that leave different numbers of tokens are drawn in separate runs, one '
+        "after the other"
     )
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -59,7 +59,7 @@ class _Account:
 
 @dataclass
 class RunReport:
-    """What the last call of a sampler did, up to now.
+    """What a run did, up to now; or what the runs of a call did, together (`of_runs`).
 
     slots: chains at once. lanes: of each, as the run was planned; widened: how often its last chains got more lanes.
     captured: whether steps are replayed from recordings. steps: decode steps. row_steps: slots times lanes, summed over
@@ -83,10 +83,23 @@ class RunReport:
     restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
+    @staticmethod
+    def of_runs(runs: Sequence[RunReport]) -> RunReport:
+        """Of one run after the other: counts and seconds add up; slots and lanes are the most that any had; captured:
+        whether any was."""
+        ways = dict(slots=max, lanes=max, captured=any, seconds=_added)
+        return RunReport(
+            **{f.name: ways.get(f.name, sum)([getattr(run, f.name) for run in runs]) for f in fields(RunReport)}
+        )
+
     @property
     def filled(self) -> float:
         """The share of `row_steps` that drew a token: a lane that waits or idles and a free slot count as empty."""
         return self.drawn / max(self.row_steps, 1)
+
+
+def _added(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {phase: sum(of_run[phase] for of_run in seconds) for phase in PHASES}
 
 
 class Run:

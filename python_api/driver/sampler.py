@@ -60,8 +60,6 @@ class PowerSampler:
         Raises ArgumentError where True cannot be had. A recorded step keeps the parameters and hooks that the model had
         then: whoever replaces some while a stream is open must pass False.
 
-    `last_run` is a `RunReport` of the run that began last: what it did so far, in how many slots and lanes. A call is
-    one run, and one more for each shorter horizon of prompts that the context cuts (see `generate`).
     """
 
     def __init__(self, model, tokenizer=None, *, capture: bool | None = None):
@@ -74,7 +72,14 @@ class PowerSampler:
         self._ranks = ranks_of(engine)
         self.tokenizer = tokenizer
         self.capture = _check_capture(capture, engine)
-        self.last_run: RunReport | None = None
+        self._runs: list[RunReport] = []  # of the last call
+
+    @property
+    def last_run(self) -> RunReport | None:
+        """What the last call that began to draw did so far, in how many slots and lanes; None where it had nothing to
+        draw, or there was none. A call is one run, and one more for each shorter horizon of prompts that the context
+        cuts (see `generate`): they are added up."""
+        return RunReport.of_runs(self._runs) if self._runs else None
 
     def generate(
         self,
@@ -104,9 +109,11 @@ class PowerSampler:
         from the r-th on, in prompt-major order. progress: show a bar. Integers may be of NumPy or tensors without
         dimensions.
 
-        Where some prompts leave less than max_new_tokens of the model's context, the horizon of each of them is what
-        it leaves: its answer is drawn from p^alpha at that horizon, and one that reaches it has finish "context". A
-        prompt that leaves nothing gets an answer of no tokens (RuntimeWarning).
+        Where a prompt leaves less than max_new_tokens of the model's context, its horizon is what it leaves, whatever
+        the other prompts are: its answer is drawn from p^alpha at that horizon, and one that reaches it has finish
+        "context" (ContextWarning). Prompts of different horizons are drawn in separate runs, one after the other. A
+        prompt that leaves nothing gets an answer of no tokens; where no prompt leaves anything, that is an
+        ArgumentError.
 
         A chain whose logits go bad (NaN, +inf, all -inf) stops with finish "fault"; the others are not affected. A run
         that runs out of memory goes on with fewer chains at once (RuntimeWarning), which draws the same answers.
@@ -203,6 +210,7 @@ class PowerSampler:
         return self._drawn(parts, seed, eos, max_chains, bar)
 
     def _drawn(self, parts: list[Part], seed, eos, max_chains, bar) -> Iterator[PowerResult]:
+        runs = self._runs = []
         try:
             for part in parts:
                 if part.config is None:
@@ -212,7 +220,7 @@ class PowerSampler:
                             bar.finished(result)
                         yield result
                     continue
-                results = self._results(part.jobs, part.max_length, part.config, seed, eos, max_chains, bar)
+                results = self._results(part.jobs, part.max_length, part.config, seed, eos, max_chains, bar, runs)
                 with closing(results):
                     for result in results:
                         cut = part.cut and result.finish == "length"
@@ -221,15 +229,17 @@ class PowerSampler:
             if bar is not None:
                 bar.close()
 
-    def _results(self, jobs: list[Job], max_length, config, seed, eos, max_chains, bar) -> Iterator[PowerResult]:
-        """Runs until every answer is drawn: one, and another in less memory each time that memory runs out."""
+    def _results(self, jobs: list[Job], max_length, config, seed, eos, max_chains, bar, runs) -> Iterator[PowerResult]:
+        """Runs until every answer is drawn: one, and another in less memory each time that memory runs out. runs: takes
+        the report of them all."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
         prompt = sum(len(job.prompt) for job in jobs) // len(jobs)
         plan = plan_run(
             self.engine, config, jobs=len(jobs), max_chains=max_chains,
             max_length=max_length, length=prompt + config.max_new_tokens // 2,
         )  # fmt: skip
-        report = self.last_run = RunReport(plan.slots, plan.lanes, captured=self.capture)
+        report = RunReport(plan.slots, plan.lanes, captured=self.capture)
+        runs.append(report)
         while left:
             run = Run(
                 self.engine, list(left.values()), config, plan, max_length=max_length,

@@ -1,13 +1,19 @@
 """Every command and snippet of README and docs/ runs as a reader would run it, and every link leads somewhere."""
 
+import builtins
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+import power_kernels
+import power_kernels.api
+from power_kernels.api import PowerResult
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -146,6 +152,20 @@ def test_links_lead_to_files_and_headings():
             assert file.exists(), f"{page}: {target}"
             if heading:
                 assert heading in map(anchor, re.findall(r"^#+ (.*)$", file.read_text(), re.M)), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/engines.md"])
+def test_the_names_of_a_page_can_be_imported(page):
+    """What begins like a class, in code."""
+    names = set(re.findall(r"`(?:power_kernels\.api\.)?([A-Z][a-z]\w*)", PAGES[page]))
+    names -= set(vars(builtins))
+    assert len(names) >= 9
+    assert not [n for n in names if not hasattr(power_kernels.api, n) and not hasattr(power_kernels, n)]
+
+
+def test_the_ways_in_which_an_answer_finishes_are_all_told():
+    told = re.findall(r'^\| `"(\w+)"` \|', PAGES["docs/python.md"], re.M)
+    assert tuple(told) == get_args(get_type_hints(PowerResult)["finish"])
 
 
 def test_the_readme_is_read_in_five_minutes():

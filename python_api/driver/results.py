@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class PowerResult:
     log_weights: list[float]
     outcomes: list[Outcome]
     left: list[int]
-    finish: str
+    finish: Literal["eos", "length", "context", "fault"]
     status: Status
     cost: TokenAccount
 

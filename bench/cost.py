@@ -243,12 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--alpha", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=16, help="answers in the batch of many (16)")
     parser.add_argument("--only", default=",".join(METHODS), help=f"of {','.join(METHODS)}; plain always runs")
-    parser.add_argument("--quick", action="store_true", help="one prompt, one seed, 32 tokens: no figure to quote")
+    parser.add_argument("--quick", action="store_true", help="one prompt, one seed, 16 tokens: no figure to quote")
     parser.add_argument("--json", metavar="OUT", help="write every cell and the table to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a measured target is missed")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.prompts, arguments.seeds, arguments.tokens = 1, 1, 32
+        arguments.prompts, arguments.seeds, arguments.tokens = 1, 1, 16
     methods = arguments.only.split(",")
     for name, value, most in (
         ("--prompts", arguments.prompts, len(QUESTIONS)),

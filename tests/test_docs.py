@@ -1,4 +1,4 @@
-"""Every command and snippet of README and docs/ runs as a reader would run it, and every link leads somewhere."""
+"""Every command and snippet of the README and of docs/ runs as a reader would run it; every link leads somewhere."""
 
 import builtins
 import json
@@ -61,11 +61,11 @@ TESTED = {
         ("plain generate", "power_kernels, 1 chain"),
     ),
     "python bench/end_to_end.py latency": (
-        "python bench/end_to_end.py latency --quick --lanes 1,default",
+        "python bench/end_to_end.py latency --quick --prompts 1 --tokens 6 --lanes 1,default",
         ("plain", "default lanes over 1 lane"),
     ),
     "python bench/end_to_end.py throughput": (
-        "python bench/end_to_end.py throughput --quick --prompts 3 --slots 2 --tokens 6",
+        "python bench/end_to_end.py throughput --quick --prompts 2 --slots 2 --tokens 3",
         ("answers", "useful"),
     ),
     'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (

@@ -207,22 +207,37 @@ class ChainState:
         prompt: token ids, at least one. chain_id in [0, 2^31) and prompt_id in [0, `rng.MAX_PROMPT_ID`] are words of
         the chain's random numbers (DESIGN section 4). Raises as `Law` does.
         """
-        check_integer("chain", chain, 0, self.chains - 1)
-        check_integer("chain_id", chain_id, 0)
-        check_integer("prompt_id", prompt_id, 0, MAX_PROMPT_ID)
-        if len(prompt) == 0:
-            raise ArgumentError("prompt is empty; the first decode feeds its last token")
-        check_integer("prompt[-1]", prompt[-1], 0)
-        row = torch.zeros(CHAIN_FIELDS, dtype=torch.int32, device="cpu")
-        row[ChainField.MODE] = Mode.START
-        row[ChainField.BASE] = len(prompt)
-        row[ChainField.PROMPT_TOKEN] = prompt[-1]
-        row[ChainField.CHAIN_ID] = chain_id
-        row[ChainField.PROMPT_ID] = prompt_id
-        self.field[chain] = row.to(self.field.device)
-        self.outcome[chain] = 0
-        self.cost[chain] = 0
-        self._clear_lanes(chain)
+        self.admit_all([chain], [prompt], [chain_id], [prompt_id])
+
+    def admit_all(
+        self, chains: list[int], prompts: list[list[int]], chain_ids: list[int], prompt_ids: list[int]
+    ) -> None:
+        """`admit` of several chains, each to a slot of its own. What a device gets is one copy, which the host does not
+        wait for."""
+        rows = torch.zeros(
+            len(chains), 1 + CHAIN_FIELDS, dtype=torch.int32, device="cpu", pin_memory=self.field.device.type == "cuda"
+        )
+        given = zip(rows, chains, prompts, chain_ids, prompt_ids, strict=True)
+        for row, chain, prompt, chain_id, prompt_id in given:
+            check_integer("chain", chain, 0, self.chains - 1)
+            check_integer("chain_id", chain_id, 0)
+            check_integer("prompt_id", prompt_id, 0, MAX_PROMPT_ID)
+            if len(prompt) == 0:
+                raise ArgumentError("prompt is empty; the first decode feeds its last token")
+            check_integer("prompt[-1]", prompt[-1], 0)
+            row[0], field = chain, row[1:]
+            field[ChainField.MODE] = Mode.START
+            field[ChainField.BASE] = len(prompt)
+            field[ChainField.PROMPT_TOKEN] = prompt[-1]
+            field[ChainField.CHAIN_ID] = chain_id
+            field[ChainField.PROMPT_ID] = prompt_id
+        rows = rows.to(self.field.device, non_blocking=True)
+        slots = rows[:, 0].long()
+        self.field.index_copy_(0, slots, rows[:, 1:])
+        self.outcome.index_fill_(0, slots, 0)
+        self.cost.index_fill_(0, slots, 0)
+        # All fields of a lane but EPOCH, the last one, which goes on counting.
+        self.lane_field.unflatten(0, (self.chains, self.lanes))[..., : LaneField.EPOCH].index_fill_(0, slots, 0)
 
     def retire(self, chain: int) -> None:
         """Leave slot `chain` idle: stepping on it changes nothing, and its lanes trust nothing of their KV rows.
@@ -232,16 +247,12 @@ class ChainState:
         check_integer("chain", chain, 0, self.chains - 1)
         lanes = slice(chain * self.lanes, (chain + 1) * self.lanes)
         self.field[chain, ChainField.MODE] = Mode.IDLE
-        self._clear_lanes(chain)
+        self.lane_field[lanes, : LaneField.EPOCH] = 0  # all but EPOCH, the last one, which goes on counting
         self.input_id[lanes] = 0
         self.position[lanes] = 0
         self.exclude[lanes] = -1
         self.commit_range[chain, 2:] = 0
         self.open_range[lanes, 2:] = 0
-
-    def _clear_lanes(self, chain: int) -> None:
-        """All fields of the chain's lanes but EPOCH, the last one, which goes on counting."""
-        self.lane_field[chain * self.lanes : (chain + 1) * self.lanes, : LaneField.EPOCH] = 0
 
     def move(self, source: int, target: int) -> None:
         """Move the chain of slot `source`, with its lanes, into slot `target`."""

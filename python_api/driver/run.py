@@ -286,9 +286,11 @@ class Run:
             start = time.perf_counter()
             prefilled = self.engine.prefill(slots, [job.prompt for job in jobs])
             self.seconds["prefill"] += time.perf_counter() - start
-            for slot, job, tokens in zip(slots, jobs, prefilled, strict=True):
+            self.state.admit_all(
+                slots, [j.prompt for j in jobs], [j.chain_id for j in jobs], [j.prompt_id for j in jobs]
+            )
+            for slot, tokens in zip(slots, prefilled, strict=True):
                 self.active[slot : slot + 1] = [_Account(prefill=tokens)]
-                self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id)
                 self.poll.changed(slot)
             state = self.view(len(self.active))
             self.advance(state, self.nothing_sampled(state))  # opens the new chains, leaves the others as they are

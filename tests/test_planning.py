@@ -6,17 +6,21 @@ import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
-from power_kernels.api.driver import memory, planning, run
+from power_kernels.api.commands import doctor
+from power_kernels.api.driver import captured, memory, planning, run
 from power_kernels.api.driver.planning import Plan, StepTimes, lane_gain, plan_run
 from power_kernels.api.driver.sampler import GenerationError
+from power_kernels.api.engines.huggingface import step_timing
 from power_kernels.errors import ArgumentError
 from tests import tiny_models
 from tests.devices import ON_CUDA
+from tests.recorded_graph import RecordedGraph, RecordedGraphs
 from tests.toys import Toy, ToyEngine, power_toy
 
 CONFIG = PowerConfig(alpha=2.0, max_new_tokens=32, block_size=8, mcmc_steps=20)
@@ -169,6 +173,43 @@ def test_steps_that_cannot_be_tried_for_want_of_memory_mean_one_lane(free):
     assert silent(Sized(seconds)) == Plan(1, 1)
 
 
+def test_nothing_counts_as_measured_where_not_one_row_could_be_tried(free, monkeypatch):
+    def seconds(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made = silent(Sized(seconds), jobs=4)
+    assert made == Plan(1, 1)  # every row is taken to cost as much as the first, so that more at once bring nothing
+    assert made.seconds.measured == {}
+    engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
+    monkeypatch.setattr(engine, "decode_seconds", lambda rows, length: seconds(rows))
+    data = doctor.decoding(PowerSampler(engine), "a model")
+    assert data["step_seconds"] == {}
+    printed = "\n".join(doctor._decoding_text(data))
+    assert "positions each: none could be timed, there is no memory for one" in printed
+    assert "1000.00" not in printed
+
+
+def test_a_rank_that_has_no_memory_for_a_step_stops(free):
+    """The others go on with that step, and would wait for it in all that comes after."""
+
+    class Ranks:
+        def check_same(self, **given):
+            pass
+
+        def least(self, value):
+            return value
+
+    def seconds(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = Sized(seconds)
+    engine.ranks = None
+    assert silent(engine) == Plan(1, 1)
+    engine.ranks = Ranks()
+    with pytest.raises(torch.OutOfMemoryError):
+        plan(engine)
+
+
 def test_steps_are_tried_as_far_as_memory_goes(free):
     def seconds(rows):
         if rows > 3:
@@ -310,11 +351,62 @@ def test_steps_are_measured_once():
     engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
     first = engine.decode_seconds([1, 4], 100)
     assert all(seconds > 0 for seconds in first)
-    assert engine.decode_seconds([4, 1], 100) == engine.decode_seconds([4, 1], 128) == first[::-1]
+    assert engine.decode_seconds([4, 1], 96) == engine.decode_seconds([4, 1], 111) == first[::-1]
     assert engine.decode_seconds([1, 4], 60) != first  # other rows are another measurement
     assert engine._slabs is None
     assert HuggingFaceEngine(engine.model, self_check=False).decode_seconds([1, 4], 100) == first
     assert HuggingFaceEngine(tiny_models.llama(), self_check=False).decode_seconds([1, 4], 100) != first
+
+
+@pytest.mark.measured
+def test_recorded_steps_are_timed_when_they_are_replayed(monkeypatch):
+    """A recording takes ten seconds of this clock, a replay an eighth of one and nothing else any."""
+    now = [0.0]
+
+    class Slow(RecordedGraph):
+        def capture(self, launch):
+            super().capture(launch)
+            now[0] += 10.0
+
+        def replay(self):
+            super().replay()
+            now[0] += 0.125
+
+    monkeypatch.setattr(captured, "recorder", lambda device: SimpleNamespace(new=Slow))
+    monkeypatch.setattr(step_timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    engine = HuggingFaceEngine(tiny_models.llama(), attention="padded", self_check=False)
+    assert engine.decode_seconds([1, 4], 64) == [0.125, 0.125]
+
+
+@pytest.mark.measured
+def test_steps_that_cannot_be_recorded_are_timed_as_they_are(monkeypatch):
+    monkeypatch.setattr(captured, "recorder", lambda device: RecordedGraphs())
+    model = tiny_models.llama()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: bool((args[0] > 0).any()) and None)
+    engine = HuggingFaceEngine(model, attention="padded", self_check=False)
+    with pytest.warns(RuntimeWarning, match="cannot be recorded as a graph and runs as it is"):
+        assert all(seconds > 0 for seconds in engine.decode_seconds([1, 4], 64))
+
+
+@pytest.mark.measured
+def test_no_step_is_timed_at_more_positions_than_it_was_asked_for():
+    """Dynamic rotary frequencies change beyond the context, which a run may use up."""
+    engine = HuggingFaceEngine(tiny_models.dynamic_llama(), max_context=2 * tiny_models.CONTEXT, self_check=False)
+    assert engine.decode_seconds([1], tiny_models.CONTEXT - 1)[0] > 0
+
+
+@pytest.mark.measured
+@pytest.mark.parametrize("limit", [tiny_models.CONTEXT, None])
+def test_lengths_that_are_about_the_same_are_timed_once(limit, monkeypatch):
+    """Also where a model sets no limit to its context."""
+    begun = []
+    engine = HuggingFaceEngine(tiny_models.llama(), self_check=False)
+    engine.max_context = limit
+    begin = engine.begin
+    monkeypatch.setattr(engine, "begin", lambda **sizes: begun.append(sizes["max_length"]) or begin(**sizes))
+    times = {length: tuple(engine.decode_seconds([1], length)) for length in range(1, tiny_models.CONTEXT + 1)}
+    assert begun == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96]
+    assert all(times[length] == times[max(b for b in begun if b <= length)] for length in times)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ def decoding(sampler: PowerSampler, model: str) -> dict:
     """How a run of the Hugging Face engine decodes, as plain data: measures some steps.
 
     tokens: of the answers that are planned for, fewer where the model's context is shorter. positions: that each row of
-    a timed step reads. step_seconds: by rows of a step. plans: (chains at once, lanes of each) that the driver chooses
-    for so many answers, with the default PowerConfig.
+    a timed step reads. step_seconds: by rows of a step, empty where memory does not hold one row. plans: (chains at
+    once, lanes of each) that the driver chooses for so many answers, with the default PowerConfig.
     """
     engine = sampler.engine
     limit = engine.max_context or _TOKENS + 64
@@ -111,13 +111,14 @@ def decoding(sampler: PowerSampler, model: str) -> dict:
 
 def _decoding_text(data: dict) -> list[str]:
     kind = "replayed as graphs" if data["captured"] else "launched one by one (graphs need a CUDA device)"
-    one = data["step_seconds"][1]
+    one = data["step_seconds"].get(1)
     return [
         "",
         f"decoding of {data['model']} on {data['device']}, {data['dtype']}",
         f"  attention     {data['attention']}: {KERNELS[data['attention']]}",
         f"  steps         {kind}",
-        f"  rows of a step that read {data['positions']} positions each: ms, times one row, ms a row",
+        f"  rows of a step that read {data['positions']} positions each: "
+        + ("none could be timed, there is no memory for one" if one is None else "ms, times one row, ms a row"),
         *(
             f"    {rows:>5} {1e3 * seconds:>10.2f} {seconds / one:>8.2f} {1e3 * seconds / rows:>10.2f}"
             for rows, seconds in data["step_seconds"].items()

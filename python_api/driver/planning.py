@@ -155,17 +155,18 @@ class StepTimes:
         together = [count for count in counts if count <= _FIRST_ROWS] or counts
         while together and not self._ask(together):
             together = together[: len(together) // 2]
-        if not together:  # not one row can be tried, so there is nothing to choose by
-            self._rows, self._seconds = [1], [1.0]
         for count in counts[len(together) :]:
             if not self._still_saves() or not self._ask([count]):
                 break
 
     @property
     def measured(self) -> dict[int, float]:
+        """Empty where not one row could be tried: then every row is taken to cost as much as the first."""
         return dict(zip(self._rows, self._seconds, strict=True))
 
     def __call__(self, rows: int) -> float:
+        if not self._rows:
+            return float(rows)
         after = bisect.bisect_left(self._rows, rows)
         if after == len(self._rows):
             return self._seconds[-1] * rows / self._rows[-1]
@@ -179,7 +180,8 @@ class StepTimes:
         try:
             seconds = self._engine.decode_seconds(counts, self._length)
         except Exception as error:
-            if not is_out_of_memory(error):
+            # Where several processes hold the model, the others go on with the step and cannot know.
+            if not is_out_of_memory(error) or ranks_of(self._engine) is not None:
                 raise
             return False
         self._rows += counts

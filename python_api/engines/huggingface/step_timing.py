@@ -1,6 +1,7 @@
 """What a decode step takes on this machine, by its rows and the positions that they read, for the driver's plan.
 
-Measured once for a model, a number of rows and a length; lengths are rounded, four to an octave.
+Measured once for a model, a number of rows and a length; lengths are rounded down, four to an octave, so that no step
+is longer than the run that it is timed for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from power_kernels.api.engines.huggingface import decode_attention
 from power_kernels.api.engines.huggingface.adapters import Adapters
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
 
-_LEAST_LENGTH = 64  # shorter rows cost no less
 _ROUNDS = 4
 _ENOUGH_SECONDS = 1.0  # after so long no further round is begun
 
@@ -34,7 +34,7 @@ def known_times(engine) -> dict[tuple[int, int], float]:
 def decode_seconds(engine, known: dict[tuple[int, int], float], rows: Sequence[int], length: int) -> list[float]:
     """Seconds of the forward pass of a step of each number of rows, the least of some; replayed where the driver
     replays its steps. What is not in `known` is measured and put there."""
-    length = min(rounded(length), engine.max_context or length)
+    length = rounded(length)
     new = sorted({count for count in rows if (count, length) not in known})
     if new:
         engine.begin(chains=1, lanes=new[-1], max_length=length, alpha=1.0, beta=1.0, seed=0)
@@ -53,13 +53,14 @@ def decode_seconds(engine, known: dict[tuple[int, int], float], rows: Sequence[i
 
 
 def rounded(length: int) -> int:
-    """The next of four lengths to an octave, of at least _LEAST_LENGTH."""
-    step = max(_LEAST_LENGTH, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
+    """The nearest of four lengths to an octave that is not above `length`."""
+    step = 1 << max(0, length.bit_length() - 3)
+    return length // step * step
 
 
 def _step(engine, rows: int, length: int) -> Callable[[], None]:
-    """A forward pass of so many rows at the end of their slabs, run once; recorded where the driver would do so."""
+    """A forward pass of so many rows at the end of their slabs, run until it is what the driver repeats: a recording,
+    where it would record it."""
     position = torch.full((rows, 1), length - 1, device=engine.device)
     tokens = torch.zeros_like(position)
     graphs = captured.recorder(engine.device)
@@ -72,7 +73,8 @@ def _step(engine, rows: int, length: int) -> Callable[[], None]:
         step()
         return step
     steps = captured.CapturedSteps(graphs)
-    steps.run(rows, step)
+    while not steps.run(rows, step) and steps.work:
+        pass
     return lambda: steps.run(rows, step)
 
 

@@ -33,7 +33,8 @@ class Law:
     """The constants of one run (DESIGN section 3). All are host values, fixed while a run lasts.
 
     max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. cut: one of `CUTS` (3.6). free_prefix says nothing
-    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform".
+    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform" and no
+    early_rejection.
     Raises ArgumentError for another value, ArgumentTypeError for another type.
     """
 
@@ -60,6 +61,10 @@ class Law:
             raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
         if self.karan_du and self.diverges:
             raise ArgumentError(f"cut is {self.cut!r} with karan_du; the published code cuts uniformly")
+        if self.karan_du and self.early_rejection:
+            raise ArgumentError(
+                "early_rejection is True with karan_du, whose test is not monotone; it must be False there"
+            )
 
     @property
     def diverges(self) -> bool:

@@ -288,7 +288,7 @@ def all_states(toy: Toy) -> list[tuple[int, ...]]:
 
 def test_the_published_code_is_the_exact_chain_without_eos():
     case = CASES["no EOS"]
-    matrix = case.enumerated(karan_du=True)
+    matrix = case.enumerated(early_rejection=False, karan_du=True)
     assert np.abs(matrix - case.direct()).max() < 1e-10
     assert_invariant(case, matrix)
 
@@ -303,7 +303,7 @@ def test_the_published_code_is_biased_with_eos():
     s = space(toy, toy.horizon, alpha, beta)
     states = all_states(toy)
     target = np.array([s.target[s.index[x]] if x in s.index else 0.0 for x in states])
-    matrix = enumerated_matrix(Exact, toy, Law(4, 4, 1, karan_du=True), alpha, beta, states)
+    matrix = enumerated_matrix(Exact, toy, Law(4, 4, 1, early_rejection=False, karan_du=True), alpha, beta, states)
     assert np.abs(matrix.sum(axis=1) - 1.0).max() < 1e-12
     distance = [0.5 * np.abs(target @ np.linalg.matrix_power(matrix, m) - target).sum() for m in (1, 10, 10000)]
     assert distance == pytest.approx([0.1605, 0.4293, 0.9988], abs=1e-4)

@@ -473,7 +473,7 @@ def test_a_law_out_of_range_is_refused_with_the_field(name, value, allowed):
 @pytest.mark.parametrize("name", pk.Law.__dataclass_fields__)
 @pytest.mark.parametrize("value", [None, 1.0, "1", True, 1])
 def test_a_law_of_other_types_is_refused_with_the_field(name, value):
-    law, given = pk.Law(6, 3, 2), pk.Law.__dataclass_fields__[name].type
+    law, given = pk.Law(6, 3, 2, early_rejection=False), pk.Law.__dataclass_fields__[name].type
     if type(value).__name__ == given and given != "str":
         replace(law, **{name: value})
     elif type(value).__name__ == given:
@@ -489,6 +489,11 @@ def test_a_law_of_other_types_is_refused_with_the_field(name, value):
 def test_the_published_code_with_another_cut_is_refused(cut):
     with pytest.raises(ArgumentError, match=f"^cut is '{cut}' with karan_du"):
         pk.Law(6, 3, 2, early_rejection=False, karan_du=True, cut=cut)
+
+
+def test_the_published_code_with_early_rejection_is_refused():
+    with pytest.raises(ArgumentError, match=r"^early_rejection is True with karan_du, .* must be False there"):
+        pk.Law(6, 3, 2, karan_du=True)
 
 
 def test_a_state_of_another_cut_law_is_refused():

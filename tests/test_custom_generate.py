@@ -10,12 +10,16 @@ import weakref
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from power_kernels.api import ContextWarning, PowerConfig, PowerSampler, power_sample
+from power_kernels.api.driver.engine import UnsupportedModelError
+from power_kernels.api.engines.huggingface import engine
 from power_kernels.api.engines.huggingface.generate_call import _FOLLOWED
 from power_kernels.errors import ArgumentError
+from tests import lora
 from tests.devices import DEVICE
 from tests.tiny_models import llama
 
@@ -55,6 +59,64 @@ def test_the_answers_are_the_samplers(model):
     out = generate(model, power_results=results)
     check(out, IDS, expected(model, IDS))
     assert [r.steps > 0 for r in results] == [True, True]
+
+
+def test_a_model_is_checked_once_and_again_when_it_has_changed(monkeypatch):
+    checked = []
+    check = engine.check_decoding
+    monkeypatch.setattr(engine, "check_decoding", lambda engine: checked.append(engine.dtype) or check(engine))
+    model = llama()
+    generate(model, max_new_tokens=2)
+    generate(model, max_new_tokens=2)
+    assert checked == [torch.float32]
+    generate(model.bfloat16(), max_new_tokens=2)
+    generate(model.float(), max_new_tokens=2)
+    assert checked == [torch.float32, torch.bfloat16]
+    model.set_attn_implementation("eager")
+    generate(model, max_new_tokens=2)
+    assert len(checked) == 3
+    AttentionInterface.register(
+        "triple_for_test",
+        lambda module, query, key, value, mask, **rest: sdpa_attention_forward(
+            module, query, key, 3 * value, mask, **rest
+        ),
+    )
+    model.set_attn_implementation("triple_for_test")
+    for _ in range(2):  # what has failed has not passed
+        with pytest.raises(UnsupportedModelError, match="relative error"):
+            generate(model, max_new_tokens=2)
+    model.set_attn_implementation("sdpa")
+    checked.clear()
+
+    class OtherLinear(torch.nn.Linear):
+        """What quantisation puts in the place of a layer."""
+
+    other = OtherLinear(model.lm_head.in_features, model.lm_head.out_features, bias=False, device=DEVICE)
+    model.lm_head = other
+    generate(model, max_new_tokens=2)
+    assert len(checked) == 1
+    wrapped = lora.hand_made(model)
+    generate(wrapped.get_base_model(), max_new_tokens=2)
+    wrapped.set_adapter("second")
+    for _ in range(2):
+        generate(wrapped.get_base_model(), max_new_tokens=2)
+    assert len(checked) == 3
+
+
+def test_a_head_that_the_check_found_to_be_more_than_a_layer_is_not_taken_for_one_in_the_next_call():
+    model = llama()
+    model.generation_config.eos_token_id = [3, 4]
+
+    def louder(module, args, kwargs, output):  # behind odd tokens; the engine's first look at a head is behind token 0
+        output.logits = output.logits * (1 + 0.5 * (kwargs["input_ids"] % 2))[..., None]
+
+    model.register_forward_hook(louder, with_kwargs=True)
+    drawn = []
+    for _ in range(2):
+        results: list = []
+        generate(model, power_results=results)
+        drawn.append([(r.tokens, r.log_weights) for r in results])
+    assert drawn[0] == drawn[1] == [(r.tokens, r.log_weights) for r in expected(model, IDS)]
 
 
 def test_eos_of_the_call_rules(model):

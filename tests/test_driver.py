@@ -16,7 +16,7 @@ from power_kernels.api.driver.host import in_one_copy
 from power_kernels.api.driver.poll import Poll
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.reference import ReferenceChain
-from power_kernels.state import ChainField, ChainState, Cost, Mode, Outcome, Status
+from power_kernels.state import ChainField, ChainState, Cost, LaneField, LaneStatus, Mode, Outcome, Status
 from tests.toys import Toy, ToyEngine, power_toy
 
 CONFIG = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=2, mcmc_steps=3, final_steps=2)
@@ -411,6 +411,27 @@ def test_a_host_that_hears_late_of_chains_that_stopped_draws_the_same(lanes, mon
     assert list(map(summary, late)) == list(map(summary, whole))
     assert [r.cost for r in late] == [r.cost for r in whole]
     assert sampler.last_run.lane_steps > sampler.last_run.useful_lane_steps  # chains that stopped were fed meanwhile
+
+
+@pytest.mark.parametrize("cut", ["uniform", "divergence"])
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_a_chain_that_goes_on_has_a_lane_that_runs(lanes, cut):
+    """Lanes that are closed or faulted wait for a lower one, and the lowest does not wait: so no step draws nothing."""
+    waited = []
+
+    class Watching(ToyEngine):
+        def step(self, state):
+            running, going = LaneStatus.RUNNING, (Mode.EXTEND, Mode.PROPOSE)
+            statuses = state.lane_field[:, LaneField.STATUS].unflatten(0, (state.chains, lanes)).tolist()
+            for mode, mine in zip(state.field[:, ChainField.MODE].tolist(), statuses, strict=True):
+                assert mode in going
+                assert running in mine
+                waited.append(any(status not in (running, LaneStatus.IDLE) for status in mine))
+            return super().step(state)
+
+    config = PowerConfig(alpha=2.0, max_new_tokens=5, block_size=2, mcmc_steps=7, final_steps=3, lanes=lanes, cut=cut)
+    PowerSampler(Watching(power_toy())).generate([[5], [6, 7]], config, num_chains=128, max_chains=16)
+    assert sum(waited) > (200 if lanes > 1 else -1)
 
 
 def test_results_that_are_read_in_one_copy_are_those_of_a_state_at_hand(monkeypatch):

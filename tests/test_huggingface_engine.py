@@ -28,7 +28,7 @@ from power_kernels.api.engines.huggingface.ragged_cache import KvLayout, KvSlabs
 from power_kernels.api.engines.huggingface.rope import pin_rope
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.law import Law
-from power_kernels.state import ChainState, LaneField, LaneStatus, Status
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Status
 from tests import flash_attention, tiny_models
 from tests.devices import DEVICE, ON_CUDA
 
@@ -300,8 +300,8 @@ def poisoned_llama(token: int = BAD):
 @pytest.mark.skipif(ON_CUDA, reason="on a device every lane is fed: the host does not know which of them run")
 @pytest.mark.parametrize("family", ["llama", "mixed_qwen2", "gemma2"])
 def test_lanes_that_do_not_run_are_not_fed_and_change_nothing(family, monkeypatch):
-    """Six lanes at six positions, of which two, one or none run: these get the bits of a pass of them alone, nobody
-    else's KV is written, and where none runs the model is not called."""
+    """Six lanes at six positions, of which two or one run: these get the bits of a pass of them alone, and nobody
+    else's KV is written."""
     engine = HuggingFaceEngine(getattr(tiny_models, family)(), attention="rows", remember=False)
     state = run(engine, chains=3, lanes=2)
     prompts = [prompt_of(5 + slot, slot) for slot in range(3)]
@@ -317,7 +317,7 @@ def test_lanes_that_do_not_run_are_not_fed_and_change_nothing(family, monkeypatc
     monkeypatch.setattr(engine, "_output", lambda view, *given: rows.append(view.rows) or output(view, *given))
     kv = [lane for lane, _ in engine._slabs.pairs]
     drawn = {}
-    for running in ([1, 4], [4], []):
+    for running in ([1, 4], [4]):
         before = [slab.clone() for slab in kv]
         state.lane_field[:, LaneField.STATUS] = int(LaneStatus.IDLE)
         state.lane_field[running, LaneField.STATUS] = int(LaneStatus.RUNNING)
@@ -621,6 +621,29 @@ def test_the_self_check_finds_attention_that_is_not_the_registered_one():
     HuggingFaceEngine(model, self_check=False)
 
 
+@pytest.mark.parametrize("asked", [1, 8, 9])
+def test_the_self_check_is_as_long_as_ever_where_the_owner_allows_short_runs_only(asked):
+    engine = HuggingFaceEngine(tiny_models.llama(), max_context=asked)
+    assert engine.max_context == asked
+    assert engine._slabs is None
+    AttentionInterface.register(
+        "double_for_test",
+        lambda module, query, key, value, mask, **rest: sdpa_attention_forward(
+            module, query, key, 2 * value, mask, **rest
+        ),
+    )
+    model = tiny_models.llama(attn_implementation="double_for_test")
+    with pytest.raises(UnsupportedModelError, match="relative error"):
+        HuggingFaceEngine(model, max_context=asked)
+
+
+def test_a_model_whose_context_is_too_short_for_the_self_check_is_not_taken_for_checked():
+    model = tiny_models.llama(max_position_embeddings=8)
+    with pytest.raises(UnsupportedModelError, match="a context of 8 positions; the self check takes 9"):
+        HuggingFaceEngine(model)
+    assert HuggingFaceEngine(model, self_check=False).max_context == 8
+
+
 def test_a_window_the_layers_do_not_ask_for_is_refused():
     """Windows are longer than the self check, so the configuration has to agree with what layers ask for."""
     model = tiny_models.mixed_qwen2()
@@ -633,15 +656,28 @@ def test_arguments_are_checked_before_any_work():
     with pytest.raises(ArgumentTypeError, match="PreTrainedModel"):
         HuggingFaceEngine(torch.nn.Linear(2, 2))
     model = tiny_models.llama()
-    with pytest.raises(ArgumentError, match="prefill_chunk"):
-        HuggingFaceEngine(model, prefill_chunk=0)
+    for name in ("prefill_chunk", "length_multiple", "max_context"):
+        with pytest.raises(ArgumentError, match=f"{name} is 0; it must be at least 1"):
+            HuggingFaceEngine(model, **{name: 0})
+        for value in (True, 64.0, "64"):
+            with pytest.raises(ArgumentTypeError, match=f"{name} is {value!r}; it must be an integer"):
+                HuggingFaceEngine(model, **{name: value})
+    numbers = HuggingFaceEngine(
+        model, prefill_chunk=np.int32(7), length_multiple=torch.tensor(8), max_context=np.int64(64)
+    )
+    assert (numbers.prefill_chunk, numbers.length_multiple, numbers.max_context) == (7, 8, 64)
+    assert all(type(n) is int for n in (numbers.prefill_chunk, numbers.length_multiple, numbers.max_context))
+    numbers.begin(chains=np.int64(2), lanes=np.int8(1), max_length=np.int64(64), alpha=2.0, beta=2.0, seed=0)
+    numbers.end()
     engine = HuggingFaceEngine(model)
     with pytest.raises(ArgumentError, match="begin"):
         engine.prefill([0], [[1, 2]])
     good = {"chains": 2, "lanes": 1, "max_length": 20, "alpha": 2.0, "beta": 2.0, "seed": 0}
     for name, value in (
         ("chains", 0),
+        ("chains", True),
         ("lanes", 0),
+        ("lanes", 1.0),
         ("max_length", 0),
         ("alpha", 0.0),
         ("beta", float("nan")),
@@ -699,22 +735,42 @@ def test_layers_of_different_shapes_have_slabs_of_their_own():
             assert view.count_nonzero() == view[1, :, 1:3].numel()
 
 
+class Copying(LengthBound):
+    """Copies at once, and uses what it copied when a device would."""
+
+    def __init__(self):
+        super().__init__(torch.device("meta"))
+        self._asynchronous = True
+        self._value = torch.zeros((), dtype=torch.int64)
+
+    def _start_copy(self, longest):
+        self._value.copy_(longest)
+
+    def _wait(self):
+        pass
+
+
+@pytest.mark.parametrize("left", [Mode.IDLE, Mode.DONE, Mode.FAULT])
+def test_a_long_chain_that_has_ended_is_not_read_any_more(left):
+    """Its length stays in its slot, and the position of a lane that idles is what it last knew."""
+    state = ChainState.allocate(2, 2, Law(max_new_tokens=2000, block_size=8, mcmc_steps=1))
+    for chain, base in enumerate((1000, 10)):
+        state.field[chain, ChainField.MODE] = Mode.PROPOSE
+        state.field[chain, ChainField.BASE] = base
+        state.field[chain, ChainField.LENGTH] = 20
+        state.position[2 * chain : 2 * chain + 2] = base + 19
+    bound = Copying()
+    bound.admit(1000)
+    assert max(bound.of(state) for _ in range(100)) >= 1020
+    state.field[0, ChainField.MODE] = left
+    claimed = [bound.of(state) for _ in range(40)]
+    assert min(claimed) >= 30
+    assert max(claimed[-5:]) <= 30 + 2 * 16
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_host_s_bound_is_never_below_the_longest_position(seed):
     """Answers grow by at most one a step and chains end at any time; what is copied is used 16 steps later."""
-
-    class Copying(LengthBound):
-        def __init__(self):
-            super().__init__(torch.device("meta"))
-            self._asynchronous = True
-            self._value = torch.zeros((), dtype=torch.int64)
-
-        def _start_copy(self, longest):
-            self._value.copy_(longest)
-
-        def _wait(self):
-            pass
-
     rng = np.random.default_rng(seed)
     state = ChainState.allocate(4, 2, Law(max_new_tokens=64, block_size=8, mcmc_steps=1))
     bound, tight = Copying(), 0
@@ -729,6 +785,7 @@ def test_the_host_s_bound_is_never_below_the_longest_position(seed):
         state.position.copy_(torch.from_numpy(position.reshape(-1)))
         state.field[:, pk.state.ChainField.BASE] = torch.from_numpy(base)
         state.field[:, pk.state.ChainField.LENGTH] = torch.from_numpy(length)
+        state.field[:, pk.state.ChainField.MODE] = pk.state.Mode.PROPOSE
         claimed = bound.of(state)
         assert claimed >= position.max() + 1
         tight += claimed <= (base + length).max() + 2 * 16

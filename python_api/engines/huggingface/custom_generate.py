@@ -17,19 +17,22 @@ from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.driver.text import named
 from power_kernels.api.engines.huggingface import HuggingFaceEngine
+from power_kernels.api.engines.huggingface.adapters import Adapters
 from power_kernels.api.engines.huggingface.generate_call import (
     GenerateCall,
     check_mask,
     check_model_kwargs,
     check_settings,
 )
+from power_kernels.api.engines.huggingface.patched_model import attention_configs
 from power_kernels.errors import ArgumentError
 
 # Stopping criteria that generate() adds by itself and that the chain already obeys.
 _OBEYED = {"MaxLengthCriteria", "EosTokenCriteria"}
 
-# Models that have passed the engine's self check. Engines are not kept: they hold their model, which may change.
-_checked: weakref.WeakSet = weakref.WeakSet()
+# Models that have passed the engine's self check: what they were like, and whether their head was known after it.
+# Engines are not kept: they hold their model, which may change.
+_checked: weakref.WeakKeyDictionary[torch.nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def _power_sample(
@@ -104,8 +107,10 @@ def _power_sample(
             cut=cut,
             compat=compat,
         )
-        engine = HuggingFaceEngine(model, self_check=model not in _checked)
-        _checked.add(model)
+        checked, traits = _checked.setdefault(model, {}), _traits(model)
+        engine = HuggingFaceEngine(model, self_check=traits not in checked)
+        if checked.setdefault(traits, engine.head_known) != engine.head_known:
+            engine = HuggingFaceEngine(model)  # it is the check that finds this head to be more than it seems
         eos = _list(generation_config.eos_token_id)
         results = PowerSampler(engine).generate(
             prompts,
@@ -126,6 +131,16 @@ def _power_sample(
     for row, result in zip(answers, results, strict=True):
         row[: len(result.tokens)] = torch.tensor(result.tokens, dtype=answers.dtype, device=answers.device)
     return torch.cat([input_ids.repeat_interleave(num_chains, dim=0), answers], dim=1)
+
+
+def _traits(model: torch.nn.Module) -> tuple:
+    """What may change about a model so that the self check of before says nothing: the kinds of its layers and weights
+    (quantisation replaces one or the other), where they are, the attention that they use, the active adapters."""
+    layers = frozenset(map(type, model.modules()))
+    tensors = (*model.parameters(), *model.buffers())
+    weights = frozenset((type(tensor), tensor.dtype, tensor.device) for tensor in tensors)
+    attention = tuple(config._attn_implementation for config in attention_configs(model))
+    return layers, weights, attention, Adapters(model).active()
 
 
 def _check_hooks(logits_processor, stopping_criteria) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import power_kernels
+from power_kernels.api.driver.checks import integer
 from power_kernels.api.driver.engine import EngineBusyError, Sampled, StepReport, UnsupportedModelError
 from power_kernels.api.engines.huggingface import decode_attention
 from power_kernels.api.engines.huggingface.adapters import Adapters, without_wrapper
@@ -96,13 +97,11 @@ class HuggingFaceEngine:
         model = without_wrapper(model)
         if not isinstance(model, PreTrainedModel):
             raise ArgumentTypeError(f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel")
-        for name, value in (
-            ("prefill_chunk", prefill_chunk),
-            ("length_multiple", length_multiple),
-            ("max_context", max_context),
-        ):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
+        prefill_chunk = integer("prefill_chunk is", prefill_chunk, 1)
+        if length_multiple is not None:
+            length_multiple = integer("length_multiple is", length_multiple, 1)
+        if max_context is not None:
+            max_context = integer("max_context is", max_context, 1)
         refuse(model)
         self.ranks = TensorParallelGroup.of(model)  # the processes that hold the model with this one, or None
         self.model, self.prefill_chunk, self.remember = model, prefill_chunk, remember
@@ -156,9 +155,8 @@ class HuggingFaceEngine:
             self.ranks.check_same(
                 chains=chains, lanes=lanes, max_length=max_length, alpha=alpha, beta=beta, seed=seed, entropy=entropy
             )
-        for name, value in (("chains", chains), ("lanes", lanes), ("max_length", max_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} is {value!r}; it must be an integer of at least 1")
+        chains, lanes = integer("chains is", chains, 1), integer("lanes is", lanes, 1)
+        max_length = integer("max_length is", max_length, 1)
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value > 0):
                 raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
@@ -243,8 +241,6 @@ class HuggingFaceEngine:
         if self.attention == decode_attention.ROWS:
             status = state.lane_field[:, LaneField.STATUS].tolist()
             lanes = [lane for lane in lanes if status[lane] == LaneStatus.RUNNING]
-        if not lanes:  # all of them wait for one that is decided without a token
-            return self._spread(state, [], _nothing_drawn(self.device, self._entropy)), 0, ()
         output = self._fed(state, length, lanes=lanes)
         drawn = self._draw(state, lanes, output)
         good = drawn.status == Status.OK
@@ -465,6 +461,11 @@ class HuggingFaceEngine:
 
     # -- what the model is like
 
+    @property
+    def head_known(self) -> bool:
+        """Whether the logits are the model's last layer of what its decoder gives, and nothing else."""
+        return self._head is not None
+
     def _check_with_or_without_head(self) -> None:
         try:
             check_decoding(self)
@@ -491,12 +492,6 @@ class HuggingFaceEngine:
 
     def _find_head(self) -> LmHead | None:
         return find_head(self.model, self._agreed)
-
-
-def _nothing_drawn(device: torch.device, entropy: bool) -> power_kernels.SampleOutput:
-    token, status = (torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-    value = torch.zeros(0, device=device)
-    return power_kernels.SampleOutput(token, value, value, value, value if entropy else None, status)
 
 
 def _bucket(length: int, multiple: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.state import ChainField, ChainState
+from power_kernels.state import ChainField, ChainState, Mode
 
 # Steps between two looks at the longest position on a device; the bound in between grows by one a step.
 _LOOK_EVERY = 16
@@ -13,8 +13,8 @@ _LOOK_EVERY = 16
 class LengthBound:
     """Above the longest position of a step, known on the host without waiting for the device.
 
-    With M = max(position + 1, BASE + LENGTH) over chains and lanes, one step raises M by at most one: a
-    lane that runs moves on by one, and a lane that opens starts inside its chain's answer. So the bound is
+    With M = max(position + 1, BASE + LENGTH) over chains that have not stopped and their lanes, one step raises M by at
+    most one: a lane that runs moves on by one, and a lane that opens starts inside its chain's answer. So the bound is
     an old M plus the steps since. M is copied every _LOOK_EVERY steps, and used as many steps later, when it has long
     been there: at a fixed step, for what is launched must not depend on how fast the copy was. On a CPU looking is free
     and there is no bound.
@@ -40,9 +40,7 @@ class LengthBound:
             if self._in_flight:
                 self._wait()
                 self.bound = min(self.bound, int(self._value) + self._since)
-            fields = state.field
-            answers = fields[:, ChainField.BASE] + fields[:, ChainField.LENGTH]
-            self._start_copy(torch.maximum(state.position.max() + 1, answers.max().to(torch.int64)))
+            self._start_copy(_longest(state))
             self._in_flight, self._since = True, 0
         bound = self.bound
         self.bound += 1
@@ -56,3 +54,11 @@ class LengthBound:
 
     def _wait(self) -> None:
         self._event.synchronize()
+
+
+def _longest(state: ChainState) -> torch.Tensor:
+    """M of a state. What a slot keeps of a chain that has stopped is read by nobody."""
+    mode, answers = state.field[:, ChainField.MODE], state.field[:, ChainField.BASE] + state.field[:, ChainField.LENGTH]
+    runs = (mode >= Mode.START) & (mode <= Mode.PROPOSE)
+    lanes = state.position.unflatten(0, (state.chains, state.lanes)).amax(1) + 1
+    return (torch.maximum(lanes, answers) * runs).max()

@@ -139,7 +139,7 @@ def shortfall(report: dict, slots: int, lanes: int | None) -> str | None:
     return f"memory did not hold {slots} x {lanes} lanes at once ({ran})"
 
 
-def driver_share(seconds: dict[str, float]) -> float | None:
+def driver_fraction(seconds: dict[str, float]) -> float | None:
     """The driver's own share of the decode steps: everything but the model's forward pass and prefill.
 
     None where steps were replayed from a recording: the host's clock then only sees the launches.
@@ -150,13 +150,13 @@ def driver_share(seconds: dict[str, float]) -> float | None:
     return 1 - seconds["forward"] / total if total else None
 
 
-def useful_share(report: dict) -> float | None:
+def useful_fraction(report: dict) -> float | None:
     """Rows that brought an extension or a proposal on, over all that went through the model."""
     return report["useful_lane_steps"] / report["lane_steps"] if report.get("lane_steps") else None
 
 
-def filled_share(report: dict) -> float | None:
-    """`RunReport.filled`: tokens drawn, over steps times rows of the plan. None where no step was made."""
+def filled_fraction(report: dict) -> float | None:
+    """`RunReport.filled`: tokens drawn, over decode steps times rows of the plan. None where no step was made."""
     return report["filled"] if report.get("row_steps") else None
 
 

@@ -178,7 +178,7 @@ class Bench:
         return {
             "lanes": lanes,
             "steps": len(times),
-            "replayed": report.replays / report.steps,
+            "replayed": report.replays / report.decode_steps,
             "seconds": seconds,
             "seconds_quartiles": [quarters[0], quarters[2]],
             "weight_bytes": weights,
@@ -199,7 +199,7 @@ class Bench:
                 torch.cuda.synchronize()
         if reason := self.short(rows // lanes_of(rows), lanes_of(rows)):
             return {"lanes": rows, "not_measured": reason}
-        steps = self.subject.sampler.last_run.steps
+        steps = self.subject.sampler.last_run.decode_steps
         micro: Counter[str] = Counter()
         for event in profile.key_averages():
             took = event.self_device_time_total if on_device else event.self_cpu_time_total

@@ -248,14 +248,14 @@ def phases(measured: Measured, folder: Path) -> Path | None:
     timed = {
         method: runs
         for method, runs in measured.runs.items()
-        if all(run.get("report", {}).get("steps") for run in runs)
+        if all(run.get("report", {}).get("decode_steps") for run in runs)
     }
     if not timed:
         return None
     fig, ax = _bars(len(timed), measured, f"Where a decode step's time goes ({measured.schedule})")
     drawn = {}
     for y, runs in enumerate(timed.values()):
-        steps = sum(run["report"]["steps"] for run in runs)
+        steps = sum(run["report"]["decode_steps"] for run in runs)
         spent = {phase: sum(run["report"]["seconds"].get(phase, 0.0) for run in runs) for phase in PHASES}
         total, right = sum(spent.values()), 0.0
         for phase, (colour, text) in PHASES.items():

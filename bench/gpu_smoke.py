@@ -284,7 +284,12 @@ def answer_items(device: str) -> list[Item]:
         assert worst < tolerance, f"log p of a token is {worst} nats from a fresh forward's"
         assert accepted > 0, "no step changed an answer"
         kernel = str(getattr(engine, "attention", "?"))
-        return {"accepted": accepted, "steps": run.steps, "logp_error": f"{worst:.1e}", "attention": kernel}
+        return {
+            "accepted": accepted,
+            "decode_steps": run.decode_steps,
+            "logp_error": f"{worst:.1e}",
+            "attention": kernel,
+        }
 
     def replayed(dtype, cut: str, lanes: int) -> dict:
         (plain, _, _), (replayed, run, _) = (drawn(dtype, cut, lanes, capture) for capture in (False, True))
@@ -293,7 +298,7 @@ def answer_items(device: str) -> list[Item]:
             for name in ("tokens", "outcomes", "log_weights"):
                 a, b = getattr(ours, name), getattr(theirs, name)
                 assert a == b, f"chain {k}: {name} are {a}; without graphs {b}"
-        return {"replays": run.replays, "steps": run.steps}
+        return {"replays": run.replays, "decode_steps": run.decode_steps}
 
     def as_on_the_host() -> dict:
         """float32 rounds otherwise there, so a draw may go the other way, and from there on the chain is another."""

@@ -97,7 +97,7 @@ class Bench:
             out = call()
             if any(len(answer) != self.schedule["max_new_tokens"] for answer in out.answers):
                 raise AssertionError(f"{name} ended an answer early")
-            say(f"    {out.wall:.1f} s, {out.report['steps']} steps of {out.report['lanes']} lanes")
+            say(f"    {out.wall:.1f} s, {out.report['decode_steps']} steps of {out.report['lanes']} lanes")
             return out
 
         first = run("plain", lambda: self.plain(prompt, seed))
@@ -140,9 +140,9 @@ def summary(cells: list[dict], lanes: str) -> dict:
         "wall_over_plain": over("plain", "wall"),
         "cpu_over_plain": over("plain", "cpu"),
         "forwarded": spread(run.forwarded for run in runs),
-        "decode_steps": spread(report["steps"] for report in reports),
-        "useful": spread(share for share in map(common.useful_share, reports) if share is not None),
-        "filled": spread(common.filled_share(run.report) for run in runs),
+        "decode_steps": spread(report["decode_steps"] for report in reports),
+        "useful": spread(useful for useful in map(common.useful_fraction, reports) if useful is not None),
+        "filled": spread(common.filled_fraction(run.report) for run in runs),
         "acceptance": sum(run.accepted + run.unchanged for run in runs) / steps if steps else None,
         "changed": sum(run.accepted for run in runs) / steps if steps else None,
         "differ": (

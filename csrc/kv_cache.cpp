@@ -49,10 +49,10 @@ void kv_copy_ranges(Tensor dst, Tensor src, Tensor ranges) {
   }
   if (copies.empty() || D == 0) return;
 
-  const int64_t dst_group = dst.stride(0) * item, dst_head = dst.stride(2) * item, dst_step = dst.stride(3) * item;
-  const int64_t src_group = src.stride(0) * item, src_head = src.stride(2) * item, src_step = src.stride(3) * item;
+  const int64_t dst_group = dst.stride(0) * item, dst_head = dst.stride(2) * item, dst_position = dst.stride(3) * item;
+  const int64_t src_group = src.stride(0) * item, src_head = src.stride(2) * item, src_position = src.stride(3) * item;
   const int64_t bytes = D * item;
-  const bool packed = dst_step == bytes && src_step == bytes;
+  const bool packed = dst_position == bytes && src_position == bytes;
   char* to = static_cast<char*>(dst.data_ptr());
   const char* from = static_cast<const char*>(src.data_ptr());
   const int64_t count = static_cast<int64_t>(copies.size());
@@ -66,7 +66,7 @@ void kv_copy_ranges(Tensor dst, Tensor src, Tensor ranges) {
       if (packed) {
         std::memcpy(d, s, c.positions * bytes);
       } else {
-        for (int64_t p = 0; p < c.positions; ++p) std::memcpy(d + p * dst_step, s + p * src_step, bytes);
+        for (int64_t p = 0; p < c.positions; ++p) std::memcpy(d + p * dst_position, s + p * src_position, bytes);
       }
     }
   });

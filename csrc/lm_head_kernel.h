@@ -4,8 +4,8 @@
 // PK_DOT_BF16 (0 or 1) further says whether pairs of bfloat16 are multiplied by one instruction (AVX512_BF16).
 //
 // Every product z[b, v] = sum_k hidden[b, k] * lm_head[v, k] is summed in one fixed order, whatever the number of rows
-// and wherever it stands: lane i of one vector takes k = i, W + i, 2W + i, ... within a block of k
-// (pairs of bfloat16: 2i and 2i + 1, 2W + 2i and 2W + 2i + 1, ...), then the lanes are added in one tree, then the
+// and wherever it stands: entry i of one vector takes k = i, W + i, 2W + i, ... within a block of k
+// (pairs of bfloat16: 2i and 2i + 1, 2W + 2i and 2W + 2i + 1, ...), then the entries are added in one tree, then the
 // blocks in order. So a row has the same bits alone and in a batch.
 
 #include "vector.h"
@@ -69,8 +69,8 @@ PK_INLINE void pack(const typename T::Item* from, int64_t n, int64_t padded, typ
 typedef float Columns __attribute__((vector_size(COLUMNS * 4)));
 typedef float Columns_any __attribute__((vector_size(COLUMNS * 4), aligned(4), may_alias));
 
-// The sums of the lanes of four vectors.
-PK_INLINE Columns add_lanes(const F* a) {
+// The sums of the entries of four vectors.
+PK_INLINE Columns add_entries(const F* a) {
 #if PK_ISA == 5
   const __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
   // With masks of ones: the plain forms read uninitialised registers in GCC's header, and it warns of them.
@@ -117,10 +117,10 @@ static void panel(const typename P::Item* const* weights, int64_t ahead, const t
   }
   if (more) {
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) += add_lanes(sum[r]);
+    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) += add_entries(sum[r]);
   } else {
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) = add_lanes(sum[r]);
+    for (int r = 0; r < R; ++r) *(Columns_any*)(z + r * z_pitch) = add_entries(sum[r]);
   }
 }
 
@@ -176,7 +176,7 @@ static void stream(const typename T::Item* weights, int64_t weight_pitch, int64_
     for (int64_t first = 0; first < D; first += depth)
       for (int r = 0; r < R; ++r, partial += COLUMNS) {
         Columns_any* to = (Columns_any*)(z + r * z_pitch + v);
-        *to = first ? *to + add_lanes(partial) : add_lanes(partial);
+        *to = first ? *to + add_entries(partial) : add_entries(partial);
       }
   }
 }

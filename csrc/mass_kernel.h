@@ -54,10 +54,10 @@ PK_INLINE void stage(Staged& s, const typename T::Item* p, int64_t n, int64_t sk
 // Replaces the first entry that equals the maximum by -inf: it then adds nothing to any sum.
 PK_INLINE void drop_argmax(Staged& s) {
   int g = 0;
-  while (g < s.groups && !lanes_equal(s.running_max[g], s.max)) ++g;
+  while (g < s.groups && !entries_equal(s.running_max[g], s.max)) ++g;
   if (g == s.groups) return;  // only NaN
   for (float* z = s.z + g * GROUP; z < s.z + (g + 1) * GROUP; z += W)
-    if (const uint32_t bits = lanes_equal(*(F*)z, s.max)) {
+    if (const uint32_t bits = entries_equal(*(F*)z, s.max)) {
       z[__builtin_ctz(bits)] = MINUS_INF;
       return;
     }

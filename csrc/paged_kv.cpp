@@ -56,8 +56,8 @@ struct Tables {
   }
 
   void set_copy(int64_t r, int32_t to, int32_t of, int64_t stop) const {
-    const int32_t record[4] = {to, of, 0, static_cast<int32_t>(stop)};
-    std::copy(record, record + 4, copies + r * 4);
+    const int32_t copy[4] = {to, of, 0, static_cast<int32_t>(stop)};
+    std::copy(copy, copy + 4, copies + r * 4);
   }
 
   void set_status(int64_t r, BlockStatus value) const { status[r] = static_cast<int32_t>(value); }

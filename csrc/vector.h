@@ -36,8 +36,8 @@ PK_INLINE F fma(F a, F b, F c) {
 // A NaN in b is returned, one in a is not (what maxps does, so this is one instruction).
 PK_INLINE F max_keep_b(F a, F b) { return a > b ? a : b; }
 
-// Bit i is set where lane i of v equals x.
-PK_INLINE uint32_t lanes_equal(F v, float x) {
+// Bit i is set where entry i of v equals x.
+PK_INLINE uint32_t entries_equal(F v, float x) {
 #if PK_ISA == 5
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_EQ_OQ);
 #elif PK_ISA == 2

@@ -116,7 +116,7 @@ _PER_CHAIN = {"field", "token", "logq", "cumw", "cumz", "outcome", "left", "forw
 
 @dataclass
 class ChainState:
-    """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then the plan.
+    """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then what comes next.
 
     Z = H + 1 under a divergence cut and 0 otherwise. By serial: column s of [C, S+1] belongs to step s, and is settled
     once s < OPENED and no lane holds it.

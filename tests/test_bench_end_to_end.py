@@ -342,14 +342,14 @@ def test_the_account_of_a_run_adds_up(written):
     assert min(ours["account"]["accepted"], ours["account"]["rejected"]) > 0
 
 
-def test_shares_of_a_run():
+def test_fractions_of_a_run():
     seconds = {"prefill": 9.0, "forward": 8.0, "sample": 1.0, "advance": 0.5, "transfer": 0.25, "other": 0.25}
-    assert common.driver_share(seconds) == pytest.approx(0.2)
-    assert common.driver_share({**seconds, "replay": 1.0}) is None
-    assert common.useful_share({"lane_steps": 200, "useful_lane_steps": 190}) == 0.95
-    assert common.useful_share({"lane_steps": 0, "useful_lane_steps": 0}) is None
-    assert common.filled_share({"row_steps": 400, "filled": 0.75}) == 0.75
-    assert common.filled_share({}) is None
+    assert common.driver_fraction(seconds) == pytest.approx(0.2)
+    assert common.driver_fraction({**seconds, "replay": 1.0}) is None
+    assert common.useful_fraction({"lane_steps": 200, "useful_lane_steps": 190}) == 0.95
+    assert common.useful_fraction({"lane_steps": 0, "useful_lane_steps": 0}) is None
+    assert common.filled_fraction({"row_steps": 400, "filled": 0.75}) == 0.75
+    assert common.filled_fraction({}) is None
 
 
 def test_throughput_targets_are_those_of_the_device():
@@ -390,7 +390,7 @@ def test_marks_are_taken_before_every_step_and_taken_away(tiny):
     with decode.marked_steps(CPU) as marks:
         tiny.sampler.generate([[3, 4, 5]], PowerConfig(alpha=1.0, max_new_tokens=8, block_size=None, mcmc_steps=0))
     assert Run.step is original
-    assert len(marks) == tiny.sampler.last_run.steps == 8
+    assert len(marks) == tiny.sampler.last_run.decode_steps == 8
     assert len(decode.intervals(marks)) == 8 - decode.WARM_STEPS - 1
     assert min(decode.intervals(marks)) > 0
 

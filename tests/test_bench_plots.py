@@ -31,7 +31,7 @@ def run(**changes) -> dict:
     values = {
         "cpu": 2.0, "wall": 2.5, "forwarded": 33, "answers": [[1] * 8], "logp": [-3.0], "steps": 4, "accepted": 1,
         "unchanged": 1, "account": ACCOUNT, "outcomes": [[0, 2, 1, 0]], "left": [[3, 0, -1, 7]],
-        "report": {"steps": 20, "lanes": 1, "seconds": seconds},
+        "report": {"decode_steps": 20, "lanes": 1, "seconds": seconds},
     }  # fmt: skip
     return {**values, **changes}
 

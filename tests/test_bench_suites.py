@@ -65,7 +65,7 @@ def test_bytes_of_decode_attention():
 
 
 def test_bytes_of_mh_advance():
-    """By hand: a lane 64 of fields, 20 sampled, 16 appended, 16 read, 56 of plan; a chain 128 of fields, 16 of plan."""
+    """By hand: a lane 64 of fields, 20 sampled, 16 appended, 16 read, 56 emitted; a chain 128 of fields, 16 of plan."""
     assert chain.advance_bytes(1, 1) == chain.STEPS * (64 + 20 + 16 + 16 + 56 + 144)
     assert chain.advance_bytes(3, 2) == chain.STEPS * 3 * (2 * 172 + 144)
 

@@ -56,7 +56,7 @@ def test_chains_are_bitwise_the_same_replayed_or_not(family, lanes, recorded):
     replayed, run = draw(model, config, capture=True, **options)
     assert [chain(r) for r in replayed] == [chain(r) for r in plain]
     assert run.captured
-    assert run.replays > 0.5 * run.steps
+    assert run.replays > 0.5 * run.decode_steps
     assert sum(r.accepted for r in plain) >= 10
 
 
@@ -78,7 +78,7 @@ def test_recordings_are_few(recorded):
     """One for each rounded number of chains and each bucket of lengths, whatever the steps."""
     _, run = draw(tiny_models.llama(), capture=True, num_chains=4, max_chains=5)
     assert len(recorded.made) <= 4 * 4  # 1, 2, 4 and 5 chains; lengths up to 23 in buckets of 8, and a spare
-    assert run.steps > 10 * len(recorded.made)
+    assert run.decode_steps > 10 * len(recorded.made)
 
 
 def test_the_entropy_cut_is_the_same_replayed_or_not(recorded):

@@ -315,13 +315,13 @@ def test_replayed_runs_make_the_chains_of_steps_that_run_as_they_are(dtype, lane
     config = PowerConfig(alpha=2.0, max_new_tokens=24, block_size=8, mcmc_steps=4, lanes=lanes)
     arguments = dict(num_chains=12, seed=3, max_chains=2)
     plain = PowerSampler(model, capture=False).generate([[4, 5, 6], [7, 8]], config, **arguments)
-    for owner, name in ((captured._CudaGraph, "replay"), (HuggingFaceEngine, "plan"), (Poll, "look")):
+    for owner, name in ((captured._CudaGraph, "replay"), (HuggingFaceEngine, "prepare"), (Poll, "look")):
         monkeypatch.setattr(owner, name, waits_for_nothing(getattr(owner, name)))
     sampler = PowerSampler(model)
     assert sampler.capture
     replayed = sampler.generate([[4, 5, 6], [7, 8]], config, **arguments)
     run = sampler.last_run
-    assert run.replays > 0.5 * run.steps
+    assert run.replays > 0.5 * run.decode_steps
     assert sum(r.accepted for r in plain) > 20
     for ours, theirs in zip(replayed, plain, strict=True):
         assert (ours.tokens, ours.log_weights, ours.outcomes) == (theirs.tokens, theirs.log_weights, theirs.outcomes)

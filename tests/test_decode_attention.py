@@ -340,7 +340,7 @@ def test_on_a_device_lanes_that_do_not_run_cost_one_position_and_leave_nothing(k
     state.input_id.copy_(torch.tensor([prompts[lane // 2][-1] for lane in range(4)]))
     state.position.copy_(torch.tensor([8, 8, 6, 6]))
     state.exclude.fill_(-1)
-    every = engine.decode(state, engine.plan(state))
+    every = engine.decode(state, engine.prepare(state))
     running = torch.tensor([True, False, True, False])
     state.lane_field[~running, LaneField.STATUS] = torch.tensor([int(LaneStatus.IDLE), int(LaneStatus.CLOSED)]).int()
     handles = [
@@ -350,7 +350,7 @@ def test_on_a_device_lanes_that_do_not_run_cost_one_position_and_leave_nothing(k
         for layer in engine.model.model.layers
     ]
     read.clear()
-    some = engine.decode(state, engine.plan(state))
+    some = engine.decode(state, engine.prepare(state))
     for handle in handles:
         handle.remove()
     for name in ("token", "logq", "weight", "status"):
@@ -361,7 +361,7 @@ def test_on_a_device_lanes_that_do_not_run_cost_one_position_and_leave_nothing(k
         assert torch.isfinite(slab).all()
     state.lane_field[:, LaneField.STATUS] = int(LaneStatus.RUNNING)  # and go back, behind what they wrote
     state.position[1] = 3
-    assert engine.decode(state, engine.plan(state)).status.tolist() == [Status.OK] * 4
+    assert engine.decode(state, engine.prepare(state)).status.tolist() == [Status.OK] * 4
     engine.end()
 
 

@@ -58,7 +58,7 @@ def plain_logits(model, sequences: list[list[int]], max_length: int) -> torch.Te
 
 def decoded(engine, state) -> torch.Tensor:
     """The logits [rows, V] that the engine would sample from."""
-    return engine._logits(engine._fed(state, engine.plan(state)))
+    return engine._logits(engine._fed(state, engine.prepare(state)))
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -349,7 +349,7 @@ def way(request):
         yield kernel, HuggingFaceEngine.step
     else:
         with flash_attention.on_the_host():
-            yield kernel, lambda engine, state: engine.decode(state, engine.plan(state))
+            yield kernel, lambda engine, state: engine.decode(state, engine.prepare(state))
 
 
 def test_bad_rows_are_reported_and_leave_nothing_behind(way):

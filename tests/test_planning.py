@@ -511,7 +511,7 @@ def test_the_report_says_what_the_run_did(free):
     report = sampler.last_run
     assert (report.slots, report.lanes, report.captured, report.replays, report.restarts) == (4, 2, False, 0, 0)
     assert report.useful_lane_steps == sum(r.cost.extension + r.cost.proposal for r in results) == engine.forwarded
-    assert report.useful_lane_steps <= report.lane_steps <= 8 * report.steps
+    assert report.useful_lane_steps <= report.lane_steps <= 8 * report.decode_steps
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert report.seconds["forward"] > 0 < report.seconds["advance"]
 

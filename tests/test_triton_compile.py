@@ -81,7 +81,7 @@ def test_logits_and_caches_come_in_16_byte_loads(report):
     # masses (3 dtypes, entropy or not), finishers (3 dtypes, 2 widths) and caches (3 widths) on three targets
     assert len(wanted) >= 3 * (6 + 6 + 3)
     assert [(r["target"], r["name"], r["loads"]) for r in wanted if not r["loads"].get("128")] == []
-    # A wave of 64 has half as many entries a lane to read; the finishers' tiles have 4 warps, so 8 bytes a lane.
+    # A wave of 64 has half as many entries a thread to read; the finishers' tiles have 4 warps, so 8 bytes a thread.
     streaming = [r for r in on(report, "gfx942") if r["wide"] and r["name"].startswith(("mass", "kv_copy"))]
     assert len(streaming) == 6 + 3
     assert [(r["name"], r["loads"]) for r in streaming if not r["loads"].get("128")] == []

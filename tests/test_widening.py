@@ -89,8 +89,8 @@ def test_rows_are_filled_while_the_last_chains_end():
         results = sampler.generate([[5]], config, num_chains=64)
         report = sampler.last_run
         drawn = sum(r.cost.extension + r.cost.proposal for r in results)
-        assert (report.drawn, report.row_steps) == (drawn, SLOTS * report.steps)
-        assert report.filled == drawn / (SLOTS * report.steps)
+        assert (report.drawn, report.row_steps) == (drawn, SLOTS * report.decode_steps)
+        assert report.filled == drawn / (SLOTS * report.decode_steps)
         shares.append(report.filled)
     assert shares[1] > shares[0]
 
@@ -179,7 +179,7 @@ def test_the_last_chains_of_a_real_model_are_what_they_are_alone(way, monkeypatc
     report = sampler.last_run
     assert (report.slots, report.lanes, report.widened) == (4, 1, 2)
     assert sum(r.cost.voided for r in got) > 0
-    assert report.replays > report.steps / 2 if replayed else not graphs.made
+    assert report.replays > report.decode_steps / 2 if replayed else not graphs.made
     alone = PowerSampler(HuggingFaceEngine(model, remember=False, self_check=False)).generate(
         PROMPTS, PowerConfig(**CONFIG, lanes=1), max_chains=1, **arguments
     )

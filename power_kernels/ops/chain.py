@@ -119,14 +119,14 @@ def mh_advance(
     """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
 
     state: `ChainState` of C chains with P lanes each, updated in place: what was sampled is appended, proposals are
-    rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then the plan
-    is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy before it,
-    first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
+    rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then what
+    comes next is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy
+    before it, first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
     log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1], or [C] where each chain has its own.
     eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
-    returned them for the last plan; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P], nats, of the
-    same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
+    returned them for what was written last; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P],
+    nats, of the same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
     A bad status stops its chain (Mode.FAULT) when, and only when, the serial chain would have reached it; so does a
     status OK with a weight, logq or entropy that is NaN (as Status.NAN) or a weight or entropy of +inf (as
     Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises ArgumentError for more than 16 lanes a chain.

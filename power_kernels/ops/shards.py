@@ -54,8 +54,8 @@ def _check_offset(offset) -> None:
 
 def _row_blocks(logits: torch.Tensor):
     rows, width = logits.shape
-    step = max(1, _ENTRIES // width)
-    return (slice(first, first + step) for first in range(0, rows, step))
+    size = max(1, _ENTRIES // width)
+    return (slice(first, first + size) for first in range(0, rows, size))
 
 
 def _shifted(z: torch.Tensor, top: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 WORDs keep the configurations whose names contain them all, --target one of sm_80, sm_90, sm_100, gfx942. Needs no GPU;
 must run without TRITON_INTERPRET. One row a target and configuration, from the machine code:
 
-    regs    registers a thread (NVIDIA), vector registers a lane (AMD)
+    regs    registers a thread (NVIDIA), vector registers a thread (AMD)
     shared  bytes of shared memory a program
     spill   bytes of stack and local memory a thread; on AMD scratch bytes, or spilled vector registers if that is more
     warps   that fit on one multiprocessor (compute unit), as registers and shared memory allow; their share of the most
@@ -179,7 +179,7 @@ def _amd(compiled, configuration: Configuration, name: str, _disassemble: bool) 
         return int(re.search(rf"\.{key}:\s+(\d+)", code)[1])
 
     registers = of("vgpr_count")
-    # Four SIMDs of 512 registers a lane, taken 8 at a time; 8 waves each.
+    # Four SIMDs of 512 registers a thread, taken 8 at a time; 8 waves each.
     waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
     shared = compiled.metadata.shared
     blocks = waves // configuration.num_warps

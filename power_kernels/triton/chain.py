@@ -37,7 +37,7 @@ from power_kernels.state import (
 )
 from power_kernels.triton import Configuration, launch, split
 from power_kernels.triton.rng import uniforms
-from power_kernels.triton.sampling import seed_step, take
+from power_kernels.triton.sampling import seed_stride, take
 
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))
@@ -807,7 +807,7 @@ _ADVANCE_POINTERS = {
     "new_entropy_ptr": "*fp32",
 }
 _ADVANCE_INTEGERS = (
-    "seed_step", "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
+    "seed_stride", "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
     "early_rejection", "free_prefix", "karan_du", "cut", "lanes",
 )  # fmt: skip
 
@@ -843,7 +843,7 @@ def _mh_advance_kernel(
     new_weight_ptr,  # [C*P] fp32
     new_status_ptr,  # [C*P] i32
     new_entropy_ptr,  # [C*P] fp32, read by the cut law that weighs by entropy
-    seed_step,  # from a chain's seed to the next one's: 0 or 1
+    seed_stride,  # from a chain's seed to the next one's: 0 or 1
     eos_count,
     width,  # max_new_tokens + 1
     serials,  # one more than the steps of a chain
@@ -897,7 +897,7 @@ def _mh_advance_kernel(
     field = field_ptr + c * CHAIN_PITCH
     base = tl.load(field + _BASE)
     draws = _Draws(
-        seed=tl.load(seed_ptr + c * seed_step),
+        seed=tl.load(seed_ptr + c * seed_stride),
         chain_id=tl.load(field + _CHAIN_ID),
         prompt_word=tl.load(field + _PROMPT_ID) << _STREAM_BITS,
     )
@@ -1005,7 +1005,7 @@ def mh_advance(*args) -> None:
         (state.chains,),
         state.field.device,
         *tensors,
-        seed_step(seed),
+        seed_stride(seed),
         eos.shape[0],
         state.token.shape[1],
         state.outcome.shape[1],

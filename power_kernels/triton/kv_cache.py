@@ -5,7 +5,7 @@
 Shapes: dst [G, Rd, heads, S, D], src [G, Rs, heads, S', D] of one dtype (moved as bytes), unit stride along D, any
 other strides; ranges i32 [R, 4], contiguous. A range is copied whole or not at all: it is skipped when it is empty, or
 when a row or position lies outside a slab. The slabs must not share memory, ranges must not write the same positions.
-Bytes moved: 2 * G * heads * D * itemsize a position. One program a (range, g, share of the range's blocks); a program
+Bytes moved: 2 * G * heads * D * itemsize a position. One program a (range, g, part of the range's blocks); a program
 of an empty range reads 16 bytes and leaves. Every size and stride is an argument: a device compiles the few block
 widths below, whatever the model.
 """
@@ -20,9 +20,9 @@ from power_kernels.triton import POINTER, Configuration, launch, split
 
 COPY = {"num_warps": 4}
 _BLOCK = 2048  # words a step: four 16-byte loads in flight a thread
-_PROGRAMS = 16384  # long ranges are shared out until there are this many; a program without work costs its launch
+_PROGRAMS = 16384  # long ranges are divided until there are this many; a program without work costs its launch
 
-_STRIDES = ("dst_g", "dst_row", "dst_head", "dst_step", "src_g", "src_row", "src_head", "src_step")
+_STRIDES = ("dst_g", "dst_row", "dst_head", "dst_position", "src_g", "src_row", "src_head", "src_position")
 _SIZES = ("dst_rows", "src_rows", "heads", "positions", "units")
 
 
@@ -34,11 +34,11 @@ def _kv_copy_kernel(
     dst_g: tl.int64,  # strides in units of UNIT words
     dst_row: tl.int64,
     dst_head: tl.int64,
-    dst_step: tl.int64,
+    dst_position: tl.int64,
     src_g: tl.int64,
     src_row: tl.int64,
     src_head: tl.int64,
-    src_step: tl.int64,
+    src_position: tl.int64,
     dst_rows,
     src_rows,
     heads,
@@ -48,12 +48,12 @@ def _kv_copy_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A share of one range of one layer's K or V."""
-    record = ranges_ptr + tl.program_id(0) * 4
-    to = tl.load(record)
-    of = tl.load(record + 1)
-    start = tl.load(record + 2)
-    stop = tl.load(record + 3)
+    """A part of one range of one layer's K or V."""
+    ranges_ptr += tl.program_id(0) * 4
+    to = tl.load(ranges_ptr)
+    of = tl.load(ranges_ptr + 1)
+    start = tl.load(ranges_ptr + 2)
+    stop = tl.load(ranges_ptr + 3)
     inside = (to >= 0) & (to < dst_rows) & (of >= 0) & (of < src_rows) & (start >= 0) & (stop <= positions)
     if inside & (start < stop):
         g = tl.program_id(1).to(tl.int64)
@@ -67,15 +67,15 @@ def _kv_copy_kernel(
         blocks = tl.cdiv(stop - start, BLOCK_S)
         for item in range(tl.program_id(2), heads * blocks, tl.num_programs(2)):
             head = (item // blocks).to(tl.int64)
-            step = start + (item % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
-            rows = step < stop
-            step = step.to(tl.int64)
-            of_step = src_base + (head * src_head + step * src_step) * UNIT
-            to_step = dst_base + (head * dst_head + step * dst_step) * UNIT
+            position = start + (item % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+            live = position < stop
+            position = position.to(tl.int64)
+            source = src_base + (head * src_head + position * src_position) * UNIT
+            target = dst_base + (head * dst_head + position * dst_position) * UNIT
             for first in range(0, units * UNIT, BLOCK_D):
                 word = first + tl.arange(0, BLOCK_D)[None, :]
-                mask = rows & (word < units * UNIT)
-                tl.store(to_step + word, tl.load(of_step + word, mask=mask), mask=mask)
+                mask = live & (word < units * UNIT)
+                tl.store(target + word, tl.load(source + word, mask=mask), mask=mask)
 
 
 _WORD = {16: (torch.int32, 4), 8: (torch.int32, 2), 4: (torch.int32, 1), 2: (torch.int16, 1), 1: (torch.uint8, 1)}
@@ -120,10 +120,10 @@ def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -
     positions = min(to.shape[3], of.shape[3])
     meta = _blocks(unit_bytes, words)
     wanted = triton.cdiv(_PROGRAMS, max(ranges.shape[0] * groups, 1))
-    shares = min(wanted, heads * triton.cdiv(positions, meta["BLOCK_S"]))
+    parts = min(wanted, heads * triton.cdiv(positions, meta["BLOCK_S"]))
     launch(
         _kv_copy_kernel,
-        (ranges.shape[0], groups, shares),
+        (ranges.shape[0], groups, parts),
         dst.device,
         to,
         of,

@@ -1,8 +1,9 @@
 """Block tables with reference counts, and the copy of split blocks (DESIGN 5.7).
 
 What each operator writes, entry by entry, is `reference/paged_kv.py`; the state is `block_tables.BlockTables`.
-Shapes: block_table i32 [R, M], refcount and free_list i32 [N], the rest i32 [R]. Bytes: 20 to 30 a row, 12 to 16 an
-entry of the rows that change.
+Every kernel takes the tables first, all of them: block_table i32 [R, M] with row stride table_row, length i32 [R],
+refcount and free_list i32 [N], free_count i32 [1], copies i32 [R, 4], status i32 [R]; then what is asked for, and R,
+M and the positions of a block. Bytes: 20 to 30 a row, 12 to 16 an entry of the rows that change.
 
 Blocks are handed out and given back by one program of one warp: in row order, so that the same calls leave the same
 tables, and without a race to think about. Rows are looked at BLOCK at a time. Where a row must be worked on by itself
@@ -52,11 +53,11 @@ def _pick(row, wanted, values):
 
 @triton.jit
 def _store_copy(copies_ptr, row, to, of, stop, live):
-    record = copies_ptr + row.to(tl.int64) * 4
-    tl.store(record, to, mask=live)
-    tl.store(record + 1, of, mask=live)
-    tl.store(record + 2, 0, mask=live)
-    tl.store(record + 3, stop, mask=live)
+    copies_ptr += row.to(tl.int64) * 4
+    tl.store(copies_ptr, to, mask=live)
+    tl.store(copies_ptr + 1, of, mask=live)
+    tl.store(copies_ptr + 2, 0, mask=live)
+    tl.store(copies_ptr + 3, stop, mask=live)
 
 
 @triton.jit
@@ -82,21 +83,11 @@ def _release(blocks_ptr, start, stop, refcount_ptr, free_list_ptr, available, CO
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _fork_kernel(
-    block_table_ptr,  # [R, M] i32, row stride table_row
-    length_ptr,  # [R] i32
-    refcount_ptr,  # [N] i32
-    free_list_ptr,  # [N] i32
-    free_count_ptr,  # [1] i32
-    copies_ptr,  # [R, 4] i32
-    status_ptr,  # [R] i32
-    parent_ptr,  # [R] i32
-    tokens_ptr,  # [R] i32
-    table_row,
-    rows,
-    max_blocks,
-    block_size,
+    block_table_ptr, length_ptr, refcount_ptr, free_list_ptr, free_count_ptr, copies_ptr, status_ptr,
+    parent_ptr, tokens_ptr,  # [R] i32
+    table_row, rows, max_blocks, block_size,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Check every fork and hand out the blocks for those whose cut splits one."""
     available = tl.load(free_count_ptr)
     asked = available * 0
@@ -128,25 +119,17 @@ def _fork_kernel(
         tl.store(refcount_ptr + to, 1, mask=take)
         _store_copy(copies_ptr, row, to, of, tl.where(take, rest, 0), live)
         tl.store(status_ptr + row, status, mask=live)
-    tl.debug_barrier()  # every lane has read the count that changes
+    tl.debug_barrier()  # every thread has read the count that changes
     tl.store(free_count_ptr, available - tl.minimum(asked, available))
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _share_kernel(
-    block_table_ptr,  # [R, M] i32, row stride table_row
-    length_ptr,  # [R] i32
-    refcount_ptr,  # [N] i32
-    copies_ptr,  # [R, 4] i32
-    status_ptr,  # [R] i32
-    parent_ptr,  # [R] i32
-    tokens_ptr,  # [R] i32
-    table_row,
-    rows,
-    max_blocks,
-    block_size,
+    block_table_ptr, length_ptr, refcount_ptr, free_list_ptr, free_count_ptr, copies_ptr, status_ptr,
+    parent_ptr, tokens_ptr,  # [R] i32
+    table_row, rows, max_blocks, block_size,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """The table of one row that was forked: its parent's full blocks, counted once more, and the one it was given."""
     row = tl.program_id(0).to(tl.int64)
     parent = tl.load(parent_ptr + row)
@@ -172,20 +155,11 @@ def _share_kernel(
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _extend_kernel(
-    block_table_ptr,  # [R, M] i32, row stride table_row
-    length_ptr,  # [R] i32
-    refcount_ptr,  # [N] i32
-    free_list_ptr,  # [N] i32
-    free_count_ptr,  # [1] i32
-    copies_ptr,  # [R, 4] i32
-    status_ptr,  # [R] i32
+    block_table_ptr, length_ptr, refcount_ptr, free_list_ptr, free_count_ptr, copies_ptr, status_ptr,
     tokens_ptr,  # [R] i32
-    table_row,
-    rows,
-    max_blocks,
-    block_size,
+    table_row, rows, max_blocks, block_size,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Hand out the blocks of every row that grows."""
     available = tl.load(free_count_ptr)
     asked = (available * 0).to(tl.int64)
@@ -209,7 +183,7 @@ def _extend_kernel(
         while chosen < rows:
             block = _pick(row, chosen, last)
             holders = tl.load(refcount_ptr + block)
-            tl.debug_barrier()  # every lane has counted the holders before one leaves
+            tl.debug_barrier()  # every thread has counted the holders before one leaves
             tl.store(refcount_ptr + block, tl.maximum(holders - 1, 1))
             leaves &= (row != chosen) | (holders > 1)
             tl.debug_barrier()
@@ -248,20 +222,11 @@ def _extend_kernel(
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _commit_kernel(
-    block_table_ptr,  # [R, M] i32, row stride table_row
-    length_ptr,  # [R] i32
-    refcount_ptr,  # [N] i32
-    free_list_ptr,  # [N] i32
-    free_count_ptr,  # [1] i32
-    status_ptr,  # [R] i32
+    block_table_ptr, length_ptr, refcount_ptr, free_list_ptr, free_count_ptr, copies_ptr, status_ptr,
     source_ptr,  # [R] i32
-    table_row,
-    rows,
-    max_blocks,
-    block_size,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    table_row, rows, max_blocks, block_size,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Release the blocks of each row that takes another, and move that one's entries over."""
     available = tl.load(free_count_ptr)
     for first in range(0, rows, BLOCK):
@@ -302,19 +267,11 @@ def _commit_kernel(
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
 def _rollback_kernel(
-    block_table_ptr,  # [R, M] i32, row stride table_row
-    length_ptr,  # [R] i32
-    refcount_ptr,  # [N] i32
-    free_list_ptr,  # [N] i32
-    free_count_ptr,  # [1] i32
+    block_table_ptr, length_ptr, refcount_ptr, free_list_ptr, free_count_ptr, copies_ptr, status_ptr,
     tokens_ptr,  # [R] i32
-    table_row,
-    rows,
-    max_blocks,
-    block_size,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    table_row, rows, max_blocks, block_size,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Shorten rows, and release the blocks that lie beyond."""
     available = tl.load(free_count_ptr)
     for first in range(0, rows, BLOCK):
@@ -334,7 +291,7 @@ def _rollback_kernel(
             stop = _pick(row, chosen, have)
             available = _release(blocks, start, stop, refcount_ptr, free_list_ptr, available, COLUMNS)
             chosen = tl.min(tl.where(cut & (row > chosen), row, rows), 0)
-    tl.debug_barrier()  # every lane has read the count that changes
+    tl.debug_barrier()  # every thread has read the count that changes
     tl.store(free_count_ptr, available)
 
 
@@ -342,105 +299,46 @@ def _rollback_kernel(
 # launchers: no synchronisation, no allocation
 
 
-def _sizes(block_table: torch.Tensor, block_size: int) -> tuple[int, ...]:
-    return block_table.stride(0), block_table.shape[0], block_table.shape[1], block_size
-
-
-def block_table_fork(
-    block_table, length, refcount, free_list, free_count, copies, status, parent, tokens, block_size
-) -> None:
-    """See `power_kernels.block_table_fork`. Two launches."""
-    device, sizes = block_table.device, _sizes(block_table, block_size)
+def _launch(kernel, programs: int, arguments: tuple, meta: dict[str, int]) -> None:
+    """arguments: an operator's, the tensors of its tables first and block_size last."""
+    *tensors, block_size = arguments
+    block_table = tensors[0]
     launch(
-        _fork_kernel,
-        (min(length.shape[0], 1),),
-        device,
-        block_table,
-        length,
-        refcount,
-        free_list,
-        free_count,
-        copies,
-        status,
-        parent,
-        tokens,
-        *sizes,
-        **ROWS,
-    )
-    launch(
-        _share_kernel,
-        (length.shape[0],),
-        device,
-        block_table,
-        length,
-        refcount,
-        copies,
-        status,
-        parent,
-        tokens,
-        *sizes,
-        **SHARE,
-    )
-
-
-def block_table_extend(
-    block_table, length, refcount, free_list, free_count, copies, status, tokens, block_size
-) -> None:
-    """See `power_kernels.block_table_extend`. One launch."""
-    launch(
-        _extend_kernel,
-        (min(length.shape[0], 1),),
+        kernel,
+        (programs,),
         block_table.device,
-        block_table,
-        length,
-        refcount,
-        free_list,
-        free_count,
-        copies,
-        status,
-        tokens,
-        *_sizes(block_table, block_size),
-        **ROWS,
+        *tensors,
+        block_table.stride(0),
+        *block_table.shape,
+        block_size,
+        **meta,
     )
 
 
-def block_table_commit(
-    block_table, length, refcount, free_list, free_count, copies, status, source, block_size
-) -> None:
-    """See `power_kernels.block_table_commit`. One launch."""
-    launch(
-        _commit_kernel,
-        (min(length.shape[0], 1),),
-        block_table.device,
-        block_table,
-        length,
-        refcount,
-        free_list,
-        free_count,
-        status,
-        source,
-        *_sizes(block_table, block_size),
-        **RELEASE,
-    )
+def _one(arguments: tuple) -> int:
+    """Programs of a kernel that looks at all rows itself: none for no rows."""
+    return min(len(arguments[0]), 1)
 
 
-def block_table_rollback(
-    block_table, length, refcount, free_list, free_count, copies, status, tokens, block_size
-) -> None:
-    """See `power_kernels.block_table_rollback`. One launch."""
-    launch(
-        _rollback_kernel,
-        (min(length.shape[0], 1),),
-        block_table.device,
-        block_table,
-        length,
-        refcount,
-        free_list,
-        free_count,
-        tokens,
-        *_sizes(block_table, block_size),
-        **RELEASE,
-    )
+def block_table_fork(*arguments) -> None:
+    """Tables, parent, tokens, block_size. See `power_kernels.block_table_fork`. Two launches."""
+    _launch(_fork_kernel, _one(arguments), arguments, ROWS)
+    _launch(_share_kernel, len(arguments[0]), arguments, SHARE)
+
+
+def block_table_extend(*arguments) -> None:
+    """Tables, tokens, block_size. See `power_kernels.block_table_extend`. One launch."""
+    _launch(_extend_kernel, _one(arguments), arguments, ROWS)
+
+
+def block_table_commit(*arguments) -> None:
+    """Tables, source, block_size. See `power_kernels.block_table_commit`. One launch."""
+    _launch(_commit_kernel, _one(arguments), arguments, RELEASE)
+
+
+def block_table_rollback(*arguments) -> None:
+    """Tables, tokens, block_size. See `power_kernels.block_table_rollback`. One launch."""
+    _launch(_rollback_kernel, _one(arguments), arguments, RELEASE)
 
 
 def kv_copy_blocks(pool: torch.Tensor, copies: torch.Tensor) -> None:

@@ -156,7 +156,7 @@ def _tile_record(
 
 
 @triton.jit(
-    do_not_specialize=["V", "stride_row", "tiles", "programs", "share"],
+    do_not_specialize=["V", "stride_row", "tiles", "programs", "each"],
     do_not_specialize_on_alignment=["beta_ptr", "work_ptr"],
 )
 def _mass_kernel(
@@ -167,24 +167,24 @@ def _mass_kernel(
     stride_row: tl.int64,  # in units of VEC entries
     tiles,
     programs,  # a row
-    share,  # tiles a program
+    each,  # tiles a program
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
     VEC: tl.constexpr,  # entries a load: 16 bytes, or 1
 ):
-    """A share of one row's tiles, one after the other.
+    """A part of one row's tiles, one after the other.
 
     A tile's maximum also tells what is wrong with it: NaN if an entry is NaN, else +inf if one is +inf, -inf if there
     is no mass.
     """
     row = tl.program_id(0) // programs
-    start = (tl.program_id(0) % programs) * share
+    start = (tl.program_id(0) % programs) * each
     logits = _row_of(logits_ptr, row, stride_row, VEC)
     record = work_ptr + row.to(tl.int64) * (4 * tiles)
     beta = tl.load(beta_ptr + row)
     whole = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= _MOST_POWER)
     power = tl.where(whole, beta, 0.0).to(tl.int32)
-    for tile in range(start, tl.minimum(start + share, tiles)):
+    for tile in range(start, tl.minimum(start + each, tiles)):
         first = tile * TILE
         left = tl.multiple_of(V - first, VEC)
         _tile_record(logits + first, beta, power, record + tile, tiles, left, ENTROPY, TILE, VEC)
@@ -272,7 +272,7 @@ def _tile_masses(z, top, beta, TILE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["V", "stride_row", "tiles", "seed_step", "has_exclude", "has_entropy"],
+    do_not_specialize=["V", "stride_row", "tiles", "seed_stride", "has_exclude", "has_entropy"],
     do_not_specialize_on_alignment=[
         "alpha_ptr", "beta_ptr", "seed_ptr", "counter_ptr", "exclude_ptr", "work_ptr", "token_ptr",
         "logp_ptr", "logq_ptr", "weight_ptr", "entropy_ptr", "status_ptr",
@@ -295,7 +295,7 @@ def _finish_kernel(
     V,
     stride_row: tl.int64,  # in units of VEC entries
     tiles,
-    seed_step,  # from a row's seed to the next one's: 0 or 1
+    seed_stride,  # from a row's seed to the next one's: 0 or 1
     has_exclude,
     has_entropy,
     TILES: tl.constexpr,
@@ -324,7 +324,8 @@ def _finish_kernel(
     x = -1
     if status == _OK:
         c = counter_ptr + row * 4
-        u, _ = uniforms(tl.load(seed_ptr + row * seed_step), tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
+        seed = tl.load(seed_ptr + row * seed_stride)
+        u, _ = uniforms(seed, tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
         if skip >= 0:
             # Only the excluded token's tile changes; its new maximum keeps what is left from underflowing.
             z = _read_tile(row_ptr, skip // TILE, V, skip, TILE, VEC)
@@ -395,7 +396,7 @@ def vector_width(logits: torch.Tensor) -> int:
     return 1 if (logits.data_ptr() | logits.stride(0) * item | logits.shape[1] * item) % 16 else 16 // item
 
 
-def seed_step(seed: torch.Tensor) -> int:
+def seed_stride(seed: torch.Tensor) -> int:
     """From a row's seed to the next one's, in a vector of one for all or one a row."""
     return int(seed.shape[0] != 1)
 
@@ -404,8 +405,8 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
     """Write the tile records of every row. logits [B, V], beta [B] f32, workspace f32 (>= B * 4 * tiles entries)."""
     rows, vocabulary = logits.shape
     tiles = tile_count(vocabulary)
-    share = max(1, rows * tiles // _PROGRAMS)
-    programs = triton.cdiv(tiles, share)
+    each = max(1, rows * tiles // _PROGRAMS)
+    programs = triton.cdiv(tiles, each)
     width = vector_width(logits)
     launch(
         _mass_kernel,
@@ -418,7 +419,7 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
         logits.stride(0) // width,
         tiles,
         programs,
-        share,
+        each,
         ENTROPY=entropy,
         VEC=width,
         **MASS,
@@ -453,7 +454,7 @@ def finish_out(
         logits.shape[1],
         logits.stride(0) // width,
         tiles,
-        seed_step(seed),
+        seed_stride(seed),
         int(exclude is not None),
         int(entropy is not None),
         TILES=tiles_block,
@@ -505,7 +506,7 @@ FINISH_SIGNATURE = {
     "weight_ptr": "*fp32",
     "entropy_ptr": "*fp32",
     "status_ptr": "*i32",
-    **dict.fromkeys(("V", "tiles", "seed_step", "has_exclude", "has_entropy"), "i32"),
+    **dict.fromkeys(("V", "tiles", "seed_stride", "has_exclude", "has_entropy"), "i32"),
 }
 
 
@@ -514,7 +515,7 @@ def configurations() -> list[Configuration]:
     masses = logits_configurations(
         "mass",
         _mass_kernel,
-        {"beta_ptr": "*fp32", "work_ptr": "*fp32", **dict.fromkeys(("V", "tiles", "programs", "share"), "i32")},
+        {"beta_ptr": "*fp32", "work_ptr": "*fp32", **dict.fromkeys(("V", "tiles", "programs", "each"), "i32")},
         MASS,
         {"ENTROPY": (False, True)},
     )

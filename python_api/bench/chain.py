@@ -6,7 +6,7 @@ and writes 13 (accept, log_ratio, status). Opponents: the masked float64 sums on
 running sum (`cumsum`, the order that early rejection needs), and torch.compile of the first. They check nothing.
 
 `mh_advance` does for every lane what follows a forward pass: append, early rejection, acceptance test, commit, the next
-cut, the free prefix, the plan of the next step. No library has it. Opponents: a vectorised torch step for one lane a
+cut, the free prefix, what the next step is given. No library has it. Opponents: a vectorised torch step for one lane a
 chain that appends, tests, commits and cuts anew (no free prefix, no random numbers by counter, no KV ranges; it selects
 with masks, so nothing waits for the device), the same compiled, and a loop over chains on the host, as published
 samplers have it. One call makes `STEPS` decode steps with another set of sampled tokens each. The bytes are those that
@@ -111,7 +111,7 @@ ACCEPT = Suite(
 
 STEPS = 8  # decode steps a call
 LENGTH = 512  # tokens of an answer
-ADVANCE_FORMULA = "a lane: 64 + 32 fields read and written, 20 sampled, 16 appended, 16 read, 80 of plan; times 8 steps"
+ADVANCE_FORMULA = "a lane: 64 + 32 fields read and written, 20 sampled, 16 appended, 16 read, 80 emitted; times 8 steps"
 VOCABULARY = 151_936
 
 

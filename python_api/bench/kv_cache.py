@@ -43,23 +43,23 @@ def build(point: Point, device: torch.device) -> Workload:
     src = torch.ones(shape, dtype=point.dtype, device=device)
     dst = torch.zeros(shape, dtype=point.dtype, device=device)
     # Suffixes of unequal length, `suffix` on average, from unequal cuts into another row.
-    plan = []
+    moves = []
     for row in range(rows):
         size = suffix + (suffix // 4) * ((row % 3) - 1) if rows > 2 else suffix
         start = (37 * row) % (length - size)
-        plan.append((row, rows - 1 - row, start, start + size))
-    ranges = torch.tensor(plan, dtype=torch.int32, device=device)
-    moved = sum(stop - start for *_, start, stop in plan)
-    index = [torch.tensor([i for d, s, a, b in plan for i in part(d, s, a, b)], device=device) for part in _PARTS]
+        moves.append((row, rows - 1 - row, start, start + size))
+    ranges = torch.tensor(moves, dtype=torch.int32, device=device)
+    moved = sum(stop - start for *_, start, stop in moves)
+    index = [torch.tensor([i for d, s, a, b in moves for i in part(d, s, a, b)], device=device) for part in _PARTS]
     to_row, from_row, position = index
 
     def slices() -> None:
-        for dst_row, src_row, start, stop in plan:
+        for dst_row, src_row, start, stop in moves:
             dst[:, dst_row, :, start:stop] = src[:, src_row, :, start:stop]
 
     def layers() -> None:
         for group in range(groups):
-            for dst_row, src_row, start, stop in plan:
+            for dst_row, src_row, start, stop in moves:
                 dst[group, dst_row, :, start:stop] = src[group, src_row, :, start:stop]
 
     def indexed() -> None:

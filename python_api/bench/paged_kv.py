@@ -165,14 +165,14 @@ def copy_points(grid: str, device: str) -> list[Point]:
 def build_copy(point: Point, device: torch.device) -> Workload:
     groups, heads, width, copies = point.shape.values()
     pool = torch.ones(groups, 4 * copies, BLOCK, heads, width, dtype=point.dtype, device=device)  # NHD
-    plan = [(2 * i, 2 * copies + i, 0, 1 + (5 * i) % (BLOCK - 1)) for i in range(copies)]
-    moved = sum(stop for *_, stop in plan)
-    ranges = torch.tensor(plan, dtype=torch.int32, device=device)
-    cells = [(to, of, position) for to, of, _, stop in plan for position in range(stop)]
+    splits = [(2 * i, 2 * copies + i, 0, 1 + (5 * i) % (BLOCK - 1)) for i in range(copies)]
+    moved = sum(stop for *_, stop in splits)
+    ranges = torch.tensor(splits, dtype=torch.int32, device=device)
+    cells = [(to, of, position) for to, of, _, stop in splits for position in range(stop)]
     to_block, from_block, position = torch.tensor(cells, device=device).T.contiguous()
 
     def slices() -> None:
-        for to, of, start, stop in plan:
+        for to, of, start, stop in splits:
             pool[:, to, start:stop] = pool[:, of, start:stop]
 
     def indexed() -> None:

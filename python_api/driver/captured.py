@@ -1,7 +1,7 @@
 """Decode steps recorded once and replayed: one launch a step, no host in between.
 
 A step may be recorded when everything that the host decides about it is in its key: the rows that it feeds and
-whatever `CapturableEngine.plan` returned. The first step with a new key runs as it is, which compiles kernels and
+whatever `CapturableEngine.prepare` returned. The first step with a new key runs as it is, which compiles kernels and
 fills caches; the second is recorded; from then on it is replayed.
 """
 

@@ -195,20 +195,20 @@ class RequestEngine(Engine, Protocol):
 class CapturableEngine(Engine, Protocol):
     """An engine whose step can be recorded, as a CUDA graph, and replayed.
 
-    `step(state)` does the same as `decode(state, plan(state))`.
+    `step(state)` does the same as `decode(state, prepare(state))`.
     """
 
-    def plan(self, state: ChainState) -> Hashable:
-        """Do the host's part of the next step, and return everything that it decides about that step's launches.
+    def prepare(self, state: ChainState) -> Hashable:
+        """Do the host's part of the next step, and return its key: all that the host decides about its launches.
 
         Never waits for a device. Called once before each step, recorded or not.
         """
         ...
 
-    def decode(self, state: ChainState, plan: Hashable) -> Sampled:
-        """Launch the step. The same state and plan give the same launches on the same tensors; nothing is looked at.
+    def decode(self, state: ChainState, key: Hashable) -> Sampled:
+        """Launch the step. The same state and key give the same launches on the same tensors; nothing is looked at.
 
-        For the same plan, a recording of what this launches stays right as long as the run lasts.
+        For the same key, a recording of what this launches stays right as long as the run lasts.
         """
         ...
 

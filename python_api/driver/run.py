@@ -62,18 +62,18 @@ class RunReport:
     """What a run did, up to now; or what the runs of a call did, together (`of_runs`).
 
     slots: chains at once. lanes: of each, as the run was planned; widened: how often its last chains got more lanes.
-    captured: whether steps are replayed from recordings. steps: decode steps. row_steps: slots times lanes, summed over
-    them. lane_steps: rows that went through the model in them; useful_lane_steps: those that brought an extension or a
-    proposal on, counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: steps
-    that were replayed. restarts: how often the run began anew in less memory. seconds: wall-clock seconds of the host
-    by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch it; where the head and the draw
-    are one operator, "forward" includes both.
+    captured: whether decode steps are replayed from recordings. decode_steps: how many there were. row_steps: slots
+    times lanes, summed over them. lane_steps: rows that went through the model in them; useful_lane_steps: those that
+    brought an extension or a proposal on, counted when their answer is finished; drawn: the tokens of these, recalled
+    ones too. replays: decode steps that were replayed. restarts: how often the run began anew in less memory. seconds:
+    wall-clock seconds of the host by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch
+    it; where the head and the draw are one operator, "forward" includes both.
     """
 
     slots: int
     lanes: int
     captured: bool
-    steps: int = 0
+    decode_steps: int = 0
     row_steps: int = 0
     lane_steps: int = 0
     useful_lane_steps: int = 0
@@ -208,7 +208,7 @@ class Run:
     def step(self) -> None:
         """Feed every lane of the active slots once."""
         report, clock = self.report, time.perf_counter
-        report.steps += 1
+        report.decode_steps += 1
         report.row_steps += self.plan.rows
         if self.recordings is None:
             state = self.view(len(self.active))
@@ -232,9 +232,10 @@ class Run:
             report.lane_steps += state.chains * state.lanes
             self.tell(state)
             start = clock()
-            plan = self.engine.plan(state)
-            key, launch = (state.chains, plan), lambda: self.advance(state, self.engine.decode(state, plan))
-            report.replays += self.recordings.run(key, launch)
+            key = self.engine.prepare(state)
+            report.replays += self.recordings.run(
+                (state.chains, key), lambda: self.advance(state, self.engine.decode(state, key))
+            )
             self.seconds["replay"] += clock() - start
             report.captured = self.capture = self.recordings.work
 

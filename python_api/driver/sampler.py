@@ -122,7 +122,7 @@ class PowerSampler:
         the last two carry the finished answers.
         """
         everything, eos = self._jobs(prompts, num_chains, prompt_ids, eos_token_id)
-        jobs = _shared(everything, share)
+        jobs = _share_of(everything, share)
         order = {(job.prompt_id, job.chain_id): i for i, job in enumerate(jobs)}
         results: list[PowerResult | None] = [None] * len(jobs)
         try:
@@ -153,11 +153,11 @@ class PowerSampler:
     ) -> Iterator[PowerResult]:
         """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns.
 
-        skip: (prompt id, chain id) of answers that an earlier call has drawn already; the others are what is shared.
+        skip: (prompt id, chain id) of answers that an earlier call has drawn already; shares are of the others.
         """
         jobs, eos = self._jobs(prompts, num_chains, prompt_ids, eos_token_id)
         left = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
-        wanted = _shared(left, share)
+        wanted = _share_of(left, share)
         total = len(jobs) - len(left) + len(wanted)  # of the bar: what was there, and this share
         return self._stream(wanted, jobs, config, seed, eos, max_chains, progress, total)
 
@@ -286,7 +286,7 @@ def _check_capture(capture: bool | None, engine: Engine) -> bool:
     return able if capture is None else capture
 
 
-def _shared(jobs: list[Job], share: tuple[int, int]) -> list[Job]:
+def _share_of(jobs: list[Job], share: tuple[int, int]) -> list[Job]:
     share = items("share", share)
     if len(share) != 2:
         raise ArgumentError(f"share is {share}; it must be (r, n)")

@@ -216,11 +216,11 @@ class HuggingFaceEngine:
     def step(self, state: ChainState) -> Sampled:
         """Feed and sample every lane of the first `state.chains` slots. Never waits for a device.
 
-        `decode(state, plan(state))`, but that on a CPU lanes that do not run are not fed, and a lane whose prefix was
-        forwarded before in this run is answered without a forward pass; while there are such lanes the others wait.
+        `decode(state, prepare(state))`, but that on a CPU lanes that do not run are not fed, and a lane whose prefix
+        was forwarded before in this run is answered without a forward pass; while there are such lanes the others wait.
         """
         if self.device.type != "cpu":
-            return self.decode(state, self.plan(state))
+            return self.decode(state, self.prepare(state))
         before = self.forward_seconds
         sampled, fed, recalled = self._step_on_cpu(state)
         self._report = StepReport(fed, recalled, self.forward_seconds - before)
@@ -237,7 +237,7 @@ class HuggingFaceEngine:
             if lanes:
                 self._held.steps += 1
                 return self._spread(state, lanes, self._draw(state, lanes, hidden)), 0, lanes
-        length, lanes = self.plan(state), range(state.position.shape[0])
+        length, lanes = self.prepare(state), range(state.position.shape[0])
         if self.attention == decode_attention.ROWS:
             status = state.lane_field[:, LaneField.STATUS].tolist()
             lanes = [lane for lane in lanes if status[lane] == LaneStatus.RUNNING]
@@ -250,7 +250,7 @@ class HuggingFaceEngine:
             self._scrub(lanes, state.position[lanes], ~good)
         return self._spread(state, lanes, drawn), len(lanes), ()
 
-    def plan(self, state: ChainState) -> int:
+    def prepare(self, state: ChainState) -> int:
         """The host's part of the next step. Returns how many positions its attention may have to read.
 
         Of the flash kernel, which reads each lane's own, this number only chooses how the work is split, and with that
@@ -268,14 +268,14 @@ class HuggingFaceEngine:
             return self._slabs.positions
         return min(_bucket(length, self.length_multiple), self._slabs.positions)
 
-    def decode(self, state: ChainState, plan: int) -> Sampled:
-        """Launch the step that was planned: forward, draw, wipe what bad and idle rows wrote. May be recorded.
+    def decode(self, state: ChainState, length: int) -> Sampled:
+        """Launch the step that was prepared: forward, draw, wipe what bad and idle rows wrote. May be recorded.
 
         The host does not know which lanes run, so all are fed; those that do not attend to one position.
         """
         before, lanes = self.forward_seconds, slice(0, state.position.shape[0])
         running = state.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
-        output = self._fed(state, plan, decode_attention.recordable(self.attention), running=running)
+        output = self._fed(state, length, decode_attention.recordable(self.attention), running=running)
         drawn = self._draw(state, lanes, output)
         # A lane that does not run has not seen what it wrote, so that its logits do not tell whether that is finite.
         self._scrub(lanes, state.position, (drawn.status != Status.OK) | ~running)

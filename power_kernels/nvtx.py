@@ -1,7 +1,7 @@
 """NVTX ranges of the operators and of the driver, for Nsight Systems and Nsight Compute (bench/profile.md).
 
 Off unless the environment has POWER_KERNELS_NVTX=1 or `enable()` is called. Off, nothing is run that would not be run
-without this file: operators are traced by replacing the function that they call, the driver's phases by wrapping an
+without this file: operators are traced by setting what `dispatch.run` calls, the driver's phases by wrapping an
 object's methods when a run begins. Ranges are named after what they hold: `power_kernels.mh_advance`,
 `power_kernels.step`, ...; those of operators lie inside those of the driver.
 """
@@ -39,14 +39,14 @@ def enable() -> None:
         torch.cuda.nvtx.mark(PREFIX + "enable")
     except RuntimeError as error:
         raise BackendError(f"NVTX ranges cannot be switched on: {error} (torch {torch.__version__})") from error
-    _plain = dispatch.rebind(_run_in_range)
+    _plain = dispatch.set_runner(_run_in_range)
 
 
 def disable() -> None:
     """Switch the ranges off again."""
     global _plain
     if enabled():
-        dispatch.rebind(_plain)
+        dispatch.set_runner(_plain)
         _plain = None
 
 

@@ -84,13 +84,34 @@ def flash_attention_of_sequences(
     return out, lse
 
 
+# ---- modules
+
+
+def hooks_of(module: torch.nn.Module) -> tuple[Callable, ...]:
+    """The hooks that run around a module's forward pass, those before it first.
+
+    There are public ways to add hooks and none to list them.
+    `Module._forward_pre_hooks`, `Module._forward_hooks`: torch 2.11 to 2.13.
+    """
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
 # ---- torch.compile
+
+
+def compile_every_shape() -> None:
+    """Let torch.compile keep as many programs of one function as a benchmark has shapes; else the ninth runs eagerly.
+
+    `torch._dynamo.config.cache_size_limit`: documented, under a private name.
+    """
+    torch._dynamo.config.cache_size_limit = 256
 
 
 def with_own_compile_cache(function: Callable) -> Callable:
     """A copy of a plain function whose compilations torch keeps, and counts against its limit, apart from others'.
 
-    Dynamo keys both by code object, which closures made by one `def` share. torch 2.11 to 2.13.
+    Dynamo keys both by code object, which closures made by one `def` share, and no option of torch.compile keeps them
+    apart: so the copy has a code object of its own. torch 2.11 to 2.13.
     """
     return types.FunctionType(
         function.__code__.replace(),

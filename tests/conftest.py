@@ -116,7 +116,7 @@ def pytest_configure(config):
         from power_kernels.ops import dispatch
         from tests.devices import carried
 
-        dispatch.rebind(carried(dispatch.run))
+        dispatch.set_runner(carried(dispatch.serve))
 
 
 def pytest_report_header(config):

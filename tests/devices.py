@@ -66,7 +66,7 @@ def copy_back(tensor: torch.Tensor, copy: torch.Tensor) -> None:
 
 
 def carried(run, device: torch.device = DEVICE):
-    """`dispatch.run` for host tensors and a backend that needs them on `device`."""
+    """`dispatch.serve` for host tensors and a backend that needs them on `device`."""
     from power_kernels.ops import dispatch
 
     def runner(name: str, where: torch.device, *arguments) -> None:

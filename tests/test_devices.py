@@ -67,11 +67,11 @@ def calls():
 
     def watched(name, device, *arguments):
         seen.extend(a.data_ptr() for a in arguments if isinstance(a, torch.Tensor))
-        dispatch.run(name, device, *arguments)
+        dispatch.serve(name, device, *arguments)
 
-    before = dispatch.rebind(carried(watched, CPU))
+    before = dispatch.set_runner(carried(watched, CPU))
     yield seen
-    dispatch.rebind(before)
+    dispatch.set_runner(before)
 
 
 def test_carried_calls_give_the_same_bits_and_never_touch_the_originals(calls):
@@ -84,13 +84,13 @@ def test_carried_calls_give_the_same_bits_and_never_touch_the_originals(calls):
     carried_ones = list(calls)
     assert len(carried_ones) > 20
     assert not {z.data_ptr(), exclude.data_ptr(), dst.data_ptr(), src.data_ptr(), drawn.token.data_ptr()} & set(calls)
-    before = dispatch.rebind(dispatch.run)
+    before = dispatch.set_runner(dispatch.serve)
     try:
         with pk.use_backend("triton"):
             assert_same_bits(sample(z, 4.0, 2.5, exclude=exclude), drawn)
             assert_same_bits(score(z, 7, 4.0, 2.5), scored)
     finally:
-        dispatch.rebind(before)
+        dispatch.set_runner(before)
     assert torch.equal(dst[:, 1, :, 2:5], src[:, 0, :, 2:5])
     assert dst.count_nonzero() == src[:, 0, :, 2:5].numel()
 

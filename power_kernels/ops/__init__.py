@@ -34,33 +34,3 @@ from power_kernels.ops.shards import sample_from_shards, score_from_shards, shar
 dispatch.load_extension()
 dispatch.choose_from_environment()
 importlib.import_module("power_kernels.nvtx")  # last, as it wraps what is above where the environment asks for ranges
-
-__all__ = [
-    "AcceptOutput",
-    "SampleOutput",
-    "ScoreOutput",
-    "backend_for",
-    "block_table_commit",
-    "block_table_extend",
-    "block_table_fork",
-    "block_table_rollback",
-    "hidden_workspace_size",
-    "kv_copy_blocks",
-    "kv_copy_ranges",
-    "mh_accept",
-    "mh_accept_out",
-    "mh_advance",
-    "sample_from_hidden",
-    "sample_from_hidden_out",
-    "sample_from_shards",
-    "sample_tokens",
-    "sample_tokens_out",
-    "score_from_hidden",
-    "score_from_hidden_out",
-    "score_from_shards",
-    "score_tokens",
-    "score_tokens_out",
-    "shard_record",
-    "use_backend",
-    "workspace_size",
-]

@@ -68,8 +68,8 @@ def _load_extension() -> str | None:
     if not paths:
         return "power_kernels._C was not built (no C++ compiler, or torch was missing from the build environment)"
     try:
-        # Read, not asked: loading the file would already register its kernels, which would then write other columns,
-        # and a kernel that it lacks would silently be the reference's.
+        # The file is read before it is loaded, since loading registers its kernels with torch for good: those of other
+        # sources would write other columns, and no call unregisters them. torch can only be asked what it has by then.
         contents = paths[0].read_bytes()
         if any(text.encode() + b"\0" not in contents for text in (state_layout(), *KERNELS)):
             return f"{paths[0].name} was built from other sources than this package; build it again"
@@ -161,7 +161,7 @@ def backend_for(device: torch.device | str) -> str:
     return "cpp" if kind == "cpu" and not EXTENSION_MISSING else "reference"
 
 
-def run(name: str, device: torch.device, *args) -> None:
+def serve(name: str, device: torch.device, *args) -> None:
     """Call a kernel on the backend that serves `device` now."""
     if _chosen is None:
         getattr(torch.ops.power_kernels, name)(*args)
@@ -178,16 +178,16 @@ def run(name: str, device: torch.device, *args) -> None:
 
 
 Runner = Callable[..., None]
-_runner: Runner = run
+_runner: Runner = serve
 
 
-def rebind(runner: Runner) -> Runner:
-    """Make every family call `runner(name, device, *args)` where it called `run`. Returns what it called until now.
+def run(name: str, device: torch.device, *args) -> None:
+    """What every family calls: `serve`, unless `set_runner` named another."""
+    _runner(name, device, *args)
 
-    The name is replaced in each family's module, so that what is not switched on costs nothing, not even a test.
-    """
+
+def set_runner(runner: Runner) -> Runner:
+    """Make `run` call `runner(name, device, *args)`, which may end in `serve`. Returns what it called until now."""
     global _runner
     previous, _runner = _runner, runner
-    for family in sorted(set(KERNELS.values())):
-        importlib.import_module(f"power_kernels.ops.{family}").run = runner
     return previous

@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import torch
 
+from power_kernels.api import torch_private
 from power_kernels.api.bench.harness import Call, Point, Workload
 
 
 def compiled(function: Callable) -> Callable:
     """`function` compiled for each set of shapes alone: the best case for torch.compile."""
-    torch._dynamo.config.cache_size_limit = 256  # else the ninth shape of a function would run eagerly
+    torch_private.compile_every_shape()
     return torch.compile(function, dynamic=False)
 
 

@@ -54,11 +54,11 @@ class Compiled:
 
 
 def _run_operator(name: str, device: torch.device, *args) -> None:
-    """As `dispatch.run`, which lets no CPU tensor through to Triton without the interpreter."""
+    """As `dispatch.serve`, which lets no CPU tensor through to Triton without the interpreter."""
     if dispatch.forced_backend() == "triton":
         dispatch._triton_kernel(name)(*args)
     else:
-        dispatch.run(name, device, *args)
+        dispatch.serve(name, device, *args)
 
 
 class Launcher:
@@ -93,12 +93,12 @@ class Launcher:
         self._replaced = JITFunction.run
         triton.runtime.driver.set_active(self.driver)
         JITFunction.run = lambda function, *args, grid, warmup, **kwargs: self.run(function, args, grid, kwargs)
-        self._dispatched = dispatch.rebind(_run_operator)
+        self._dispatched = dispatch.set_runner(_run_operator)
         return self
 
     def __exit__(self, *_):
         JITFunction.run = self._replaced
-        dispatch.rebind(self._dispatched)
+        dispatch.set_runner(self._dispatched)
 
     def compiled(self, function: JITFunction, args, kwargs) -> tuple[Compiled, dict]:
         """The program of a launch, and its arguments by name."""

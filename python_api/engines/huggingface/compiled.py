@@ -101,7 +101,11 @@ AttentionInterface.register(NAME, _traced_attention)
 
 
 class _Stub:
-    """What the compiler sees of a linear layer. Always the same object for a module: compiled code tells by that."""
+    """What the compiler sees of a linear layer.
+
+    Compiled code is guarded by the identity of what stands in a module's `forward`, so a module keeps its stub for the
+    engine's life: a new one a run, which would hold the run's weights itself, would compile the model anew each time.
+    """
 
     def __init__(self, index: int, out_features: int):
         self.index, self.out_features = index, out_features
@@ -218,7 +222,7 @@ class CompiledForward:
 
     def _follow_hooks(self) -> None:
         """Compile again where the owner has changed the model's hooks, at which compiled code does not look."""
-        hooks = [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in self._model.modules()]
+        hooks = [torch_private.hooks_of(module) for module in self._model.modules()]
         if self._hooks is not None and hooks != self._hooks:
             self._decode, self._works = self._compiled(), False
         self._hooks = hooks

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import power_kernels
+from power_kernels.api import torch_private
 from power_kernels.api.engines.huggingface.patches import Patches
 
 # Rows up to which the fused operator beats the product and `sample_tokens` after it, fp32 on a CPU (bench/findings.md).
@@ -51,7 +52,7 @@ class LmHead:
         must not depend on how many rows there are.
         """
         module, weight = self.module, self.module.weight
-        hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+        hooked = "forward" in vars(module) or torch_private.hooks_of(module)
         return (
             hidden.shape[0] <= FUSED_ROWS
             and not hooked  # somebody else's forward, which the product below would pass by

@@ -41,7 +41,7 @@ from shapes import ENTROPY, SHAPES, Subject, device_of, random_prompts, subject
 
 # Parts of a step by the names of their kernels on a device, and of their operators on a CPU.
 PARTS = {
-    "sampling": r"^_(mass|finish|score|given)_kernel|^power_kernels::sample_tokens",
+    "sampling": r"^_(mass|finish|score)_kernel|^power_kernels::sample_tokens",
     "head and draw": r"^_head_kernel|^power_kernels::sample_from_hidden",
     "advance": r"^_mh_advance_kernel|^power_kernels::mh_advance",
     "KV copies": r"^_kv_copy_|^power_kernels::kv_copy_",

@@ -40,7 +40,7 @@ struct HeadKernels {
 
 constexpr int64_t CHUNK = 96;          // rows of a block: with a tile of logits about what a second-level cache holds
 constexpr int64_t DEPTH_BYTES = 3072;  // of a row, most that is multiplied at a time: two panels fit the first level
-constexpr int64_t DEPTH_UNIT = 32;     // the longest step of any instruction set
+constexpr int64_t DEPTH_UNIT = 32;     // the longest K_STEP of any instruction set
 constexpr int64_t STRIP = 64;          // weights that stay in the second-level cache
 constexpr int64_t SLICE = 256;         // entries of the vocabulary that sampling computes at a time
 constexpr int64_t PITCH = TILE + 16;   // a power of two would put a column of logits into one set of the cache

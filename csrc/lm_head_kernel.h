@@ -20,7 +20,7 @@ constexpr int64_t STREAM_BYTES = 16384;    // where the hidden states stay in th
 struct FloatProduct {
   typedef float Item;
   typedef F Vector;
-  static constexpr int STEP = W;
+  static constexpr int K_STEP = W;
   PK_INLINE Vector load(const Item* p) { return (F) * (const F_any*)p; }
   PK_INLINE F add(F sum, Vector a, Vector b) { return fma(a, b, sum); }
 };
@@ -29,7 +29,7 @@ struct FloatProduct {
 struct PairProduct {
   typedef uint16_t Item;
   typedef __m512bh Vector;
-  static constexpr int STEP = 2 * W;
+  static constexpr int K_STEP = 2 * W;
   PK_INLINE Vector load(const Item* p) { return (__m512bh)_mm512_loadu_si512(p); }
   PK_INLINE F add(F sum, Vector a, Vector b) { return (F)_mm512_dpbf16_ps((__m512)sum, a, b); }
 };
@@ -47,7 +47,7 @@ struct ProductOf<BFloat16> {
 };
 #endif
 
-// n items as the product takes them, zeros up to whole steps.
+// n items as the product takes them, zeros up to a whole K_STEP.
 template <class T, class P>
 PK_INLINE void pack(const typename T::Item* from, int64_t n, int64_t padded, typename P::Item* to) {
   if constexpr (sizeof(typename T::Item) == sizeof(typename P::Item)) {
@@ -90,15 +90,16 @@ PK_INLINE Columns add_entries(const F* a) {
 #endif
 }
 
-// z[r][c] = the product of rows r of hidden and c of the weights over `steps` steps, added to what is there if `more`.
+// z[r][c] = the product of rows r of hidden and c of the weights over k_steps * K_STEP of k, added to what is there if
+// `more`.
 // While it runs, the cache fetches what lies `ahead` items further in the weights.
 template <class P, int R>
 static void panel(const typename P::Item* const* weights, int64_t ahead, const typename P::Item* hidden,
-                  int64_t hidden_pitch, int64_t steps, float* z, int64_t z_pitch, bool more) {
+                  int64_t hidden_pitch, int64_t k_steps, float* z, int64_t z_pitch, bool more) {
   const typename P::Item *w0 = weights[0], *w1 = weights[1], *w2 = weights[2], *w3 = weights[3];
   F sum[R][COLUMNS] = {};
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t k = s * P::STEP;
+  for (int64_t s = 0; s < k_steps; ++s) {
+    const int64_t k = s * P::K_STEP;
     if (ahead) {
       __builtin_prefetch(w0 + k + ahead);
       __builtin_prefetch(w1 + k + ahead);
@@ -155,16 +156,16 @@ static void stream(const typename T::Item* weights, int64_t weight_pitch, int64_
       const auto* row = weights + (v + c < n ? v + c : n - 1) * weight_pitch;
       F* partial = partials + c;
       for (int64_t first = 0; first < D; first += depth) {
-        const int64_t left = D - first < depth ? D - first : depth, whole = left / P::STEP * P::STEP;
+        const int64_t left = D - first < depth ? D - first : depth, whole = left / P::K_STEP * P::K_STEP;
         F sum[R] = {};
 #pragma GCC unroll 4
-        for (int64_t k = first; k < first + whole; k += P::STEP) {
+        for (int64_t k = first; k < first + whole; k += P::K_STEP) {
           const Vector w = load(row + k);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) sum[r] = P::add(sum[r], w, P::load(hidden + r * hidden_pitch + k));
         }
         if (whole < left) {
-          typename T::Item items[P::STEP] = {};
+          typename T::Item items[P::K_STEP] = {};
           __builtin_memcpy(items, row + first + whole, (left - whole) * sizeof *items);
           const Vector w = load(items);
           for (int r = 0; r < R; ++r) sum[r] = P::add(sum[r], w, P::load(hidden + r * hidden_pitch + first + whole));
@@ -198,7 +199,7 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
   constexpr int64_t most = DEPTH_BYTES / sizeof(Item);
   const int64_t blocks = (D + most - 1) / most;
   const int64_t depth = ((D + blocks - 1) / blocks + DEPTH_UNIT - 1) / DEPTH_UNIT * DEPTH_UNIT;
-  const int64_t pitch = (D + P::STEP - 1) / P::STEP * P::STEP;
+  const int64_t pitch = (D + P::K_STEP - 1) / P::K_STEP * P::K_STEP;
   Item* packed = (Item*)scratch;
   Item* staged = packed + rows * pitch;
   for (int64_t r = 0; r < rows; ++r) pack<T, P>(hidden + r * hidden_pitch, D, pitch, packed + r * pitch);
@@ -216,11 +217,11 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
   for (int64_t v0 = 0; v0 < n; v0 += strip) {
     const int64_t width = n - v0 < strip ? n - v0 : strip;
     for (int64_t k = 0; k < D; k += depth) {
-      const int64_t left = D - k < depth ? D - k : depth, steps = (left + P::STEP - 1) / P::STEP;
-      const bool direct = sizeof(typename T::Item) == sizeof(Item) && left == steps * P::STEP;
+      const int64_t left = D - k < depth ? D - k : depth, k_steps = (left + P::K_STEP - 1) / P::K_STEP;
+      const bool direct = sizeof(typename T::Item) == sizeof(Item) && left == k_steps * P::K_STEP;
       if (!direct)
         for (int64_t v = 0; v < width; ++v)
-          pack<T, P>(weights + (v0 + v) * weight_pitch + k, left, steps * P::STEP, staged + v * depth);
+          pack<T, P>(weights + (v0 + v) * weight_pitch + k, left, k_steps * P::K_STEP, staged + v * depth);
       const Item* from = direct ? (const Item*)weights + v0 * weight_pitch + k : staged;
       const int64_t from_pitch = direct ? weight_pitch : depth;
       int64_t ahead = direct ? strip * weight_pitch : 0;
@@ -230,7 +231,7 @@ static void product(const void* hidden_, int64_t hidden_pitch, int64_t rows, con
           const Item* column[COLUMNS];
           for (int c = 0; c < COLUMNS; ++c)  // behind the last entry its own row again: those sums are left unused
             column[c] = from + (v + c < width ? v + c : width - 1) * from_pitch;
-          multiply(column, ahead, packed + r * pitch + k, pitch, steps, z + r * z_pitch + v0 + v, z_pitch, k > 0);
+          multiply(column, ahead, packed + r * pitch + k, pitch, k_steps, z + r * z_pitch + v0 + v, z_pitch, k > 0);
         }
       }
     }

@@ -47,7 +47,7 @@ LONGEST = (
     "test_triton_compile",
     "test_ptx",
     "test_chain_identity",
-    "test_readme",
+    "test_docs",
     "test_install",
 )
 
@@ -156,6 +156,46 @@ def poison(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def one_thread():
+    """Whatever the test sets, and whatever was set before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Storage of any size that takes no memory until it is written."""
+
+    def storage(entries: int, dtype: torch.dtype) -> torch.Tensor:
+        path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
+        with path.open("wb") as file:
+            file.truncate(entries * dtype.itemsize)
+        return torch.from_file(str(path), shared=False, size=entries, dtype=dtype)
+
+    return storage
+
+
+@pytest.fixture
+def cpp():
+    """Operators from the C++ backend."""
+    from tests.op_helpers import serving
+
+    with serving("cpp"):
+        yield
+
+
+@pytest.fixture
+def fast():
+    """Operators from the backend that suits many rows here."""
+    from tests.op_helpers import FAST, serving
+
+    with serving(FAST):
+        yield
 
 
 @pytest.fixture(autouse=True)

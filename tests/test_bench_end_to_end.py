@@ -29,14 +29,6 @@ CPU = torch.device("cpu")
 NATS = "3.0"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return shapes.subject("tiny", CPU, 1, [], entropy=float(NATS))

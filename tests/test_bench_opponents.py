@@ -19,14 +19,6 @@ import opponents  # noqa: E402
 PROMPT = [5, 9, 2, 30, 11]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_llama(vocab_size: int, scale: float) -> torch.nn.Module:
     torch.manual_seed(7)
     config = transformers.LlamaConfig(

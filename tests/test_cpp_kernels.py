@@ -12,7 +12,10 @@ from power_kernels.state import Status
 
 OPS = torch.ops.power_kernels
 HAVE_CPP = torch._C._dispatch_has_kernel_for_dispatch_key("power_kernels::sample_tokens_out", "CPU")
-pytestmark = pytest.mark.skipif(not HAVE_CPP, reason="the C++ extension is not built")
+pytestmark = [
+    pytest.mark.skipif(not HAVE_CPP, reason="the C++ extension is not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 INF = float("inf")
 NAN = float("nan")
@@ -22,14 +25,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCABULARIES = [1, 2, 3, 255, 256, 257, 999, 1024, 2048, 2049, 4097, 151936]
 # integer powers, one exponential, two exponentials, exponents below 1
 EXPONENTS = [(4.0, 4.0), (4.0, 1.0), (8.0, 7.0), (2.5, 1.7), (1.0, 1.0), (0.5, 0.5), (1.0, 3.0), (12.0, 12.0)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vector(values, rows: int, dtype) -> torch.Tensor:

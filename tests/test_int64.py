@@ -23,16 +23,8 @@ def backend(request):
 
 
 @pytest.fixture
-def sparse(tmp_path):
-    def storage(entries: int, dtype: torch.dtype) -> torch.Tensor:
-        if ON_CUDA:
-            return torch.empty(entries, dtype=dtype, device=DEVICE)
-        path = tmp_path / f"sparse{len(list(tmp_path.iterdir()))}"
-        with path.open("wb") as file:
-            file.truncate(entries * dtype.itemsize)
-        return torch.from_file(str(path), shared=False, size=entries, dtype=dtype)
-
-    return storage
+def sparse(sparse):
+    return (lambda entries, dtype: torch.empty(entries, dtype=dtype, device=DEVICE)) if ON_CUDA else sparse
 
 
 def spread(rows: torch.Tensor, storage, stride: int) -> torch.Tensor:

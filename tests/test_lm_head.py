@@ -21,7 +21,6 @@ from tests.op_helpers import (
     EPS,
     EXP2_ULPS,
     EXPONENTS,
-    FAST,
     FLOATS,
     INF,
     INTERPRETED,
@@ -51,18 +50,6 @@ GEMMA = {"softcap": 5.0, "scale": 0.75}  # a cap that bends the logits of these 
 def backend(request):
     with serving(request.param) as name:
         yield name
-
-
-@pytest.fixture
-def cpp():
-    with serving("cpp"):
-        yield
-
-
-@pytest.fixture
-def fast():
-    with serving(FAST):
-        yield
 
 
 def is_slow(backend: str) -> bool:

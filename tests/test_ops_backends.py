@@ -16,7 +16,6 @@ from tests.op_helpers import (
     DTYPES,
     EPS,
     EXPONENTS,
-    FAST,
     FLOATS,
     INF,
     INTERPRETED,
@@ -49,18 +48,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def backend(request):
     with serving(request.param) as name:
         yield name
-
-
-@pytest.fixture
-def cpp():
-    with serving("cpp"):
-        yield
-
-
-@pytest.fixture
-def fast():
-    with serving(FAST):
-        yield
 
 
 def slow(backend: str) -> bool:
@@ -476,17 +463,6 @@ def test_backends_draw_the_same_token_unless_the_uniform_is_at_a_boundary(one, o
 
 
 # Rows 2^31 entries into their storage, on a file that holds two pages of data: a product of 32-bit integers wraps.
-
-
-@pytest.fixture
-def sparse(tmp_path):
-    def storage(entries: int, dtype: torch.dtype) -> torch.Tensor:
-        path = tmp_path / "sparse"
-        with path.open("wb") as file:
-            file.truncate(entries * dtype.itemsize)
-        return torch.from_file(str(path), shared=False, size=entries, dtype=dtype)
-
-    return storage
 
 
 def test_logits_beyond_two_to_the_31_entries_are_found(backend, sparse):

@@ -357,19 +357,6 @@ def test_a_layers_cache_of_either_engine_is_a_pool(backend):
         check_blocks(fused[..., dim:], copies, layout)
 
 
-@pytest.fixture
-def sparse(tmp_path):
-    """Storage of any size that takes no memory until it is written."""
-
-    def storage(entries: int, dtype: torch.dtype) -> torch.Tensor:
-        path = tmp_path / "sparse"
-        with path.open("wb") as file:
-            file.truncate(entries * dtype.itemsize)
-        return torch.from_file(str(path), shared=False, size=entries, dtype=dtype)
-
-    return storage
-
-
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])
 def test_blocks_beyond_two_to_the_31_entries_are_found(backend, sparse, dimension):
     strides = [135, 45, 15, 5, 1]

@@ -19,7 +19,7 @@ import triton.language as tl
 from power_kernels.triton import POINTER, Configuration, launch, split
 
 COPY = {"num_warps": 4}
-_BLOCK = 2048  # words a step: four 16-byte loads in flight a thread
+_BLOCK = 2048  # words at a time: four 16-byte loads in flight a thread
 _PROGRAMS = 16384  # long ranges are divided until there are this many; a program without work costs its launch
 
 _STRIDES = ("dst_g", "dst_row", "dst_head", "dst_position", "src_g", "src_row", "src_head", "src_position")

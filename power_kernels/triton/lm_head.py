@@ -5,7 +5,7 @@
 Two launches. `_head_kernel`, one program a tile of rows x 256 vocabulary entries, multiplies on the tensor cores with
 fp32 sums, turns its sums into logits, which are never rounded, and writes of each row the four numbers that
 triton/sampling.py writes of a tile: maximum, R1, Rb, entropy sum. Sampling also stores its logits once, for
-`sampling._finish_kernel` to draw from; scoring stores the given token's logit alone, for `_given_kernel` below.
+`sampling._finish_kernel` to draw from; scoring stores the given token's logit alone, for `scoring._score_kernel`.
 
 Shapes: hidden [B, D], lm_head [V, D] of one dtype (fp32, fp16, bf16; unit inner stride, any row stride), bias [V] of
 that dtype or fp32, everything else [B] and contiguous.
@@ -38,22 +38,20 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.state import Status
 from power_kernels.triton import LOGITS, POINTER, Configuration, launch, logits_configurations, split
 from power_kernels.triton.sampling import (
     FINISH_SIGNATURE,
     _finish_kernel,
     finish_out,
-    row_masses,
-    store_quantities,
     vector_width,
 )
+from power_kernels.triton.scoring import SCORE_SIGNATURE, _score_kernel, score_out
 
 TILE = 256  # entries: what the workspace has room for, and what 8 warps hold the fp32 sums of in registers
 LEAST_TILES = 1024  # every vocabulary up to 262,144 shares one specialisation of the finishers
 MOST_TILES = 2048  # what is compiled and checked offline: vocabularies up to 524,288
 FINISH = {"TILE": TILE, "num_warps": 8}
-SCORE = {"num_warps": 8}
+SCORE = {"GIVEN": True, "num_warps": 8}
 
 
 def head_tile(dtype: torch.dtype, width: int, *, scoring: bool, tensor_memory: bool = False) -> dict:
@@ -72,9 +70,6 @@ def head_tile(dtype: torch.dtype, width: int, *, scoring: bool, tensor_memory: b
         rows, k = (128 if scoring and not tensor_memory else 64), 64
     return {"BLOCK_R": rows, "BLOCK_V": TILE, "BLOCK_K": k, "VEC": width, "num_warps": 8}
 
-
-_OK = tl.constexpr(int(Status.OK))
-_BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -195,47 +190,6 @@ def _head_kernel(
         tl.store(to, z, mask=live[:, None] & real[None, :])
 
 
-# ---- rows
-
-
-@triton.jit(
-    do_not_specialize=["V", "tiles", "has_entropy"],
-    do_not_specialize_on_alignment=[
-        "tokens_ptr", "alpha_ptr", "beta_ptr", "given_ptr", "work_ptr", "logp_ptr", "logq_ptr", "weight_ptr",
-        "entropy_ptr", "status_ptr",
-    ],
-)  # fmt: skip
-def _given_kernel(
-    tokens_ptr,  # [N] i64
-    alpha_ptr,  # [N] fp32
-    beta_ptr,  # [N] fp32
-    given_ptr,  # [N] fp32
-    work_ptr,  # [N, 4, tiles] fp32
-    logp_ptr,  # [N] fp32
-    logq_ptr,  # [N] fp32
-    weight_ptr,  # [N] fp32
-    entropy_ptr,  # [N] fp32; not written unless has_entropy
-    status_ptr,  # [N] i32
-    V,
-    tiles,
-    has_entropy,
-    TILES: tl.constexpr,
-):
-    """One row: its sums and its token's quantities. What scoring._score_kernel does, from a logit that was kept."""
-    row = tl.program_id(0)
-    alpha = tl.load(alpha_ptr + row).to(tl.float64)
-    beta = tl.load(beta_ptr + row).to(tl.float64)
-    status, _, _, _, m, rest_1, rest_b, moment = row_masses(work_ptr, row, tiles, alpha, beta, has_entropy, TILES)
-    token = tl.load(tokens_ptr + row)
-    inside = (token >= 0) & (token < V)
-    status = tl.where((status == _OK) & (inside == 0), _BAD_TOKEN, status)
-    z = tl.load(given_ptr + row, mask=inside, other=0.0).to(tl.float64)
-    store_quantities(
-        row, status, z, m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr,
-        status_ptr, has_entropy,
-    )  # fmt: skip
-
-
 # ---- launchers
 
 
@@ -353,26 +307,10 @@ def score_from_hidden_out(
     rows, vocabulary = hidden.shape[0], lm_head.shape[0]
     given = workspace[rows * 4 * tile_count(vocabulary) :]
     _head_out(hidden, lm_head, bias, beta, tokens, None, given, workspace, softcap, scale)
-    launch(
-        _given_kernel,
-        (rows,),
-        hidden.device,
-        tokens,
-        alpha,
-        beta,
-        given,
-        workspace,
-        logp,
-        logq,
-        weight,
-        logp if entropy is None else entropy,
-        status,
-        vocabulary,
-        tile_count(vocabulary),
-        int(entropy is not None),
-        TILES=tiles_block(vocabulary),
-        **SCORE,
-    )
+    score_out(
+        given, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status, vocabulary=vocabulary,
+        stride=1, tiles=tile_count(vocabulary), tiles_block=tiles_block(vocabulary), constants=SCORE,
+    )  # fmt: skip
 
 
 # Targets by where a product's sums lie.
@@ -383,13 +321,6 @@ _HEAD = {
     **dict.fromkeys(("rows", "V", "D", "row_tiles", "tiles", "bias_kind"), "i32"),
     **dict.fromkeys(("stride_hidden", "stride_head", "stride_logits"), "i64"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
-}
-_GIVEN = {
-    "tokens_ptr": "*i64",
-    **dict.fromkeys(("alpha_ptr", "beta_ptr", "given_ptr", "work_ptr"), "*fp32"),
-    **dict.fromkeys(("logp_ptr", "logq_ptr", "weight_ptr", "entropy_ptr"), "*fp32"),
-    "status_ptr": "*i32",
-    **dict.fromkeys(("V", "tiles", "has_entropy"), "i32"),
 }
 
 
@@ -424,9 +355,10 @@ def configurations() -> list[Configuration]:
                     heads += [replace(plain, targets=_REGISTERS), replace(other, targets=_TENSOR_MEMORY)]
     widths = {"TILES": (LEAST_TILES, MOST_TILES)}
     finishers = logits_configurations("head_finish", _finish_kernel, FINISH_SIGNATURE, FINISH, widths)
-    given = [
-        Configuration(f"head_given TILES={n}", _given_kernel, _GIVEN, {"TILES": n}, num_warps=SCORE["num_warps"])
-        for n in widths["TILES"]
+    given = logits_configurations("head_given", _score_kernel, SCORE_SIGNATURE, SCORE, widths)
+    single = [
+        c
+        for c in finishers + given
+        if c.signature["logits_ptr"] == POINTER[torch.float32] and c.constexprs.get("VEC", 1) == 1
     ]
-    single = [c for c in finishers if c.signature["logits_ptr"] == POINTER[torch.float32] and c.constexprs["VEC"] == 1]
-    return heads + single + given
+    return heads + single

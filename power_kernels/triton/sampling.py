@@ -360,22 +360,9 @@ def _finish_kernel(
     z_x = tl.load(row_ptr + tl.maximum(x, 0)).to(tl.float32).to(tl.float64)
     tl.store(token_ptr + row, x.to(tl.int64))
     store_quantities(
-        row,
-        status,
-        z_x,
-        m,
-        rest_1,
-        rest_b,
-        moment,
-        alpha,
-        beta,
-        logp_ptr,
-        logq_ptr,
-        weight_ptr,
-        entropy_ptr,
-        status_ptr,
-        has_entropy,
-    )
+        row, status, z_x, m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr,
+        status_ptr, has_entropy,
+    )  # fmt: skip
 
 
 # ---- launchers

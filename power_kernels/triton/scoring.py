@@ -1,6 +1,7 @@
 """score_tokens: log-probabilities and weights of given tokens (DESIGN 2, 5.2).
 
 The maths, the tile masses and the bytes of triton/sampling.py; the finisher reads one logit a row and draws nothing.
+triton/lm_head.py has the same one read logits that it kept.
 
 Shapes: logits [N, V] (fp32, fp16, bf16; unit inner stride, any row stride), tokens i64 [N], everything else [N].
 Bytes moved: N * V * itemsize read once, + 16 N * V / TILE written and read.
@@ -24,7 +25,7 @@ from power_kernels.triton.sampling import (
     tiles_block,
 )
 
-SCORE = {"num_warps": 4}
+SCORE = {"GIVEN": False, "num_warps": 4}
 
 _OK = tl.constexpr(int(Status.OK))
 _BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
@@ -38,7 +39,7 @@ _BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
     ],
 )  # fmt: skip
 def _score_kernel(
-    logits_ptr,  # [N, V] fp32 | fp16 | bf16, row stride stride_row
+    logits_ptr,  # [N, V] fp32 | fp16 | bf16, row stride stride_row; [N] fp32 of the tokens alone if GIVEN
     tokens_ptr,  # [N] i64
     alpha_ptr,  # [N] fp32
     beta_ptr,  # [N] fp32
@@ -53,6 +54,7 @@ def _score_kernel(
     tiles,
     has_entropy,
     TILES: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     """One row: its sums and its token's quantities."""
     row = tl.program_id(0)
@@ -62,23 +64,43 @@ def _score_kernel(
     token = tl.load(tokens_ptr + row)
     inside = (token >= 0) & (token < V)
     status = tl.where((status == _OK) & (inside == 0), _BAD_TOKEN, status)
-    z = tl.load(logits_ptr + row.to(tl.int64) * stride_row + tl.where(inside, token, 0)).to(tl.float32)
+    column = 0 if GIVEN else token
+    z = tl.load(logits_ptr + row.to(tl.int64) * stride_row + column, mask=inside, other=0.0).to(tl.float32)
     store_quantities(
-        row,
-        status,
-        z.to(tl.float64),
-        m,
-        rest_1,
-        rest_b,
-        moment,
+        row, status, z.to(tl.float64), m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr,
+        entropy_ptr, status_ptr, has_entropy,
+    )  # fmt: skip
+
+
+def score_out(
+    logits, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status, *,
+    vocabulary, stride, tiles, tiles_block, constants,
+) -> None:  # fmt: skip
+    """`score_tokens_out` from tile records that are in the workspace already.
+
+    stride: of a row of logits. tiles, tiles_block: of a row, and the width of vectors over them. constants: GIVEN, and
+    the number of warps.
+    """
+    launch(
+        _score_kernel,
+        (tokens.shape[0],),
+        logits.device,
+        logits,
+        tokens,
         alpha,
         beta,
-        logp_ptr,
-        logq_ptr,
-        weight_ptr,
-        entropy_ptr,
-        status_ptr,
-        has_entropy,
+        workspace,
+        logp,
+        logq,
+        weight,
+        logp if entropy is None else entropy,
+        status,
+        vocabulary,
+        stride,
+        tiles,
+        int(entropy is not None),
+        TILES=tiles_block,
+        **constants,
     )
 
 
@@ -100,30 +122,14 @@ def score_tokens_out(
     workspace f32, N * 4 * ceil(V / 256) entries or more. All but logits contiguous.
     """
     mass_out(logits, beta, workspace, entropy=entropy is not None)
-    launch(
-        _score_kernel,
-        (logits.shape[0],),
-        logits.device,
-        logits,
-        tokens,
-        alpha,
-        beta,
-        workspace,
-        logp,
-        logq,
-        weight,
-        logp if entropy is None else entropy,
-        status,
-        logits.shape[1],
-        logits.stride(0),
-        tile_count(logits.shape[1]),
-        int(entropy is not None),
-        TILES=tiles_block(logits.shape[1]),
-        **SCORE,
-    )
+    vocabulary = logits.shape[1]
+    score_out(
+        logits, tokens, alpha, beta, workspace, logp, logq, weight, entropy, status, vocabulary=vocabulary,
+        stride=logits.stride(0), tiles=tile_count(vocabulary), tiles_block=tiles_block(vocabulary), constants=SCORE,
+    )  # fmt: skip
 
 
-_POINTERS = {
+SCORE_SIGNATURE = {
     "tokens_ptr": "*i64",
     "alpha_ptr": "*fp32",
     "beta_ptr": "*fp32",
@@ -133,15 +139,11 @@ _POINTERS = {
     "weight_ptr": "*fp32",
     "entropy_ptr": "*fp32",
     "status_ptr": "*i32",
+    **dict.fromkeys(("V", "tiles", "has_entropy"), "i32"),
 }
 
 
 def configurations() -> list[Configuration]:
     """The finisher for every dtype and both widths over tiles. `_mass_kernel` is listed by sampling.py."""
-    return logits_configurations(
-        "score",
-        _score_kernel,
-        {**_POINTERS, **dict.fromkeys(("V", "tiles", "has_entropy"), "i32")},
-        SCORE,
-        {"TILES": (LEAST_TILES, MOST_TILES)},
-    )
+    widths = {"TILES": (LEAST_TILES, MOST_TILES)}
+    return logits_configurations("score", _score_kernel, SCORE_SIGNATURE, SCORE, widths)

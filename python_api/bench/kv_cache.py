@@ -12,7 +12,7 @@ import torch
 
 import power_kernels as pk
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
-from power_kernels.api.bench.opponents import add_library
+from power_kernels.api.bench.opponents import add_library, vllm_cache_write
 
 FORMULA = "2*groups*heads*width*itemsize*positions + 16*ranges: every moved element read and written; the ranges"
 # Qwen2.5-7B (28 layers, 4 KV heads of 128) and SmolLM2-135M (30 layers, 3 KV heads of 64)
@@ -83,16 +83,7 @@ def build(point: Point, device: torch.device) -> Workload:
     def vllm(ops) -> Call:
         cache = torch.zeros(groups, rows * length // BLOCK, BLOCK, heads, width, dtype=point.dtype, device=device)
         gathered = src[:, from_row, :, position].transpose(0, 1).contiguous()  # [groups, moved, heads, width]
-        slots = to_row * length + position
-        scale = torch.ones(1, device=device)
-
-        def run() -> None:
-            for g in range(0, groups, 2):
-                ops.reshape_and_cache_flash(
-                    gathered[g], gathered[g + 1], cache[g], cache[g + 1], slots, "auto", scale, scale
-                )
-
-        return run
+        return vllm_cache_write(ops, gathered, cache, to_row * length + position)
 
     add_library(work, "vLLM reshape_and_cache_flash, gathered before", "vllm._custom_ops", vllm, device)
     return work

@@ -30,6 +30,22 @@ def add_compiled(work: Workload, point: Point, name: str, function: Callable, ca
         work.missing[name] = "not at this point, since a compilation takes seconds"
 
 
+def vllm_cache_write(ops, gathered: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> Call:
+    """vLLM's write of the keys and values of every layer, gathered before, into slots of its cache.
+
+    gathered [2 * layers, N, heads, width], cache [2 * layers, blocks, block, heads, width], slots i64 [N].
+    """
+    scale = torch.ones(1, device=cache.device)
+
+    def run() -> None:
+        for g in range(0, len(cache), 2):
+            ops.reshape_and_cache_flash(
+                gathered[g], gathered[g + 1], cache[g], cache[g + 1], slots, "auto", scale, scale
+            )
+
+    return run
+
+
 def add_library(work: Workload, name: str, module: str, make: Callable[[object], Call], device: torch.device) -> None:
     """Add a contender of another library, made from its module, or the reason why there is none."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ import torch
 import power_kernels as pk
 from power_kernels.api.bench.harness import Call, Point, Suite, Workload
 from power_kernels.api.bench.kv_cache import MODELS
-from power_kernels.api.bench.opponents import add_library
+from power_kernels.api.bench.opponents import add_library, vllm_cache_write
 
 BLOCK = 16  # positions of a block, vLLM's default
 
@@ -192,16 +192,7 @@ def build_copy(point: Point, device: torch.device) -> Workload:
 
     def vllm(ops) -> Call:
         gathered = pool[:, from_block, position].contiguous()  # [groups, moved, heads, width]
-        slots = to_block * BLOCK + position
-        scale = torch.ones(1, device=device)
-
-        def run() -> None:
-            for g in range(0, groups, 2):
-                ops.reshape_and_cache_flash(
-                    gathered[g], gathered[g + 1], pool[g], pool[g + 1], slots, "auto", scale, scale
-                )
-
-        return run
+        return vllm_cache_write(ops, gathered, pool, to_block * BLOCK + position)
 
     add_library(work, "vLLM reshape_and_cache_flash, gathered before", "vllm._custom_ops", vllm, device)
     return work

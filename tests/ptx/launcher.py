@@ -32,7 +32,6 @@ OUTPUTS: dict[str, dict[str, bool]] = {
     "_mass_kernel": {"work_ptr": SOME},
     "_finish_kernel": {"token_ptr": ALL, **_SCORED},
     "_score_kernel": _SCORED,
-    "_given_kernel": _SCORED,
     "_head_kernel": {"work_ptr": SOME, "given_ptr": SOME, "logits_ptr": ALL},
     "_mh_accept_kernel": {"accept_ptr": ALL, "log_ratio_ptr": ALL, "status_ptr": ALL},
     "_mh_advance_kernel": dict.fromkeys(

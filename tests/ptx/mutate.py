@@ -169,7 +169,7 @@ CASES = {
         for dtype, pad in ((F32, 0), (F16, 0), (F16, 3), (BF16, 0))
         for scored in (False, True)
     },
-    "head_given": Case("_given_kernel", head(F32, True)),
+    "head_given": Case("_score_kernel", head(F32, True)),
     "head_finish": Case("_finish_kernel", head(F32, False)),
     "advance, one lane": Case("_mh_advance_kernel", advance(1, Law(12, 4, 3), Law(5, 1, 0, final_steps=6))),
     "advance, three lanes": Case(

@@ -204,7 +204,10 @@ def test_the_report_of_a_call_adds_up_its_runs():
         config = replace(CONFIG, max_new_tokens=room)
         alone.generate([prompts[i]], config, num_chains=6, max_chains=4, prompt_ids=[i])
         parts.append(alone.last_run)
-    report, counts = whole.last_run, ("steps", "row_steps", "lane_steps", "useful_lane_steps", "drawn", "widened")
+    report, counts = (
+        whole.last_run,
+        ("decode_steps", "row_steps", "lane_steps", "useful_lane_steps", "drawn", "widened"),
+    )
     for name in (*counts, "replays", "restarts"):
         assert getattr(report, name) == sum(getattr(part, name) for part in parts), name
     assert all(getattr(report, name) > max(getattr(part, name) for part in parts) for name in counts[:5])

@@ -11,11 +11,11 @@ from power_kernels.api.driver.engine import WideningEngine
 from power_kernels.api.driver.planning import Plan
 from power_kernels.errors import ArgumentError
 from power_kernels.law import Law
-from power_kernels.state import ChainState, Outcome
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome
 from tests import tiny_models
 from tests.recorded_graph import RecordedGraphs
 from tests.test_driver import Event, LatePoll
-from tests.toys import ToyEngine, power_toy
+from tests.toys import Toy, ToyEngine, power_toy
 
 SLOTS = 16
 
@@ -71,7 +71,7 @@ def test_a_thousand_chains_that_were_widened_are_those_of_one_lane(law, late, mo
     outcomes = [outcome for r in got for outcome in r.outcomes]
     least = {Outcome.REJECTED: 5000, Outcome.ACCEPTED: 4000, Outcome.UNCHANGED: 3000 if law == "uniform" else 0}
     assert all(outcomes.count(outcome) >= count for outcome, count in least.items())
-    assert widened >= (24 if late else 64)
+    assert widened >= (16 if late else 40)
     assert sum(r.cost.voided for r in got) >= 140
     for one, other in zip(sorted(got, key=chain), alone, strict=True):
         assert (one.cost.accepted, one.cost.rejected) == (other.cost.accepted, other.cost.rejected)
@@ -93,6 +93,40 @@ def test_rows_are_filled_while_the_last_chains_end():
         assert report.filled == drawn / (SLOTS * report.decode_steps)
         shares.append(report.filled)
     assert shares[1] > shares[0]
+
+
+def test_a_run_is_widened_only_by_lanes_that_have_a_step_to_open(monkeypatch):
+    """No EOS and one stage, so that the steps left are known: the chain that has most of them fills all its lanes."""
+    counts = {"widened": 0, "widened for the last steps": 0, "left": 0}
+    widen = run.Run.widen
+
+    def steps_left(state, chains):
+        field = state.field[:chains]
+        open_still = field[:, ChainField.LAST] - field[:, ChainField.OPENED] + 1
+        begins = field[:, ChainField.MODE] == Mode.EXTEND
+        return torch.where(begins, config.mcmc_steps, open_still).max()
+
+    def watched(self):
+        chains, lanes, left = len(self.active), self.state.lanes, steps_left(self.state, len(self.active))
+        could = not self.waiting and self.plan.lanes_for(chains, lanes) > lanes
+        widen(self)
+        if self.state.lanes == lanes:
+            assert left == 0 or not could
+            counts["left"] += could
+            return
+        assert self.state.lanes - lanes <= left
+        idle = (self.state.lane_field[:, LaneField.STATUS] == LaneStatus.IDLE).view(-1, self.state.lanes)[:chains]
+        extends = self.state.field[:chains, ChainField.MODE] == Mode.EXTEND
+        assert extends.any() or not idle.any(1).all()
+        counts["widened"] += 1
+        counts["widened for the last steps"] += bool(steps_left(self.state, chains) == 0)
+
+    monkeypatch.setattr(run.Run, "widen", watched)
+    config = PowerConfig(alpha=2.0, max_new_tokens=6, block_size=None, mcmc_steps=6, cut="divergence")
+    for seed in range(16):
+        PowerSampler(FreeRows(Toy(3, 6, seed=20))).generate([[5]], config, num_chains=40, seed=seed)
+    least = {"widened": 20, "widened for the last steps": 5, "left": 20}
+    assert all(counts[name] >= count for name, count in least.items()), counts
 
 
 def test_lanes_stay_where_they_were_asked_for_or_the_engine_cannot_widen(monkeypatch):

@@ -60,11 +60,12 @@ class Plan:
             return replace(self, slots=-(-self.slots // 2))
         return replace(self, lanes=self.lanes // 2) if self.lanes > 1 else None
 
-    def lanes_for(self, chains: int, lanes: int) -> int:
-        """The lanes, at least as many as now, that bring so many chains on soonest in the rows of this plan."""
+    def lanes_for(self, chains: int, lanes: int, most: int = MAX_LANES) -> int:
+        """The lanes, at least as many as now and at most `most`, that bring so many chains on soonest in the rows of
+        this plan."""
         if self.seconds is None:
             return lanes
-        more = [p for p in LANES if lanes < p <= self.most_lanes and chains * p <= self.rows]
+        more = [p for p in LANES if lanes < p <= min(most, self.most_lanes) and chains * p <= self.rows]
         now, best = (
             min((self.seconds(chains * p) / lane_gain(p), p) for p in some) for some in ([lanes], [lanes, *more])
         )

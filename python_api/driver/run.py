@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 
 import power_kernels as pk
@@ -30,12 +31,14 @@ from power_kernels.api.driver.engine import (
     Sampled,
     WideningEngine,
 )
+from power_kernels.api.driver.host import on_host
 from power_kernels.api.driver.planning import Plan
 from power_kernels.api.driver.poll import Poll
 from power_kernels.api.driver.requests import RequestLog
 from power_kernels.api.driver.results import PowerResult, read_results
+from power_kernels.law import Law
 from power_kernels.rng import as_int64
-from power_kernels.state import ChainState, Status
+from power_kernels.state import ChainField, ChainState, Mode, Status
 
 PHASES = ("prefill", "forward", "sample", "advance", "transfer", "replay", "other")
 
@@ -325,7 +328,10 @@ class Run:
         if self.waiting or not self.widens:
             return
         fed = active if self.recordings is None else _rounded(active, self.state.chains)
-        lanes = self.plan.lanes_for(fed, self.state.lanes)
+        lanes = self.state.lanes
+        if self.plan.lanes_for(fed, lanes) > lanes:  # else nobody need wait for the device
+            (field,) = on_host([self.state.field[:active]])
+            lanes = self.plan.lanes_for(fed, lanes, most=lanes + _steps_left(field, self.law))
         if lanes == self.state.lanes:
             return
         chains = self.plan.rows // lanes
@@ -360,6 +366,23 @@ class Run:
             self.report.drawn += cost.extension + cost.proposal
             self.report.useful_lane_steps += cost.extension + cost.proposal - cost.recalled
         return results
+
+
+def _steps_left(field: np.ndarray, law: Law) -> int:
+    """The most Metropolis-Hastings steps that one of these chains has not opened yet.
+
+    More new lanes than that have nothing to do unless a change voids steps that were opened, and a new layout costs a
+    copy of the lanes, on a device also a step that is not replayed and a recording.
+    """
+    left = 0
+    for row in field:
+        mode = row[ChainField.MODE]
+        if mode in (Mode.START, Mode.EXTEND, Mode.PROPOSE):
+            stages = law.stages - row[ChainField.STAGE] + (mode == Mode.EXTEND)
+            later = 0 if row[ChainField.FINAL] else stages * law.mcmc_steps + law.final_steps
+            now = row[ChainField.LAST] - row[ChainField.OPENED] + 1 if mode == Mode.PROPOSE else 0
+            left = max(left, int(now + later))
+    return left
 
 
 def _rounded(chains: int, slots: int) -> int:

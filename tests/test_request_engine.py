@@ -51,7 +51,7 @@ CASES = {
     "many restarts, two lanes": Case(moving_toy(), MOVING, 2, 32),
     "many restarts, three lanes": Case(moving_toy(), MOVING, 3, 7),
     "many restarts, eight lanes": Case(moving_toy(), {**MOVING, "block_size": 3, "mcmc_steps": 6}, 8, 16),
-    "many restarts, ever more lanes": Case(moving_toy(), MOVING, None, 32),
+    "many restarts, ever more lanes": Case(moving_toy(), {**MOVING, "block_size": 3}, None, 32),
     "ends, five lanes, few slots": Case(
         Toy(5, 5, seed=3, eos=(0, 3), eos_shift=-2.5), {**POWER, "block_size": 2, "mcmc_steps": 6}, 5, 3
     ),

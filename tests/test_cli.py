@@ -391,7 +391,7 @@ def test_prompts_that_nearly_fill_the_context_are_named_before_the_model_is_load
     assert "prompt 0 has 260 tokens, which leave no room for an answer" in capsys.readouterr().err
 
 
-# PEFT is no dependency: transformers loads an adapter's folder with it, and `lora.load` stands for both.
+# Users who have no adapters need no PEFT; without it `lora.load` stands for what transformers loads with it.
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
 
 

@@ -41,13 +41,13 @@ HOST_FILES = {
 }
 
 
-# Files that take longest, the longest first. Each of several workers takes whole files (`--dist loadfile`): these come
-# first, as the last ones leave one worker alone.
+# Files that take longest. Each of several workers takes whole files (`--dist loadfile`): these come first, as the last
+# ones leave one worker alone.
 LONGEST = (
     "test_triton_compile",
-    "test_ptx",
-    "test_chain_identity",
     "test_docs",
+    "test_ptx",  # finds what test_triton_compile has compiled
+    "test_chain_identity",
     "test_install",
 )
 

@@ -240,7 +240,7 @@ def test_the_demo_shows_three_answers_with_their_figures(tiny, capsys):
 def test_the_demo_says_what_is_wrong_instead_of_a_traceback(tiny, capsys):
     assert demo.main(["--alpha", "0.5"]) == 1
     assert "error: alpha is 0.5" in capsys.readouterr().err
-    assert demo.main(["--max-new-tokens", "64"]) == 1  # more than the tiny model's context, with the prompt
+    assert demo.main(["--question", "word " * 64]) == 1  # more than the tiny model's context
     assert "error: prompt" in capsys.readouterr().err
 
 

@@ -51,7 +51,7 @@ def compile_for(configuration: Configuration, target: GPUTarget):
     """
     names = configuration.kernel.arg_names
     signature = {name: configuration.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in sorted(map(names.index, configuration.aligned))}
     if target.backend == "hip":
         for name, kind in signature.items():
             if kind.startswith("*"):

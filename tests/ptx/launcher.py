@@ -106,6 +106,8 @@ class Launcher:
         name = (function.cache_key, asked)
         if name not in self.programs:
             began = time.perf_counter()
+            # Written as power_kernels.triton writes them, so that what one has compiled is in the other's cache.
+            attributes = {path: found for path, found in sorted(attributes.items()) if found}
             source = function.ASTSource(function, signature, constexprs, attributes)
             kernel = triton.compile(source, target=self.driver.target, options=options.__dict__)
             ptx = self.change_ptx(kernel.asm["ptx"])

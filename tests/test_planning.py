@@ -91,7 +91,7 @@ def test_chains_that_wait_fill_the_rows_before_lanes_do(free):
 def test_rows_beyond_what_the_engine_finds_worth_asking_are_not_measured(free):
     engine = Sized(lambda rows: 1 + rows / 100)
     silent(engine, jobs=4)
-    assert engine.asked == [1, 2, 4, 8, 16]
+    assert engine.asked == [1, 2, 3, 4, 6, 8, 12, 16]
     engine = Sized(lambda rows: 1 + rows / 100)
     assert silent(engine, PowerConfig(max_new_tokens=8, mcmc_steps=2), jobs=3, max_chains=1) == Plan(1, 2)
     assert engine.asked == [1, 2]
@@ -102,11 +102,11 @@ def test_more_rows_are_measured_only_while_more_at_once_save_time(free):
     engine = Sized(lambda rows: max(1.0, rows / 64))
     engine.most_rows = 1024
     assert silent(engine, jobs=1024) == Plan(64, 1)
-    assert engine.asked == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert engine.asked == [1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128]
 
 
 def test_a_measurement_that_was_disturbed_does_not_make_fewer_rows_dear():
-    times = StepTimes(Sized(lambda rows: {1: 5.0, 2: 1.0, 4: 1.5}[rows]), 10, most=4)
+    times = StepTimes(Sized(lambda rows: {1: 5.0, 2: 1.0, 3: 1.25, 4: 1.5}[rows]), 10, most=4)
     times.measure(4)
     assert [times(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 1.0, 1.25, 1.5, 3.0]
 
@@ -216,7 +216,7 @@ def test_steps_are_tried_as_far_as_memory_goes(free):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 1.0
 
-    assert silent(Sized(seconds)) == Plan(1, 2)
+    assert silent(Sized(seconds)) == Plan(1, 3)
 
 
 def test_lanes_that_were_asked_for_shrink_with_a_warning(free):
@@ -285,7 +285,7 @@ def test_the_plan_is_within_a_twentieth_of_the_best_of_all_pairs(model, jobs, fr
     config = PowerConfig(max_new_tokens=3072)
     engine, length = Modelled(model), 128 + 3072 // 2
     got = silent(engine, config, jobs=jobs, max_length=3200, length=length)
-    assert len(engine.asked) <= 11  # 1, 2, 4, ... rows
+    assert len(engine.asked) <= 14  # 1, 2, 3, 4, 6, 8, 12, 16, 32, ... rows
 
     def seconds(rows):
         return model.seconds(rows, length)

@@ -138,7 +138,7 @@ def lane_gain(lanes: int) -> float:
 
 
 class StepTimes:
-    """Seconds of a decode step of any number of rows, from those that an engine measures at 1, 2, 4, ... rows.
+    """Seconds of a decode step of any number of rows, from those that an engine measures at 1, 2, 3, 4, 6, 8, ... rows.
 
     Between two of them time is linear. Fewer rows never take longer: where a measurement says so, it was disturbed.
     Beyond the last a row is taken to cost what it costs there. length: positions that each row reads. most: rows.
@@ -152,7 +152,10 @@ class StepTimes:
     def measure(self, rows: int) -> None:
         """Measure what is needed to tell about so many rows; not beyond where more rows at once save nothing."""
         most = min(1 << (rows - 1).bit_length(), self._most)
-        counts = [1 << k for k in range(most.bit_length()) if 1 << k < most] + [most]
+        counts = [1 << k for k in range(most.bit_length())]
+        # A CPU's products of few rows take other than what their neighbours let expect.
+        counts += [3 << k for k in range(most.bit_length()) if 3 << k <= _FIRST_ROWS]
+        counts = sorted({count for count in counts if count < most} | {most})
         together = [count for count in counts if count <= _FIRST_ROWS] or counts
         while together and not self._ask(together):
             together = together[: len(together) // 2]
@@ -194,7 +197,8 @@ class StepTimes:
     def _still_saves(self) -> bool:
         if len(self._rows) < 2:
             return False
-        before, now = (self._seconds[i] / self._rows[i] for i in (-2, -1))
+        rows = self._rows[-1]
+        before, now = self(rows // 2) / (rows // 2), self._seconds[-1] / rows
         return now < before * (1 - _WORTH_ASKING)
 
 

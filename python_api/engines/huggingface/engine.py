@@ -51,7 +51,7 @@ from power_kernels.state import ChainState, LaneField, LaneStatus, Status
 _DEVICE_MULTIPLE = 64  # positions: keeps masks aligned and the number of distinct shapes small
 
 # Rows of a step beyond which more at once save little, on a CPU and on a device: the processor is busy by then.
-_MOST_ROWS = (64, 1024)
+_MOST_ROWS = (128, 1024)
 
 
 class HuggingFaceEngine:

@@ -19,7 +19,7 @@ from power_kernels.api.engines.huggingface.adapters import Adapters
 from power_kernels.api.engines.huggingface.decode_attention import DecodeView
 
 _ROUNDS = 4
-_ENOUGH_SECONDS = 1.0  # after so long no further round is begun
+_ENOUGH_SECONDS = 1.5  # after so long no further round is begun
 
 _measured: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 

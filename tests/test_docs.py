@@ -168,5 +168,12 @@ def test_the_ways_in_which_an_answer_finishes_are_all_told():
     assert tuple(told) == get_args(get_type_hints(PowerResult)["finish"])
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_has_a_paragraph_that_is_still_to_be_written(page):
+    """A paragraph of capitals only holds the place of one."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    assert not re.findall(r"(?:\A|\n\n)([A-Z][A-Z0-9 _.:-]*)(?=\n\n|\n?\Z)", text)
+
+
 def test_the_readme_is_read_in_five_minutes():
     assert len(PAGES["README.md"].splitlines()) <= 150

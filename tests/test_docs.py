@@ -61,11 +61,11 @@ TESTED = {
         ("plain generate", "power_kernels, 1 chain"),
     ),
     "python bench/end_to_end.py latency": (
-        "python bench/end_to_end.py latency --quick --prompts 1 --tokens 6 --lanes 1,default",
+        "python bench/end_to_end.py latency --quick --model tiny --lanes 1,default",
         ("plain", "default lanes over 1 lane"),
     ),
     "python bench/end_to_end.py throughput": (
-        "python bench/end_to_end.py throughput --quick --prompts 2 --slots 2 --tokens 3",
+        "python bench/end_to_end.py throughput --quick --model tiny",
         ("answers", "useful"),
     ),
     'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (

@@ -14,6 +14,7 @@ import torch
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler, torch_private
 from power_kernels.api.driver import captured, memory
 from power_kernels.api.engines.huggingface.decode_attention import FLASH, DecodeView
+from power_kernels.api.engines.huggingface.engine import bucket
 from power_kernels.triton import launch
 from tests import tiny_models
 from tests.recorded_graph import RecordedGraphs
@@ -40,6 +41,13 @@ def test_steps_are_recorded_for_few_numbers_of_rows_and_few_lengths(monkeypatch)
     assert {chains for chains, _ in keys} == {1, 2, 4, 6}
     assert {length % 8 for _, length in keys} == {0}
     assert len({length for _, length in keys}) >= 2
+
+
+def test_bounds_of_long_answers_are_four_to_an_octave_and_on_a_cpu_exact():
+    for multiple in (8, 64):
+        assert {bucket(length, multiple) for length in range(2049, 4097)} == {2560, 3072, 3584, 4096}
+    assert [bucket(length, 64) for length in (1, 64, 65, 512)] == [64, 64, 128, 512]
+    assert [bucket(length, 1) for length in (1, 63, 2049)] == [1, 63, 2049]
 
 
 # ---- torch.cuda, replaced

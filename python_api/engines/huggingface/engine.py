@@ -266,7 +266,7 @@ class HuggingFaceEngine:
         self._held.steps += 1
         if self.attention == decode_attention.FLASH:
             return self._slabs.positions
-        return min(_bucket(length, self.length_multiple), self._slabs.positions)
+        return min(bucket(length, self.length_multiple), self._slabs.positions)
 
     def decode(self, state: ChainState, length: int) -> Sampled:
         """Launch the step that was prepared: forward, draw, wipe what bad and idle rows wrote. May be recorded.
@@ -494,8 +494,8 @@ class HuggingFaceEngine:
         return find_head(self.model, self._agreed)
 
 
-def _bucket(length: int, multiple: int) -> int:
-    """A bound above `length` that few lengths have their own of: four to an octave, multiples of `multiple`."""
+def bucket(length: int, multiple: int) -> int:
+    """A bound not below `length` that few lengths have their own of: four to an octave, multiples of `multiple`."""
     if multiple > 1:
         multiple = max(multiple, 1 << max(0, (length - 1).bit_length() - 3))
     return _round_up(length, multiple)

@@ -72,6 +72,7 @@ KINDS: dict[str, Callable[[_Facts], bool]] = {
     "a search over two warps": lambda f: any(WARP < n <= BLOCK for n in f.searches),
     "a search over several blocks": lambda f: any(n > BLOCK for n in f.searches),
     "a walk that goes on over two warps": lambda f: f.walked_on > WARP,
+    "a walk that goes on over several blocks": lambda f: f.walked_on > BLOCK,
     "several lanes opened at once": lambda f: f.opened >= 3,
     "lanes voided": lambda f: f.voided >= 2,
     "nothing but tokens": lambda f: f == _Facts(),
@@ -79,7 +80,7 @@ KINDS: dict[str, Callable[[_Facts], bool]] = {
 }
 
 # No walk goes on under a divergence cut, whose kept token is an unchanged step.
-_NO_WALK = frozenset({"a walk that goes on over two warps"})
+_NO_WALK = frozenset({"a walk that goes on over two warps", "a walk that goes on over several blocks"})
 CASES = {
     "two blocks, sixteen lanes": Case(Law(400, 200, 12, 6), lanes=16),
     "one block with ends, four lanes": Case(Law(400, 400, 40), lanes=4, chains=4, eos=(0, 1)),
@@ -87,6 +88,12 @@ CASES = {
     "divergence, sixteen lanes": Case(Law(400, 200, 12, 4, cut="divergence"), lanes=16, lacks=_NO_WALK),
     "divergence by entropy, three lanes": Case(
         Law(400, 400, 40, cut="divergence-entropy"), lanes=3, chains=4, eos=(0,), lacks=_NO_WALK
+    ),
+    "two blocks, one lane": Case(Law(400, 200, 12, 6), lanes=1, lacks=frozenset({"lanes voided"})),
+    "divergence, one lane": Case(
+        Law(400, 200, 12, 4, cut="divergence"),
+        lanes=1,
+        lacks=_NO_WALK | {"lanes voided", "several lanes opened at once"},
     ),
     "the published code, four lanes": Case(Law(400, 200, 30, 6, False, True, True), lanes=4),
 }

@@ -236,8 +236,7 @@ class ChainState:
         self.field.index_copy_(0, slots, rows[:, 1:])
         self.outcome.index_fill_(0, slots, 0)
         self.cost.index_fill_(0, slots, 0)
-        # All fields of a lane but EPOCH, the last one, which goes on counting.
-        self.lane_field.unflatten(0, (self.chains, self.lanes))[..., : LaneField.EPOCH].index_fill_(0, slots, 0)
+        self._fields_of_a_start().index_fill_(0, slots, 0)
 
     def retire(self, chain: int) -> None:
         """Leave slot `chain` idle: stepping on it changes nothing, and its lanes trust nothing of their KV rows.
@@ -247,12 +246,16 @@ class ChainState:
         check_integer("chain", chain, 0, self.chains - 1)
         lanes = slice(chain * self.lanes, (chain + 1) * self.lanes)
         self.field[chain, ChainField.MODE] = Mode.IDLE
-        self.lane_field[lanes, : LaneField.EPOCH] = 0  # all but EPOCH, the last one, which goes on counting
+        self._fields_of_a_start()[chain] = 0
         self.input_id[lanes] = 0
         self.position[lanes] = 0
         self.exclude[lanes] = -1
         self.commit_range[chain, 2:] = 0
         self.open_range[lanes, 2:] = 0
+
+    def _fields_of_a_start(self) -> torch.Tensor:
+        """[C, P, ...]: all fields of the lanes but EPOCH, the last one, which goes on counting. A view."""
+        return self.lane_field.unflatten(0, (self.chains, self.lanes))[..., : LaneField.EPOCH]
 
     def move(self, source: int, target: int) -> None:
         """Move the chain of slot `source`, with its lanes, into slot `target`."""

@@ -59,7 +59,6 @@ class PowerSampler:
     capture: replay each decode step as one CUDA graph; None does so on every CUDA device, with an engine that can.
         Raises ArgumentError where True cannot be had. A recorded step keeps the parameters and hooks that the model had
         then: whoever replaces some while a stream is open must pass False.
-
     """
 
     def __init__(self, model, tokenizer=None, *, capture: bool | None = None):

@@ -339,8 +339,10 @@ def main(words: list[str]) -> int:
     problems += [problem for place in known.values() if (problem := place.problem())]
     for key, (most, reason) in NEEDLESS.items():
         many = sum(place.needless for place in known.values() if place.key == key)
+        if many:
+            print(f"{', '.join(key)}: {many} guard nothing. {reason}")
         if many > most:
-            problems.append(f"{', '.join(key)}: {many} guard nothing, not {most} ({reason})")
+            problems.append(f"{', '.join(key)}: {many} guard nothing, not {most}")
     caught, needless = (sum(getattr(place, what) for place in known.values()) for what in ("caught", "needless"))
     print(*problems, sep="\n")
     print(

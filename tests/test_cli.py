@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from power_kernels import use_backend
 from power_kernels.api import PowerConfig, PowerSampler
-from power_kernels.api.commands import answers, load
+from power_kernels.api.commands import answers, drawing, load
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.commands.output_file import OutputFile, RecordFile
@@ -552,7 +552,7 @@ def test_what_a_tokenizer_refuses_is_named():
         raise TypeError("no such text")
 
     with pytest.raises(ArgumentError, match="prompt 3 is refused by the tokenizer of the model: no such text"):
-        answers._tokens(3, {"prompt": "w1"}, tokenizer, chat=False)
+        drawing.prompt_tokens(3, {"prompt": "w1"}, tokenizer, chat=False)
 
 
 @pytest.mark.parametrize(

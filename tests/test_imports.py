@@ -38,6 +38,17 @@ ANSWERED = [
     ("bench --threads 0", 2, "--threads is 0; it must be at least 1"),
     ("bench --seconds -1", 2, "--seconds is -1.0; it must not be negative"),
     ("bench --out /dev/null/results", 2, "--out /dev/null/results cannot be written"),
+    ("eval --help", 0, "--dry-run"),
+    ("eval", 2, "--out is not given"),
+    ("eval --out run", 2, "model is not given"),
+    (
+        "eval --out run --model x --task humaneval --arm power:alpha=no",
+        2,
+        "arms[0].alpha is False: it must be a number",
+    ),
+    ("eval --out run --model x --task humaneval:colour=red --arm plain", 2, "tasks[0].colour is not known"),
+    ("eval --out run --model /nowhere --task humaneval --arm plain", 2, "--model /nowhere cannot be loaded"),
+    ("eval /nowhere.yaml --out run", 2, "/nowhere.yaml cannot be read"),
     ("doctor --dtype float16", 2, "--dtype is float16 without --model"),
     ("doctor --model /nowhere", 2, "--model /nowhere cannot be loaded"),
 ]

@@ -1,4 +1,4 @@
-"""The command line: `power-kernels generate`, `bench` and `doctor`.
+"""The command line: `power-kernels generate`, `eval`, `bench` and `doctor`.
 
 Nothing here imports torch before a command's options have been looked at: help, and the refusal of bad input, are what
 people wait for at a prompt.
@@ -12,6 +12,7 @@ import sys
 
 from power_kernels import __version__
 from power_kernels.api.bench import options as bench_options
+from power_kernels.api.commands import eval as evaluate
 from power_kernels.api.commands import generate
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.errors import ArgumentError, BackendError
@@ -64,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_arguments(draw)
     draw.set_defaults(run=generate.run)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="does it help: arms, tasks and seeds on a model, graded and counted",
+        description="Draw the answers of several arms (plain, low-temperature, greedy, power, best-of-n, majority) to "
+        "the questions of tasks, with several seeds. The same command run again goes on where an interrupted one "
+        "stopped; torchrun spreads it.",
+    )
+    evaluate.add_arguments(evaluation)
+    evaluation.set_defaults(run=evaluate.run)
     return parser
 
 

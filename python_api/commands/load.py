@@ -58,6 +58,11 @@ def load_tokenizer(name: str):
         raise ArgumentError(f"--model {name} cannot be loaded: {error}") from error
 
 
+def revision(name: str) -> str | None:
+    """The hub's revision of a model that is not a folder; None where it is not to be had."""
+    return getattr(_config(_base_of(name) or name), "_commit_hash", None)
+
+
 def _config(name: str) -> PreTrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(name)

@@ -136,7 +136,7 @@ class OutputFile(RecordFile):
 
     def count(self) -> int:
         """Records that are there now. Counted, since an interruption may come between a write and its bookkeeping."""
-        return sum(1 for path in (self.path, *self._parts()) for _ in _whole_lines(path))
+        return sum(1 for path in (self.path, *self._parts()) for _ in whole_lines(path))
 
     def _take_over(self, order: bool = False) -> _Found:
         """Read what is there, into one file where there are parts, or where `order` asks for what is not so yet."""
@@ -160,7 +160,7 @@ class OutputFile(RecordFile):
         found = _Found()
         last = (-1, -1)
         for path in (self.path, *self._parts()):
-            for number, start, line in _whole_lines(path):
+            for number, start, line in whole_lines(path):
                 key, fault = self._check(path, number, line)
                 if key not in found.places:  # a record may have been copied out of a part before it was removed
                     found.places[key] = path, start, len(line)
@@ -225,7 +225,7 @@ class _Found:
     faults: int = 0
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number, first byte and bytes of each line that was not cut off."""
     start = 0
     with open(path, "rb") as file:

@@ -1,0 +1,72 @@
+"""`power-kernels eval`: arms x tasks x seeds on a model, into the folder of a run.
+
+power-kernels eval experiment.yaml --out RUN
+power-kernels eval --model MODEL --task humaneval --arm plain --arm power:alpha=4,block_size=40 --seeds 0 1 2 --out RUN
+
+Here are the options; `experiments/` does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from power_kernels.api.commands import generate
+from power_kernels.errors import ArgumentError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="EXPERIMENT.yaml", help="model, tasks, arms, seeds; flags go before")
+    generate.add_model_arguments(parser, required=False)
+    parser.add_argument("--max-chains", type=int, help="the most chains that run at once, in each process")
+    parser.add_argument(
+        "--task", action="append", metavar="[NAME=]KIND[:KEY=VALUE,...]", help="what is asked; may be repeated"
+    )
+    parser.add_argument(
+        "--arm", action="append", metavar="[NAME=]KIND[:KEY=VALUE,...]", help="how it is answered; may be repeated"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
+    parser.add_argument("--out", metavar="FOLDER", help="the run's; the same command goes on where it stopped")
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be repeated")
+    parser.add_argument("--pilot", type=int, metavar="N", help="the first N questions with the first seed; they count")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be run, and its cost by a pilot's account"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit status: 0, 1 when answers are missing or bad, 130 when interrupted. Raises ArgumentError."""
+    if arguments.pilot is not None and arguments.pilot < 1:
+        raise ArgumentError(f"--pilot is {arguments.pilot}; it must be at least 1")
+    if not arguments.out:
+        raise ArgumentError("--out is not given; it must name the folder of the run")
+    from power_kernels.api.experiments import schema
+
+    experiment = schema.experiment(_data(arguments, schema))
+    for arm in experiment.arms:
+        generate.check_model_folder(experiment.model_of(arm))
+
+    from power_kernels.api.experiments import jobs, run
+
+    options = jobs.Options(
+        out=arguments.out,
+        quiet=arguments.quiet,
+        pilot=arguments.pilot,
+        only=tuple(arguments.only),
+        dry_run=arguments.dry_run,
+    )
+    return run.run(experiment, options)
+
+
+def _data(arguments: argparse.Namespace, schema) -> dict:
+    """The file's entries, or the flags' in their place."""
+    data = schema.read_yaml(arguments.file) if arguments.file else {}
+    for key in ("model", "device", "threads", "max_chains", "seeds"):
+        if getattr(arguments, key) is not None:
+            data[key] = getattr(arguments, key)
+    if arguments.dtype != "auto":
+        data["dtype"] = arguments.dtype
+    for option, key in (("--task", "tasks"), ("--arm", "arms")):
+        if getattr(arguments, option[2:]):
+            data[key] = [schema.from_flag(option, text) for text in getattr(arguments, option[2:])]
+    return data

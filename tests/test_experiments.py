@@ -1,0 +1,296 @@
+"""`power-kernels eval`: what is drawn, where it is kept, going on after a kill, several processes, refusals.
+
+The model is a Markov chain in the shape of a Llama, so that answers are identical bit for bit in every batch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from power_kernels.api.commands.cli import main
+from power_kernels.api.commands.generate import INTERRUPTED
+from power_kernels.api.experiments import schema
+from power_kernels.api.experiments.tasks.humaneval import first_fence
+from power_kernels.api.experiments.tasks.task import cut_at_stop
+from tests.commands import EOS, VOCAB, command, environment, free_port, joined, markov_model, records, save, start
+
+PROBLEMS = [
+    {"task_id": f"Tiny/{i}", "prompt": prompt, "entry_point": "f", "canonical_solution": "", "test": ""}
+    for i, prompt in enumerate(["w5 w6", "w7", "w8 w9 w10", "w11"])
+]
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment")
+    save(markov_model(), path / "model")
+    (path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    (path / "experiment.yaml").write_text(experiment(path))
+    return path
+
+
+def experiment(path: Path) -> str:
+    return f"""
+model: {path / "model"}
+device: cpu
+max_chains: 3
+seeds: [4, 5]
+tasks:
+  - {{kind: humaneval, data: {path / "problems.jsonl"}, max_new_tokens: {LENGTH}, stop: [" w3", " w9 w1"]}}
+arms:
+  - {{kind: plain, stop: text}}
+  - {{kind: greedy, stop: none}}
+  - {{kind: power, name: mh, alpha: 3, block_size: 6, mcmc_steps: 2, stop: text}}
+  - {{kind: best-of-n, of: plain, n: equal(mh), by: logp-per-token}}
+"""
+
+
+FILES = [
+    "best-of-n/seed-4",
+    "best-of-n/seed-5",
+    "greedy/seed-4",
+    "mh/seed-4",
+    "mh/seed-5",
+    "plain/seed-4",
+    "plain/seed-5",
+]
+
+
+def arguments(folder, out, *more):
+    return ["eval", str(folder / "experiment.yaml"), "--out", str(out), "--quiet", *more]
+
+
+def everything(out: Path) -> dict[str, list[bytes]]:
+    """The lines of each file, without what depends on how they were computed."""
+    found = sorted((out / "records").rglob("*"))
+    return {str(path.relative_to(out / "records" / "humaneval")): records(path) for path in found if path.is_file()}
+
+
+def read(out: Path, arm: str, seed: int) -> list[dict]:
+    path = out / "records" / "humaneval" / arm / f"seed-{seed}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    out = folder / "undisturbed"
+    assert main(arguments(folder, out)) == 0
+    return out
+
+
+def test_every_arm_and_seed_has_a_file_with_every_question_in_order(undisturbed):
+    assert sorted(everything(undisturbed)) == [f"{name}.jsonl" for name in FILES]
+    n = json.loads((undisturbed / "config.json").read_text())["resolved"]["humaneval"]["best-of-n"]
+    assert n > 1
+    for name in FILES:
+        arm, seed = name.split("/seed-")
+        lines = read(undisturbed, arm, int(seed))
+        chains = range(n if arm == "best-of-n" else 1)
+        assert [(r["prompt_id"], r["chain_id"]) for r in lines] == [(i, k) for i in range(4) for k in chains]
+        for r in lines:
+            asked = {"question": f"Tiny/{r['prompt_id']}", "task": "humaneval", "arm": arm, "seed": int(seed)}
+            assert {key: r[key] for key in asked} == asked
+            assert len(r["outcomes"]) == len(r["left"]) == r["steps"]
+            assert r["cost"]["seconds"] >= 0
+    assert {r["steps"] for r in read(undisturbed, "plain", 4)} == {0}
+    assert all(r["steps"] >= 2 for r in read(undisturbed, "mh", 4))
+
+
+def test_the_first_answers_of_n_are_the_arm_s_own(undisturbed):
+    of_n = [r for r in read(undisturbed, "best-of-n", 5) if r["chain_id"] == 0]
+    assert [r["tokens"] for r in of_n] == [r["tokens"] for r in read(undisturbed, "plain", 5)]
+
+
+def test_as_many_answers_are_drawn_as_cost_the_tokens_of_the_other_arm(undisturbed):
+    """A prompt that several chains share is forwarded once: what counts is behind it."""
+
+    def mean(arm):
+        costs = [r["cost"] for seed in (4, 5) for r in read(undisturbed, arm, seed)]
+        return sum(cost["forwarded"] - cost["prefill"] for cost in costs) / len(costs)
+
+    n = json.loads((undisturbed / "config.json").read_text())["resolved"]["humaneval"]["best-of-n"]
+    assert n == round(mean("mh") / mean("plain"))
+
+
+def test_greedy_takes_the_likeliest_token(undisturbed):
+    best = markov_model().lm_head.weight.T[:, :VOCAB]
+    for r in read(undisturbed, "greedy", 4):
+        previous = int(PROBLEMS[r["prompt_id"]]["prompt"].split()[-1][1:])
+        normed = torch.nn.functional.rms_norm(torch.eye(VOCAB)[previous], (VOCAB,))
+        for token in r["tokens"]:
+            normed = torch.nn.functional.rms_norm(torch.eye(VOCAB)[previous], (VOCAB,))
+            assert int((normed @ best).argmax()) == token
+            previous = token
+        assert len(r["tokens"]) == LENGTH or r["tokens"][-1] == EOS
+        assert r["answer"] == r["text"]  # stop: none
+
+
+def test_an_answer_that_is_cut_afterwards_says_how_many_tokens_it_has_and_how_likely_they_are(undisturbed):
+    cut = 0
+    for r in [r for seed in (4, 5) for arm in ("plain", "mh") for r in read(undisturbed, arm, seed)]:
+        assert r["answer"] == cut_at_stop(r["text"], (" w3", " w9 w1"))
+        words = [f" w{token}" for token in r["tokens"] if token != EOS]
+        assert r["text"] == "".join(words)
+        if len(r["answer"]) < len(r["text"]):
+            cut += 1
+            assert "".join(words[: r["answer_tokens"]]).startswith(r["answer"])
+            assert "".join(words[: r["answer_tokens"] - 1]) != r["answer"] or r["answer_tokens"] == 0
+            assert r["answer_logp"] > r["logp"]
+        else:
+            assert (r["answer_tokens"], r["answer_logp"]) == (len(r["tokens"]), r["logp"])
+    assert cut >= 3
+
+
+def test_a_run_that_is_whole_draws_nothing_and_one_may_grow(folder, undisturbed, tmp_path, capsys):
+    before, out = everything(undisturbed), tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    assert main(arguments(folder, out)) == 0
+    assert capsys.readouterr().err.count("\n0 answers written") == len(FILES)
+    assert everything(out) == before
+    assert main(arguments(folder, out, "--seeds", "4", "5", "6", "--only", "plain")) == 0
+    grown = everything(out)
+    assert len(grown.pop("plain/seed-6.jsonl")) == len(PROBLEMS)
+    assert grown == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--arm", "mh=power:alpha=2,block_size=6,mcmc_steps=2,stop=text"], "another arm mh: alpha is 2.0 and was 3.0"),
+        (["--task", "humaneval:data={problems},max_new_tokens=13"], "another task humaneval: stop is"),
+    ],
+)
+def test_a_folder_of_another_experiment_is_refused_and_left_alone(folder, undisturbed, changed, message, capsys):
+    before, config = everything(undisturbed), (undisturbed / "config.json").read_bytes()
+    changed = [part.format(problems=folder / "problems.jsonl") for part in changed]
+    assert main(arguments(folder, undisturbed, *changed)) == 2
+    assert message in capsys.readouterr().err
+    assert (everything(undisturbed), (undisturbed / "config.json").read_bytes()) == (before, config)
+
+
+def test_a_pilot_counts_and_a_dry_run_tells_its_cost(folder, undisturbed, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(folder, out, "--dry-run")) == 0
+    assert "--pilot N" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(arguments(folder, out, "--pilot", "2")) == 0
+    whole = everything(undisturbed)
+    assert everything(out) == {f"{a}/seed-4.jsonl": whole[f"{a}/seed-4.jsonl"][:2] for a in ("plain", "greedy", "mh")}
+    capsys.readouterr()
+    assert main(arguments(folder, out, "--dry-run")) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    pilot = [r["cost"]["forwarded"] for r in read(out, "mh", 4)]
+    assert lines["mh"][1:6] == ["humaneval", "2", "8", "2", f"{sum(pilot) / 2:.0f}"]
+    assert int(lines["mh"][6]) == 6 * sum(pilot) / 2
+    assert main(arguments(folder, out)) == 0
+    assert everything(out).keys() == whole.keys()
+    for name in ("plain/seed-5.jsonl", "greedy/seed-4.jsonl", "mh/seed-4.jsonl"):
+        assert everything(out)[name] == whole[name]
+
+
+@pytest.mark.parametrize("moment", ["before the first answer", "in the middle of a line", "after a line"])
+def test_a_run_that_is_killed_goes_on_and_ends_identical(folder, undisturbed, tmp_path, moment):
+    out, log = tmp_path / "run", tmp_path / "log"
+    number = signal.SIGTERM if moment == "after a line" else signal.SIGKILL
+    process = start(command, arguments(folder, out), moment, number, log=log)
+    assert joined(process) == (INTERRUPTED if number == signal.SIGTERM else -number), log.read_text()
+    assert main(arguments(folder, out)) == 0
+    assert everything(out) == everything(undisturbed)
+    assert (out / "config.json").read_bytes() == (undisturbed / "config.json").read_bytes()
+
+
+def test_two_processes_draw_what_one_draws_one_of_them_killed_on_the_way(folder, undisturbed, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+
+    def run(*moment):
+        port = free_port()
+        processes = []
+        for rank in range(2):
+            killed = moment if rank == 1 else ()
+            told = environment(rank, 2, port)
+            processes.append(start(command, arguments(folder, out), *killed, log=log, environment=told))
+        return [joined(process) for process in processes]
+
+    assert run("after a line", signal.SIGKILL) == [1, -signal.SIGKILL], log.read_text()
+    assert run() == [0, 0], log.read_text()
+    assert everything(out) == everything(undisturbed)
+
+
+# -- what is refused, before a model is loaded
+
+GOOD = {"model": "m", "tasks": ["humaneval"], "arms": ["plain"]}
+REFUSED = [
+    ({"arms": []}, "arms"),
+    ({"arms": ["nonsense"]}, "arms[0]"),
+    ({"arms": [{"kind": "plain", "alpha": 4}]}, "arms[0].alpha is not known"),
+    (
+        {"arms": [{"kind": "plain", "stop": "never"}]},
+        "arms[0].stop is 'never': Input should be 'law', 'text' or 'none'",
+    ),
+    ({"arms": [{"kind": "greedy", "draws": 2}]}, "arms[0].draws is 2"),
+    ({"arms": [{"kind": "power", "mcmc_steps": 0}]}, "mcmc_steps and final_steps are 0"),
+    ({"arms": [{"kind": "power", "blocks": 2, "block_size": 8}]}, "blocks is 2 beside block_size 8"),
+    ({"arms": ["plain", "plain"]}, "arms holds plain twice"),
+    ({"arms": ["plain", {"kind": "best-of-n", "of": "mh", "n": 4}]}, "of of the arm best-of-n is mh; allowed: plain"),
+    ({"arms": ["plain", {"kind": "best-of-n", "of": "plain", "n": 1}]}, "arms[1].n is 1: it must be at least 2"),
+    ({"arms": ["plain", {"kind": "majority", "of": "plain", "n": "all"}]}, "arms[1].n is 'all': it must be an integer"),
+    ({"arms": ["greedy", {"kind": "majority", "of": "greedy", "n": 2}]}, "whose answers are all the same"),
+    ({"arms": [{"kind": "plain", "name": "../x"}]}, "arms[0].name is '../x'"),
+    ({"tasks": [{"kind": "humaneval", "limit": 0}]}, "tasks[0].limit is 0"),
+    ({"seeds": [1, 1]}, "seeds holds 1 twice"),
+    ({"seeds": [2**64]}, "seeds[0] is 18446744073709551616"),
+    ({"threads": 0}, "threads is 0"),
+    ({"dtype": "int8"}, "dtype is 'int8'"),
+    ({"modle": "m"}, "modle is not known"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_bad_value_is_named_with_what_is_allowed(change, message):
+    with pytest.raises(schema.ArgumentError) as refused:
+        schema.experiment({**GOOD, **change})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arm", "power:alpha=0.5"], "arm power: alpha is 0.5; it must lie in"),
+        (["--arm", "power:blocks=5"], "arm power: blocks is 5; it must divide the task's max_new_tokens, 12"),
+        (["--arm", "power:compat=karan-du,early_rejection=true"], "early_rejection is True with compat='karan-du'"),
+        (["--arm", "power:alpha"], "--arm power:alpha holds 'alpha'"),
+        (["--arm", "plain", "--only", "mh"], "--only mh is no arm; allowed: plain"),
+        (["--arm", "plain", "--pilot", "0"], "--pilot is 0; it must be at least 1"),
+        (["--arm", "plain:model=/nowhere"], "--model /nowhere cannot be loaded"),
+        (["--task", "humaneval:data=/nowhere.jsonl"], "data /nowhere.jsonl cannot be read"),
+        (["--task", "humaneval:data={model}/config.json"], "model/config.json cannot be read: Expecting"),
+    ],
+)
+def test_flags_are_refused_before_a_model_is_loaded(folder, tmp_path, flags, message, capsys):
+    flags = [flag.format(model=folder / "model") for flag in flags]
+    flags = [*flags, *([] if "--arm" in flags else ["--arm", "plain:stop=none"])]
+    if "--task" not in flags:
+        flags += ["--task", f"humaneval:data={folder / 'problems.jsonl'},max_new_tokens=12,stop=[]"]
+    flags += ["--model", str(folder / "model"), "--out", str(tmp_path / "run")]
+    assert main(["eval", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_is_cut_at_the_first_stop_string():
+    assert cut_at_stop("abc\ndef\nclass", ("\nclass", "\ndef")) == "abc"
+    assert cut_at_stop("abc", ("\ndef",)) == "abc"
+
+
+def test_the_code_of_a_fence_is_taken():
+    assert first_fence("Here:\n```python\nx = 1\n```\nand so on ```y```") == "x = 1\n"
+    assert first_fence("```\nx = 1\n") == "x = 1\n"
+    assert first_fence("x = 1\n") == "x = 1\n"

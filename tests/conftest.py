@@ -28,6 +28,7 @@ HOST_FILES = {
     "test_distributed": "processes that meet over gloo, each on the CPU",
     "test_gpu_check": "the command that starts this run",
     "test_interrupts": "commands in processes of their own, on the CPU",
+    "test_grading": "answers are graded on the host",
     "test_install": "the build of the package",
     "test_device_calls": "torch.cuda replaced by what keeps a record",
     "test_instruction_sets": "the C++ kernels serve CPU tensors",
@@ -36,6 +37,7 @@ HOST_FILES = {
     "test_prefix_memory": "prefixes are remembered on a CPU only",
     "test_docs": "the text",
     "test_ptx": "the compiled kernels, executed on the CPU",
+    "test_statistics": "arrays of verdicts",
     "test_tensor_parallel": "processes on the CPU",
     "test_triton_compile": "compiles for every target without a device",
 }

@@ -16,7 +16,6 @@ import torch
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.experiments import schema
-from power_kernels.api.experiments.tasks.humaneval import first_fence
 from power_kernels.api.experiments.tasks.task import cut_at_stop
 from tests.commands import EOS, VOCAB, command, environment, free_port, joined, markov_model, records, save, start
 
@@ -288,9 +287,3 @@ def test_flags_are_refused_before_a_model_is_loaded(folder, tmp_path, flags, mes
 def test_text_is_cut_at_the_first_stop_string():
     assert cut_at_stop("abc\ndef\nclass", ("\nclass", "\ndef")) == "abc"
     assert cut_at_stop("abc", ("\ndef",)) == "abc"
-
-
-def test_the_code_of_a_fence_is_taken():
-    assert first_fence("Here:\n```python\nx = 1\n```\nand so on ```y```") == "x = 1\n"
-    assert first_fence("```\nx = 1\n") == "x = 1\n"
-    assert first_fence("x = 1\n") == "x = 1\n"

@@ -9,6 +9,7 @@ Here are the options; `experiments/` does the work.
 from __future__ import annotations
 
 import argparse
+import os
 
 from power_kernels.api.commands import generate
 from power_kernels.errors import ArgumentError
@@ -30,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pilot", type=int, metavar="N", help="the first N questions with the first seed; they count")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be run, and its cost by a pilot's account"
+    )
+    parser.add_argument("--grade", action="store_true", help="draw nothing: grade what is there, and write the table")
+    parser.add_argument(
+        "--allow-code-execution", action="store_true", help="code that the model wrote may be run, with limits"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -54,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         pilot=arguments.pilot,
         only=tuple(arguments.only),
         dry_run=arguments.dry_run,
+        grade=arguments.grade,
+        allow_code_execution=arguments.allow_code_execution,
+        graders=max(1, os.cpu_count() or 1),
     )
     return run.run(experiment, options)
 

@@ -11,13 +11,16 @@ from power_kernels.api.experiments.tasks.task import Task
 @dataclass(frozen=True)
 class Options:
     """What is not part of the experiment. pilot: only so many questions of each task, with the first seed. only: the
-    arms to run now."""
+    arms to run now. grade: draw nothing. allow_code_execution: answers may be run to be graded. graders: at once."""
 
     out: str
     quiet: bool = False
     pilot: int | None = None
     only: tuple[str, ...] = ()
     dry_run: bool = False
+    grade: bool = False
+    allow_code_execution: bool = False
+    graders: int = 2
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
     RUN/config.json                                  what is run, on which versions, models and data
     RUN/records/<task>/<arm>/seed-<seed>.jsonl       a record an answer (`commands/output_file.py`)
+    RUN/grades/<task>/<arm>/seed-<seed>.jsonl        what graders say of them (`grade.py`)
+    RUN/outputs/<task>/<arm>/seed-<seed>.json        for a judge elsewhere, in alpaca_eval's format
+    RUN/table.md, table.json                         what came out (`table.py`)
 
 A folder may grow: arms, tasks, seeds and questions may be added to it. What is there must be as it was.
 """
@@ -103,15 +106,20 @@ class RunFolder:
             fcntl.flock(folder, fcntl.LOCK_EX)
             config = self.config()
             yield config
-            new = self.path / "config.json.tmp"
-            with open(new, "w", encoding="utf-8") as file:
-                file.write(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.path / "config.json")
+            write_whole(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that at every moment is the old one or the new one."""
+    new = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 def arm_told(experiment: Experiment, arm: Arm) -> dict:

@@ -10,12 +10,14 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from power_kernels.api.commands.drawing import Drawing, answer_digests, ends_of_answers, prompt_rows
 from power_kernels.api.commands.generate import INCOMPLETE, INTERRUPTED
 from power_kernels.api.commands.load import load_sampler, load_tokenizer, revision
 from power_kernels.api.driver.distributed import RankLostError, Ranks, join
 from power_kernels.api.driver.horizons import context_message
+from power_kernels.api.experiments import grade, outputs, table
 from power_kernels.api.experiments.account import Account
 from power_kernels.api.experiments.jobs import Job, Options, jobs_of
 from power_kernels.api.experiments.records import Recorder, RunFolder, model_identity
@@ -40,15 +42,43 @@ def run(experiment: Experiment, options: Options) -> int:
     if options.dry_run:
         print(Account(folder, experiment, jobs, options).table())
         return 0
+    if options.grade:
+        report(experiment, tasks, folder, options)
+        return 0
     try:
         with join() as ranks:
-            return _Run(experiment, jobs, options, folder, ranks).run(tasks)
+            status = _Run(experiment, jobs, options, folder, ranks).run(tasks)
+            if ranks.rank == 0 and status != INTERRUPTED:
+                report(experiment, tasks, folder, options)
+            return status
     except RankLostError as error:
         print(
             f"power-kernels: {error}\nWhat is finished is in {options.out}; run the same command again",
             file=sys.stderr,
         )
         return INCOMPLETE
+
+
+def report(experiment: Experiment, tasks: list[Task], folder: RunFolder, options: Options) -> None:
+    """Grade what is there, of all arms and seeds, and write the table. Raises ArgumentError where grading was asked for
+    and is not allowed."""
+    jobs = jobs_of(experiment, tasks, replace(options, only=(), pilot=None))
+    left = [job for job in jobs if grade.runs_code(job) and not options.allow_code_execution and not options.grade]
+    if left:
+        print(
+            "not graded, since that would run what the model wrote: the same command with --grade and "
+            "--allow-code-execution does it, in processes with limits",
+            file=sys.stderr,
+        )
+    grade.grade_run(
+        folder,
+        [job for job in jobs if job not in left],
+        allow_code_execution=options.allow_code_execution,
+        workers=options.graders,
+    )
+    for path in outputs.write(folder, experiment, jobs):
+        print(f"for alpaca_eval: {path}", file=sys.stderr)
+    print(table.write(folder, jobs), end="")
 
 
 def check(experiment: Experiment, tasks: list[Task]) -> None:

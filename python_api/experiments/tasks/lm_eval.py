@@ -74,7 +74,8 @@ def task_of(name: str, include_path: str | None):
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if name not in manager.all_subtasks:
         raise ArgumentError(
-            f"task is {name}; {include_path or 'lm-eval'} has no task of this name (groups and tags must be taken apart)"
+            f"task is {name}; {include_path or 'lm-eval'} has no task of this name (groups and tags must be taken "
+            "apart)"
         )
     try:
         with _quiet():

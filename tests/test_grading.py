@@ -159,7 +159,11 @@ PROGRAMS = {
     ),
     "starts a program": ("import subprocess; subprocess.run(['/bin/true'], check=True)", "exception", "exception"),
     "calls the system": ("import os; assert os.system('true') == 0", "assertion", "exception"),
-    "has processes": ("import multiprocessing as m\np = m.Process(target=int)\np.start()", "finished", "exception"),
+    "has processes": (
+        "import multiprocessing as m\nm.get_context('fork').Process(target=int).start()",
+        "finished",
+        "exception",
+    ),
     "loads a library": ("import ctypes; ctypes.CDLL('libc.so.6').getppid()", "finished", "exception"),
     "runs as main": ("assert __name__ == '__main__'", "finished", "finished"),
 }

@@ -5,7 +5,7 @@ The working folder is its argument, the request comes as JSON on stdin, the repo
 
     launcher          outside; makes the namespaces, dies with its parent
       supervisor      process 1 of the PID namespace: keeps the clock; when it ends, the kernel ends all others in there
-        program       limits, no privileges; sees Python's own files, read-only, and an empty /tmp in memory
+        program       limits, no privileges; sees Python's own files, read-only, and its working folder
 
 With `guard` the launcher itself is the supervisor and a child subreaper: what the program leaves behind falls to it.
 """
@@ -89,7 +89,8 @@ def _visible() -> list[str]:
 
 
 def _build_root(root: str, file_bytes: int) -> None:
-    """Makes `root`, an empty folder, the root of the file system: Python's files, read-only, and /tmp in memory."""
+    """Makes `root`, an empty folder, the root of the file system: Python's files, read-only, and, at the same path, a
+    working folder in memory."""
     visible = _visible()
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m,nr_inodes=1024")
@@ -104,19 +105,19 @@ def _build_root(root: str, file_bytes: int) -> None:
         else:
             os.close(os.open(target, os.O_CREAT, 0o644))
         _mount(path, target, None, _MS_BIND | _MS_REC)
-    os.makedirs(f"{root}/tmp", exist_ok=True)
+    os.makedirs(root + root, exist_ok=True)
     attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
     result = _libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, root.encode(), _AT_RECURSIVE, ctypes.byref(attributes), 32)
     _checked("mount_setattr", result)
     size = max(file_bytes, 4096)
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={size},nr_inodes=256")
+    _mount("tmpfs", root + root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=1777,size={size},nr_inodes=256")
     machine = os.uname().machine
     if machine not in _SYS_PIVOT_ROOT:
         raise SetupError(f"pivot_root: its number is not known on {machine}")
     os.chdir(root)
     _checked("pivot_root", _libc.syscall(_SYS_PIVOT_ROOT[machine], b".", b"."))
     _checked("umount of the old root", _libc.umount2(b".", _MNT_DETACH))
-    os.chdir("/tmp")
+    os.chdir(root)
 
 
 def _drop_privileges(user: int | None) -> None:

@@ -5,7 +5,7 @@ nothing on stdin, output thrown away; a fresh working folder that is gone afterw
 processes killed at its end, whatever sessions they began.
 
 Where the kernel allows it (`barriers()` tries): namespaces without a network, in which the program sees Python's own
-files, read-only, and an empty /tmp in memory, without privileges, and a limit on the number of its processes.
+files, read-only, and an empty working folder in memory, without privileges, and a limit on the number of its processes.
 Elsewhere, a weaker guard inside the interpreter: an audit hook that refuses sockets, new processes, and changes to
 files outside the working folder. It stops Python code that does such things, not code that goes round Python (an
 extension module, an `os.open` beside a folder's descriptor), and it does not keep the program from reading files.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -135,7 +136,7 @@ def barriers() -> Barriers:
         return Barriers(
             isolation="namespaces",
             network="none: a network namespace without devices",
-            files="Python's own, read-only; a /tmp in memory that ends with the program",
+            files="Python's own, read-only; a working folder in memory that ends with the program",
             processes="few (RLIMIT_NPROC), without privileges, in a PID namespace",
             survivors="killed by the kernel with the first process of the namespace",
             weaker_because=None,
@@ -206,13 +207,12 @@ def run(
 
 
 def _remove(folder: str) -> None:
-    """Removes a folder whatever modes the program gave to what is in it."""
-
-    def again(function, path, _error) -> None:
-        for blocked in (Path(path).parent, Path(path)):
-            if blocked.exists() and not blocked.is_symlink() and blocked.is_relative_to(folder):
-                blocked.chmod(stat.S_IRWXU)
-        function(path)
-
-    if Path(folder).exists():
-        shutil.rmtree(folder, onerror=again)
+    """Removes a folder whatever modes the program gave to those in it."""
+    if not os.path.isdir(folder):
+        return
+    os.chmod(folder, stat.S_IRWXU)
+    for parent, names, _ in os.walk(folder):  # top down: it enters them afterwards
+        for path in (os.path.join(parent, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, stat.S_IRWXU)
+    shutil.rmtree(folder)

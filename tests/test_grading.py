@@ -245,6 +245,15 @@ def test_no_socket_reaches_this_process(how, isolation):
             datagrams.recv(1)
 
 
+def test_the_callers_umask_does_not_lock_the_program_out(isolation):
+    before = os.umask(0o077)
+    try:
+        outcome = sandbox.run("open('a', 'w')", PATIENT, isolation=isolation)
+    finally:
+        os.umask(before)
+    assert outcome.kind == "finished", outcome
+
+
 def test_the_detail_names_the_line(isolation):
     outcome = sandbox.run("x = 1\nassert x == 2, 'not two'\n", PATIENT, isolation=isolation)
     assert outcome.detail == "AssertionError: not two (line 2: assert x == 2, 'not two')"

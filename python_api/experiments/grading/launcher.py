@@ -60,11 +60,12 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 # ---------------------------------------------------------------- namespaces
 
 
-def _enter_namespaces() -> None:
-    """No network, a PID namespace for the next child, mounts of its own; a user namespace unless the user is root."""
+def _enter_namespaces() -> bool:
+    """No network, a PID namespace for the next child, mounts of its own; and where root's own privileges did not do for
+    that (False), a user namespace."""
     kinds = _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS
     if os.geteuid() == 0 and _libc.unshare(kinds) == 0:
-        return
+        return True
     user, group = os.geteuid(), os.getegid()
     _checked("unshare", _libc.unshare(kinds | _CLONE_NEWUSER))
     try:
@@ -73,6 +74,7 @@ def _enter_namespaces() -> None:
                 file.write(text)
     except OSError as error:
         raise SetupError(f"/proc/self/{name}: {error.strerror}") from error
+    return False
 
 
 def _visible() -> list[str]:
@@ -347,8 +349,7 @@ def _sweep() -> None:
 
 
 def _in_namespaces(request: dict) -> dict:
-    request["user"] = 1_900_000_000 + os.getpid() if os.geteuid() == 0 else None
-    _enter_namespaces()
+    request["user"] = 1_900_000_000 + os.getpid() if _enter_namespaces() else None
     reading, writing = os.pipe()
     supervisor = os.fork()
     if supervisor == 0:
@@ -377,6 +378,7 @@ def _in_guard(request: dict) -> dict:
 
 def main() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.umask(0o022)  # the program's user must be able to enter the folders that are made for it
     request = json.load(sys.stdin)
     try:
         report = _in_namespaces(request) if request["namespaces"] else _in_guard(request)

@@ -327,9 +327,9 @@ def test_lm_eval_runs_our_model_and_its_scores_are_those_of_our_own_run(lm_eval_
     ]
     samples = sorted(theirs["samples"]["tiny_words"], key=lambda sample: sample["doc_id"])
     assert [r["answer"] for r in answers] == [sample["resps"][0][0] for sample in samples]
-    (row,) = json.loads((out / "table.json").read_text())
-    assert 0 < row["grades"]["lm-eval"]["accuracy"] < 1
-    assert row["grades"]["lm-eval"]["accuracy"] == theirs["results"]["tiny_words"]["exact_match,last"]
+    (row,) = json.loads((out / "table.json").read_text())["rows"]
+    assert 0 < row["grades"]["lm-eval"]["value"] < 1
+    assert row["grades"]["lm-eval"]["value"] == theirs["results"]["tiny_words"]["exact_match,last"]
     graded = [
         json.loads(line) for line in (out / "grades" / "words" / "power" / "seed-3.jsonl").read_text().splitlines()
     ]
@@ -472,7 +472,7 @@ def test_code_is_not_run_unless_it_is_allowed(lm_eval_folder, tmp_path, capsys):
     assert main([*command, "--grade", "--allow-code-execution"]) == 0
     printed = capsys.readouterr()
     assert "0 of 1 answers are right (humaneval)" in printed.err
-    assert "| humaneval | plain | 1 | 1 | 0.000 | - | 0.000 |" in printed.out
+    assert "| humaneval | plain | 1 | 1 | 0.000 | - | 1.000 |" in printed.out
     kept = (out / "grades" / "humaneval" / "plain" / "seed-0.jsonl").read_bytes()
     assert main([*command, "--grade", "--allow-code-execution"]) == 0
     assert (out / "grades" / "humaneval" / "plain" / "seed-0.jsonl").read_bytes() == kept

@@ -1,6 +1,7 @@
 """`power-kernels eval`: arms x tasks x seeds on a model, into the folder of a run.
 
 power-kernels eval experiment.yaml --out RUN
+power-kernels eval --demo
 power-kernels eval --model MODEL --task humaneval --arm plain --arm power:alpha=4,block_size=40 --seeds 0 1 2 --out RUN
 
 Here are the options; `experiments/` does the work.
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from power_kernels.api.commands import generate
 from power_kernels.errors import ArgumentError
+
+DEMO_OUT = "build/eval-demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-code-execution", action="store_true", help="code that the model wrote may be run, with limits"
     )
+    parser.add_argument(
+        "--official-harness", metavar="FOLDER", help="a checkout of the published code, for tasks of the kind official"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help=f"a small model and 24 short questions, in minutes (--out {DEMO_OUT})"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -43,18 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status: 0, 1 when answers are missing or bad, 130 when interrupted. Raises ArgumentError."""
     if arguments.pilot is not None and arguments.pilot < 1:
         raise ArgumentError(f"--pilot is {arguments.pilot}; it must be at least 1")
-    if not arguments.out:
+    if not arguments.out and not arguments.demo:
         raise ArgumentError("--out is not given; it must name the folder of the run")
+    out = arguments.out or DEMO_OUT
     from power_kernels.api.experiments import schema
 
-    experiment = schema.experiment(_data(arguments, schema))
+    experiment = schema.experiment(_demo(arguments, out) if arguments.demo else _data(arguments, schema))
     for arm in experiment.arms:
         generate.check_model_folder(experiment.model_of(arm))
 
     from power_kernels.api.experiments import jobs, run
 
     options = jobs.Options(
-        out=arguments.out,
+        out=out,
         quiet=arguments.quiet,
         pilot=arguments.pilot,
         only=tuple(arguments.only),
@@ -77,4 +88,28 @@ def _data(arguments: argparse.Namespace, schema) -> dict:
     for option, key in (("--task", "tasks"), ("--arm", "arms")):
         if getattr(arguments, option[2:]):
             data[key] = [schema.from_flag(option, text) for text in getattr(arguments, option[2:])]
+    if arguments.official_harness is not None:
+        official = [task for task in data.get("tasks", []) if isinstance(task, dict) and task.get("kind") == "official"]
+        if not official:
+            raise ArgumentError(
+                f"--official-harness is {arguments.official_harness}, and no task is of the kind official"
+            )
+        for task in official:
+            task.setdefault("harness", arguments.official_harness)
     return data
+
+
+def _demo(arguments: argparse.Namespace, out: str) -> dict:
+    """The demonstration's experiment. Raises ArgumentError where another was given, too, or its model is not to be
+    had."""
+    for option in ("file", "model", "device", "threads", "max_chains", "task", "arm", "seeds", "official_harness"):
+        if getattr(arguments, option) is not None:
+            raise ArgumentError(f"--demo is an experiment of its own, and {option} is {getattr(arguments, option)!r}")
+    from power_kernels.api.commands import demo_model
+    from power_kernels.api.experiments import demo
+
+    try:
+        model = demo_model.ensure_model()
+    except demo_model.ModelUnavailableError as error:
+        raise ArgumentError(f"--demo has no model: {error}") from None
+    return demo.experiment(str(model), demo.write_questions(Path(out)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from power_kernels.api.experiments.schema import Arm, Experiment, Greedy, selects
+from power_kernels.api.experiments.schema import Arm, Experiment, selects
 from power_kernels.api.experiments.tasks.task import Task
 
 
@@ -46,9 +46,10 @@ def jobs_of(experiment: Experiment, tasks: list[Task], options: Options) -> list
         if experiment.model_of(arm) not in models:
             models.append(experiment.model_of(arm))
     arms = [arm for arm in experiment.arms if not options.only or arm.label in options.only]
-    seeds = experiment.seeds[:1] if options.pilot else experiment.seeds
-    jobs = [Job(task, arm, seed) for seed in seeds for task in tasks for arm in arms]
-    jobs = [job for job in jobs if not isinstance(job.arm, Greedy) or job.seed == experiment.seeds[0]]
+    jobs = []
+    for number, seed in enumerate(experiment.seeds[: 1 if options.pilot else None]):
+        of_seed = [arm for arm in arms if arm.seeds is None or number < arm.seeds]
+        jobs += [Job(task, arm, seed) for task in tasks for arm in of_seed]
     if options.pilot:  # which is what they are counted by
         jobs = [job for job in jobs if not (selects(job.arm) and job.arm.equal_to)]
     waits = [bool(selects(job.arm) and job.arm.equal_to) for job in jobs]

@@ -124,7 +124,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def arm_told(experiment: Experiment, arm: Arm) -> dict:
     """An arm as config.json has it. What changes no answer is left out, so that a run may go on with others."""
-    exact = {"lanes", "early_rejection", "free_prefix", "name"}
+    exact = {"lanes", "early_rejection", "free_prefix", "name", "seeds"}
     told = arm.model_dump(mode="json", exclude=exact)
     drawing = experiment.drawing_arm(arm)
     if drawing is not arm:

@@ -68,7 +68,13 @@ class _Named(_Strict):
 # -- arms
 
 
-class _Draws(_Named):
+class _Arm(_Named):
+    """seeds: only the first so many of the experiment's."""
+
+    seeds: Integer | None = Field(default=None, ge=1)
+
+
+class _Draws(_Arm):
     """An arm that draws answers.
 
     model: in the place of the experiment's, such as a checkpoint after reinforcement learning.
@@ -118,10 +124,12 @@ class LowTemperature(_Draws):
 
 
 class Greedy(_Draws):
-    """The likeliest token each time: a temperature of 1e-6, at which tokens within 1e-5 nats of it are ties."""
+    """The likeliest token each time: a temperature of 1e-6, at which tokens within 1e-5 nats of it are ties. It has no
+    random numbers but for those."""
 
     kind: Literal["greedy"]
     draws: Literal[1] = 1
+    seeds: Literal[1] = 1
 
     def _fields(self, max_new_tokens: int) -> dict:
         law = {"alpha": 1.0, "temperature": GREEDY_TEMPERATURE, "early_rejection": False}
@@ -171,7 +179,7 @@ class Power(_Draws):
         return fields
 
 
-class _Selects(_Named):
+class _Selects(_Arm):
     """An arm that draws n answers as the arm `of` does, and takes one. n: a number, or equal(ARM): as many as cost the
     forwarded tokens of one answer of that arm."""
 
@@ -328,8 +336,7 @@ TaskSpec = Annotated[
 
 
 class Experiment(_Strict):
-    """model, device, dtype, threads, max_chains: as `power-kernels generate` has them. seeds: the arms' random numbers;
-    greedy, which has none, runs with the first alone."""
+    """model, device, dtype, threads, max_chains: as `power-kernels generate` has them. seeds: of the random numbers."""
 
     model: str
     device: str | None = None

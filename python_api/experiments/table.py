@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
+from power_kernels.api.experiments import statistics
 from power_kernels.api.experiments.grade import read_grades
 from power_kernels.api.experiments.jobs import Job
 from power_kernels.api.experiments.records import RunFolder, write_whole
-from power_kernels.api.experiments.schema import Arm, BestOfN, Majority
+from power_kernels.api.experiments.schema import Arm, BestOfN, LowTemperature, Majority, Plain
 
 BY: dict[str, Callable[[dict], float]] = {
     "logp": lambda record: record["answer_logp"],
@@ -54,95 +56,150 @@ def _majority(answers: list[dict], grader: str | None) -> dict:
     return answers[read.index(max(counts, key=counts.get))]  # of the most frequent, the one that was seen first
 
 
-def rows(folder: RunFolder, jobs: list[Job]) -> list[dict]:
-    """One for each task and arm that has records."""
+def contents(folder: RunFolder, jobs: list[Job]) -> dict:
+    """What table.json holds. rows: one for each task and arm that has records. comparisons: each arm against plain and
+    low temperature, on the questions and seeds that both have."""
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.task.name, job.arm.label), []).append(job)
-    found = []
-    for (task, arm), of_arm in groups.items():
-        graders = of_arm[0].task.graders
+    rows, verdicts = [], {}
+    for (task, label), of_arm in groups.items():
+        arm, graders = of_arm[0].arm, of_arm[0].task.graders
         seeds = {job.seed: graded_records(folder, job) for job in of_arm}
         everything = [record for records in seeds.values() for record in records]
         if not everything:
             continue
-        counted = [r for records in seeds.values() for r in taken(of_arm[0].arm, records, next(iter(graders), None))]
-        row = {"task": task, "arm": arm, "seeds": [seed for seed, records in seeds.items() if records]}
+        counted = [record for records in seeds.values() for record in taken(arm, records, next(iter(graders), None))]
+        row = {"task": task, "arm": label, "seeds": [seed for seed, records in seeds.items() if records]}
         row |= {"questions": len({r["prompt_id"] for r in counted}), "answers": len(counted)}
+        row |= {"grades": {}, "pass_at_k": {}, **_cost(counted, everything)}
         for grader in graders:
-            row.setdefault("grades", {})[grader] = _accuracy(counted, grader)
-        row |= {
-            "faults": sum(r["finish"] == "fault" for r in counted),
-            "mean": {
-                "answer_logp": float(np.mean([r["answer_logp"] for r in counted])),
-                "answer_tokens": float(np.mean([r["answer_tokens"] for r in counted])),
-                "tokens": float(np.mean([len(r["tokens"]) for r in counted])),
-                "forwarded": sum(r["cost"]["forwarded"] for r in everything) / len(counted),
-                "seconds": sum(r["cost"]["seconds"] for r in everything) / len(counted),
-            },
-        }
-        steps = sum(r["steps"] for r in everything)
-        row["acceptance"] = sum(r["accepted"] + r["unchanged"] for r in everything) / steps if steps else None
-        found.append(row)
+            if all(grader in record["grades"] for record in counted):
+                row["grades"][grader] = _grades(counted, grader)
+        if row["grades"] and next(iter(row["grades"])) == graders[0]:
+            verdicts[task, label] = arm, _by_question(counted, graders[0])
+            row["pass_at_k"] = _pass_at_k(verdicts[task, label][1])
+        rows.append(row)
+    return {"rows": rows, "comparisons": _comparisons(verdicts)}
+
+
+def _cost(counted: list[dict], everything: list[dict]) -> dict:
+    """Of one answer that counts, what the others cost that were drawn for it included."""
+    steps = sum(r["steps"] for r in everything)
+    return {
+        "faults": sum(r["finish"] == "fault" for r in counted),
+        "acceptance": sum(r["accepted"] + r["unchanged"] for r in everything) / steps if steps else None,
+        "answer_logp": float(np.mean([r["answer_logp"] for r in counted])),
+        "answer_tokens": float(np.mean([r["answer_tokens"] for r in counted])),
+        "tokens": float(np.mean([len(r["tokens"]) for r in counted])),
+        "forwarded": sum(r["cost"]["forwarded"] for r in everything) / len(counted),
+        "seconds": sum(r["cost"]["seconds"] for r in everything) / len(counted),
+    }
+
+
+def _by_question(counted: list[dict], grader: str) -> dict[int, list[float]]:
+    """The verdicts on each question, in the order of seeds and chains."""
+    found: dict[int, list[float]] = {}
+    for record in counted:
+        found.setdefault(record["prompt_id"], []).append(float(record["grades"][grader]["correct"]))
     return found
 
 
-def _accuracy(records: list[dict], grader: str) -> dict | None:
-    """None where an answer is not graded."""
-    if not all(grader in record["grades"] for record in records):
-        return None
-    by_question: dict[int, list[float]] = {}
-    for record in records:
-        by_question.setdefault(record["prompt_id"], []).append(float(record["grades"][grader]["correct"]))
-    means = np.array([np.mean(values) for values in by_question.values()])
-    reasons = Counter(record["grades"][grader]["reason"] for record in records)
-    return {
-        "accuracy": float(means.mean()),
-        "standard_error": float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None,
-        "reasons": dict(sorted(reasons.items())),
-    }
+def _grades(counted: list[dict], grader: str) -> dict:
+    """Questions that not all seeds have come to count with those that have."""
+    verdicts = list(_by_question(counted, grader).values())
+    width = min(map(len, verdicts))
+    if width == max(map(len, verdicts)):
+        estimate = statistics.accuracy(np.array(verdicts))
+    else:
+        estimate = statistics.estimate(np.array([np.mean(values) for values in verdicts]), width)
+    reasons = Counter(record["grades"][grader]["reason"] for record in counted)
+    unread = sum(record["grades"][grader]["parsed"] is None for record in counted)
+    return {**_told(estimate), "reasons": dict(sorted(reasons.items())), "read": 1 - unread / len(counted)}
+
+
+def _pass_at_k(verdicts: dict[int, list[float]]) -> dict[str, dict]:
+    """For k = 1, 2, 4, ... and all, where there are several answers to each question."""
+    width = min(map(len, verdicts.values()))
+    if width < 2:
+        return {}
+    correct = np.array([values[:width] for values in verdicts.values()])
+    powers = [2**i for i in range(width.bit_length()) if 2**i < width]
+    return {str(k): _told(statistics.pass_at_k(correct, k)) for k in (*powers, width)}
+
+
+def _comparisons(verdicts: dict[tuple[str, str], tuple[Arm, dict[int, list[float]]]]) -> list[dict]:
+    found = []
+    for (task, label), (_, of_arm) in verdicts.items():
+        for (task2, label2), (other, of_other) in verdicts.items():
+            if task != task2 or label == label2 or not isinstance(other, Plain | LowTemperature):
+                continue
+            both = sorted(of_arm.keys() & of_other.keys())
+            told = any(c["task"] == task and (c["arm"], c["against"]) == (label2, label) for c in found)
+            if not both or told:
+                continue
+            width = min(min(len(of[i]) for i in both) for of in (of_arm, of_other))
+            first, second = (np.array([of[i][:width] for i in both]) for of in (of_arm, of_other))
+            compared = _told(statistics.mcnemar(first, second))
+            found.append({"task": task, "arm": label, "against": label2, **compared})
+    return found
+
+
+def _told(figures) -> dict:
+    """A dataclass of figures as JSON has them: NaN is null."""
+    return {key: None if value != value else value for key, value in asdict(figures).items()}
 
 
 def write(folder: RunFolder, jobs: list[Job]) -> str:
     """Both files. Returns the text of table.md."""
-    found = rows(folder, jobs)
+    found = contents(folder, jobs)
     write_whole(folder.path / "table.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     text = markdown(found)
     write_whole(folder.path / "table.md", text)
     return text
 
 
-def markdown(found: list[dict]) -> str:
-    head = (
-        "task", "arm", "seeds", "questions", "accuracy", "second grader", "no answer", "log p", "tokens", "forwarded",
-        "seconds", "acceptance",
-    )  # fmt: skip
-    lines = [head, tuple("---" for _ in head)]
-    for row in found:
-        graded = list(row.get("grades", {}).values())
-        first = graded[0] if graded else None
-        mean = row["mean"]
+def markdown(found: dict) -> str:
+    lines = [
+        ("task", "arm", "seeds", "questions", "accuracy", "second grader", "read", "log p", "tokens", "forwarded",
+         "seconds", "acceptance")
+    ]  # fmt: skip
+    for row in found["rows"]:
+        graded = list(row["grades"].values())
         lines.append(
             (
                 row["task"],
                 row["arm"],
                 str(len(row["seeds"])),
                 str(row["questions"]),
-                _with_error(first),
+                _with_error(graded[0]) if graded else "-",
                 _with_error(graded[1]) if len(graded) > 1 else "-",
-                "-" if first is None else f"{first['reasons'].get('no answer', 0) / row['answers']:.3f}",
-                f"{mean['answer_logp']:.1f}",
-                f"{mean['answer_tokens']:.0f}",
-                f"{mean['forwarded']:.0f}",
-                f"{mean['seconds']:.1f}",
+                f"{graded[0]['read']:.3f}" if graded else "-",
+                f"{row['answer_logp']:.1f}",
+                f"{row['answer_tokens']:.0f}",
+                f"{row['forwarded']:.0f}",
+                f"{row['seconds']:.1f}",
                 "-" if row["acceptance"] is None else f"{row['acceptance']:.2f}",
             )
         )
+    text = _markdown_table(lines) if found["rows"] else "no answers yet\n"
+    if found["comparisons"]:
+        lines = [("task", "arm", "against", "questions", "seeds", "difference", "only it", "only the other", "p")]
+        for c in found["comparisons"]:
+            difference = f"{c['difference']:+.3f} ± {c['standard_error'] or 0:.3f}"
+            only = (str(c["only_first"]), str(c["only_second"]))
+            place = (c["task"], c["arm"], c["against"], str(c["questions"]), str(c["seeds"]))
+            lines.append((*place, difference, *only, f"{c['p']:.3g}"))
+        text += "\n" + _markdown_table(lines)
+    return text
+
+
+def _markdown_table(lines: list[tuple[str, ...]]) -> str:
+    """The first line is the head."""
+    lines = [lines[0], ("---",) * len(lines[0]), *lines[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _with_error(graded: dict | None) -> str:
-    if graded is None:
-        return "-"
+def _with_error(graded: dict) -> str:
     error = graded["standard_error"]
-    return f"{graded['accuracy']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{graded['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")

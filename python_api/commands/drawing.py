@@ -179,7 +179,13 @@ def answer_digests(
     """By (prompt id, chain id), in prompt-major order. everything: what else an answer depends on, but its tokens."""
     # Lanes and the exact shortcuts change what is computed and never the answer: a run may go on with others.
     exact = {"lanes", "early_rejection", "free_prefix"}
-    told = {name: value for name, value in dataclasses.asdict(config).items() if name not in exact}
+    # What came later says nothing at its default: files that were begun before go on.
+    later = {"stop": (), "length_bonus": 0.0}
+    told = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in exact and (name not in later or value != later[name])
+    }
     return {
         (i, k): digest(**everything, config=told, tokens=row, prompt_id=i, chain_id=k)
         for i, row in enumerate(rows)

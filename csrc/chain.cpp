@@ -69,6 +69,16 @@ double leave_probability(float logq) {
   return (1.0 - e) * x / std::log(e);
 }
 
+// reference.fixed_point_sum: in whole units of 2^-32 nats, so that no order of summation shows.
+double fixed_point_sum(const float* logq, int64_t length) {
+  constexpr double UNITS = 4294967296.0;
+  int64_t sum = 0;
+  for (int64_t t = 0; t < length; ++t) {
+    sum += static_cast<int64_t>(std::max(static_cast<double>(logq[t]), -65536.0) * UNITS);
+  }
+  return static_cast<double>(sum) / UNITS;
+}
+
 }  // namespace
 
 void mh_accept_out(Tensor weights_cur, Tensor weights_prop, Tensor len_cur, Tensor len_prop, Tensor log_u,
@@ -143,7 +153,7 @@ namespace {
 
 struct Law {
   int64_t max_new_tokens, block_size, mcmc_steps, final_steps;
-  bool early_rejection, free_prefix, karan_du;
+  bool early_rejection, free_prefix, karan_du, stops;
   Cut cut;
   bool diverges() const { return cut != Cut::UNIFORM_; }
 };
@@ -155,15 +165,19 @@ struct State {
   float* logq;
   double* cumw;
   double* cumz;
+  int16_t* stop_state;
   int8_t* outcome;
   int32_t* left;
   int32_t* forwarded;
+  double* step_weight;
+  double* step_logq;
   int64_t* cost;
   int32_t* lane_field;
   int32_t* lane_token;
   float* lane_logq;
   double* lane_cumw;
   double* lane_cumz;
+  int16_t* lane_stop_state;
   double* lane_theta;
   int64_t* input_id;
   int64_t* position;
@@ -171,11 +185,13 @@ struct State {
   int64_t* exclude;
   int32_t* commit_range;
   int32_t* open_range;
-  const double* log_n;
+  const double* length_term;
   const int64_t* seeds;
   bool own_seeds;  // one a chain, or one for all
   const int64_t* eos;
   int64_t eos_count;
+  const int16_t* stop_next;
+  int64_t vocabulary;  // columns of stop_next
   const int64_t* sampled_token;
   const float* sampled_logq;
   const float* sampled_weight;
@@ -184,6 +200,7 @@ struct State {
   int64_t lanes;     // per chain
   int64_t width;     // of the token rows: max_new_tokens + 1
   int64_t z_width;   // of the rows of cumz: as many, or none
+  int64_t a_width;   // of the rows of stop_state: as many, or none
   int64_t serials;   // of the rows by serial
 };
 
@@ -202,6 +219,7 @@ class Advance {
         logq_(s.logq + chain * s.width),
         cumw_(s.cumw + chain * s.width),
         cumz_(s.cumz + chain * s.z_width),
+        stop_state_(s.stop_state + chain * s.a_width),
         outcome_(s.outcome + chain * s.serials),
         left_(s.left + chain * s.serials),
         forwarded_(s.forwarded + chain * s.serials) {}
@@ -271,6 +289,7 @@ class Advance {
       }
       return;
     }
+    const int64_t token = s_.sampled_token[lane];
     const float logq = s_.sampled_logq[lane], weight = s_.sampled_weight[lane];
     const float h = law_.cut == Cut::DIVERGENCE_ENTROPY_ ? s_.sampled_entropy[lane] : 1.0f;
     Status sampled = static_cast<Status>(s_.sampled_status[lane]);
@@ -279,6 +298,8 @@ class Advance {
         sampled = Status::NAN_;
       } else if (weight == INFINITY || h == INFINITY) {
         sampled = Status::POS_INF_;
+      } else if (law_.stops && (token < 0 || token >= s_.vocabulary)) {
+        sampled = Status::BAD_TOKEN_;
       }
     }
     if (sampled != Status::OK_) {
@@ -286,7 +307,6 @@ class Advance {
       lane_field(lane, LaneField::FAULT_) = static_cast<int32_t>(sampled);
       return;
     }
-    const int64_t token = s_.sampled_token[lane];
     if (pos == div && !extending && token == lane_field(lane, LaneField::EXCLUDE_)) {
       // Nothing else has mass: the token is kept and the walk goes on. A divergence cut has no walk, and only rounding
       // takes it to such a place.
@@ -309,20 +329,28 @@ class Advance {
       z = (pos == div ? cumz_[pos] : lane_cumz[pos]) + leave_probability(logq) * std::max(static_cast<double>(h), 0.0);
       lane_cumz[pos + 1] = z;
     }
+    bool ends = is_eos(token);
+    if (law_.stops) {
+      int16_t* lane_stop_state = s_.lane_stop_state + lane * s_.a_width;
+      const int64_t before = pos == div ? stop_state_[pos] : lane_stop_state[pos];
+      lane_stop_state[pos + 1] = s_.stop_next[before * s_.vocabulary + token];
+      ends = ends || lane_stop_state[pos + 1] < 0;
+    }
     lane_field(lane, LaneField::POSITION_) = ++pos;
-    const bool closed = is_eos(token) || pos == cap();
+    const bool closed = ends || pos == cap();
     bool rejected = false;
     if (!extending) {
       const double theta = s_.lane_theta[lane];
       if (law_.karan_du) {
         rejected = closed && total - cumw_[pos] < theta;
-      } else if (law_.diverges()) {
-        // Z only grows. Z = 0 takes rounding, and no step leaves such an answer: none may go there.
-        rejected = (closed && z == 0.0) || ((closed || law_.early_rejection) && total - std::log(z) < theta);
       } else if (closed || law_.early_rejection) {
-        // An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
-        const int32_t at_least = s_.eos_count > 0 ? pos + 1 : cap();
-        rejected = total - s_.log_n[closed ? pos : at_least] < theta;
+        // An open answer ends at its next token at the earliest, and at the horizon if nothing else ends it. In between
+        // F can become no more than at these two: no weight is positive, the term is convex, Z grows.
+        const int32_t at_least = closed ? pos : s_.eos_count > 0 || law_.stops ? pos + 1 : cap();
+        const double most = std::max(s_.length_term[at_least], s_.length_term[closed ? pos : cap()]);
+        // Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+        const bool stuck = law_.diverges() && closed && z == 0.0;
+        rejected = stuck || total + most - (law_.diverges() ? std::log(z) : 0.0) < theta;
       }
     }
     if (rejected) {
@@ -373,8 +401,10 @@ class Advance {
     std::copy(s_.lane_logq + row + div, s_.lane_logq + row + pos, logq_ + div);
     std::copy(s_.lane_cumw + row + div + 1, s_.lane_cumw + row + pos + 1, cumw_ + div + 1);
     if (law_.diverges()) std::copy(s_.lane_cumz + row + div + 1, s_.lane_cumz + row + pos + 1, cumz_ + div + 1);
+    if (law_.stops)
+      std::copy(s_.lane_stop_state + row + div + 1, s_.lane_stop_state + row + pos + 1, stop_state_ + div + 1);
     field(ChainField::LENGTH_) = pos;
-    field(ChainField::CLOSED_) = is_eos(token_[pos - 1]);
+    field(ChainField::CLOSED_) = is_eos(token_[pos - 1]) || (law_.stops && stop_state_[pos] < 0);
     // The chain's KV lacks its last token; an extension starts there and so must copy it too.
     set_range(s_.commit_range + c_ * 4, c_, lane, base + std::min(div, length - 1), base + pos - 1);
     for (int64_t other = first_; other < end_; ++other) {
@@ -385,7 +415,11 @@ class Advance {
       valid = std::min(range[3] > range[2] ? range[2] : valid, base + div);
     }
     lane_field(lane, LaneField::VALID_) = base + pos - 1;
-    if (mode() == Mode::EXTEND_) {
+    const bool extending = mode() == Mode::EXTEND_;
+    const int64_t step = c_ * (s_.serials + 1) + (extending ? field(ChainField::OPENED_) : serial);
+    s_.step_weight[step] = cumw_[pos];
+    s_.step_logq[step] = fixed_point_sum(logq_, pos);
+    if (extending) {
       set_mode(Mode::PROPOSE_);
       field(ChainField::LAST_) = field(ChainField::OPENED_) - 1 + static_cast<int32_t>(law_.mcmc_steps);
     } else {
@@ -401,6 +435,7 @@ class Advance {
       field(ChainField::OPENED_) = 1;
       cumw_[0] = 0.0;
       if (law_.diverges()) cumz_[0] = 0.0;
+      if (law_.stops) stop_state_[0] = 0;
       extend();
     }
     while (mode() == Mode::PROPOSE_) {
@@ -440,8 +475,9 @@ class Advance {
     const Uniforms u = draw_uniforms(0, serial, STREAM_STEP);
     const double log_u = std::log(1.0 - u.u1);
     forwarded_[serial] = 0;
+    const double f = cumw_[length] + s_.length_term[length];
     if (law_.diverges()) {
-      s_.lane_theta[lane] = (cumw_[length] - std::log(cumz_[length])) + log_u;
+      s_.lane_theta[lane] = (f - std::log(cumz_[length])) + log_u;
       // The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
       const double* sums = cumz_ + 1;
       const int32_t div = static_cast<int32_t>(std::upper_bound(sums, sums + length, u.u0 * cumz_[length]) - sums);
@@ -452,7 +488,7 @@ class Advance {
       }
       return;
     }
-    s_.lane_theta[lane] = law_.karan_du ? log_u : (cumw_[length] - s_.log_n[length]) + log_u;
+    s_.lane_theta[lane] = law_.karan_du ? log_u : f + log_u;
     start(lane, serial, std::min(static_cast<int32_t>(u.u0 * length), length - 1));
   }
 
@@ -522,6 +558,7 @@ class Advance {
   float* const logq_;
   double* const cumw_;
   double* const cumz_;
+  int16_t* const stop_state_;
   int8_t* const outcome_;
   int32_t* const left_;
   int32_t* const forwarded_;
@@ -534,13 +571,14 @@ T* data(const Tensor& tensor) {
 
 }  // namespace
 
-void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cumz, Tensor outcome, Tensor left,
-                Tensor forwarded, Tensor cost, Tensor lane_field, Tensor lane_token, Tensor lane_logq,
-                Tensor lane_cumw, Tensor lane_cumz, Tensor lane_theta, Tensor input_id, Tensor position,
-                Tensor counter, Tensor exclude, Tensor commit_range, Tensor open_range, Tensor log_n, Tensor seed,
-                Tensor eos, Tensor sampled_token, Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status,
+void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cumz, Tensor stop_state, Tensor outcome,
+                Tensor left, Tensor forwarded, Tensor step_weight, Tensor step_logq, Tensor cost, Tensor lane_field,
+                Tensor lane_token, Tensor lane_logq, Tensor lane_cumw, Tensor lane_cumz, Tensor lane_stop_state,
+                Tensor lane_theta, Tensor input_id, Tensor position, Tensor counter, Tensor exclude,
+                Tensor commit_range, Tensor open_range, Tensor length_term, Tensor seed, Tensor eos, Tensor stop_next,
+                Tensor sampled_token, Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status,
                 Tensor sampled_entropy, int64_t max_new_tokens, int64_t block_size, int64_t mcmc_steps,
-                int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du, int64_t cut) {
+                int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du, bool stops, int64_t cut) {
   const int64_t chains = field.size(0);
   STD_TORCH_CHECK(chains > 0 && lane_field.size(0) % chains == 0, "every chain must have as many lanes");
   STD_TORCH_CHECK(seed.numel() == 1 || seed.numel() == chains, "seed must have shape [1] or [chains]");
@@ -550,15 +588,19 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
       data<float>(logq),
       data<double>(cumw),
       data<double>(cumz),
+      data<int16_t>(stop_state),
       data<int8_t>(outcome),
       data<int32_t>(left),
       data<int32_t>(forwarded),
+      data<double>(step_weight),
+      data<double>(step_logq),
       data<int64_t>(cost),
       data<int32_t>(lane_field),
       data<int32_t>(lane_token),
       data<float>(lane_logq),
       data<double>(lane_cumw),
       data<double>(lane_cumz),
+      data<int16_t>(lane_stop_state),
       data<double>(lane_theta),
       data<int64_t>(input_id),
       data<int64_t>(position),
@@ -566,11 +608,13 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
       data<int64_t>(exclude),
       data<int32_t>(commit_range),
       data<int32_t>(open_range),
-      data<const double>(log_n),
+      data<const double>(length_term),
       data<const int64_t>(seed),
       seed.numel() != 1,
       data<const int64_t>(eos),
       eos.numel(),
+      data<const int16_t>(stop_next),
+      stop_next.size(1),
       data<const int64_t>(sampled_token),
       data<const float>(sampled_logq),
       data<const float>(sampled_weight),
@@ -579,10 +623,11 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
       lane_field.size(0) / chains,
       token.size(1),
       cumz.size(1),
+      stop_state.size(1),
       outcome.size(1),
   };
   const Law law{max_new_tokens, block_size,  mcmc_steps, final_steps,
-                early_rejection, free_prefix, karan_du,  static_cast<Cut>(cut)};
+                early_rejection, free_prefix, karan_du,  stops, static_cast<Cut>(cut)};
   torch::stable::parallel_for(0, chains, 64, [&](int64_t begin, int64_t end) {
     for (int64_t chain = begin; chain < end; ++chain) Advance(state, law, chain).run();
   });
@@ -604,7 +649,7 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_stat
   return "ChainField:" PK_CHAIN_FIELDS(PK_NAME) ";LaneField:" PK_LANE_FIELDS(PK_NAME) ";Mode:" PK_MODES(PK_NAME)
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
       ";Cut:" PK_CUTS(PK_NAME) ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
-      ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
+      ";tensors:" PK_STATE_TENSORS ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
 #undef PK_NAME
 #undef PK_STRING
 #undef PK_SPELL

@@ -35,6 +35,11 @@ enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
 enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR
 
+// The tensors of ChainState, in the order of the arguments of mh_advance.
+#define PK_STATE_TENSORS                                                                                           \
+  ",field,token,logq,cumw,cumz,stop_state,outcome,left,forwarded,step_weight,step_logq,cost,lane_field,lane_token" \
+  ",lane_logq,lane_cumw,lane_cumz,lane_stop_state,lane_theta,input_id,position,counter,exclude,commit_range,open_range"
+
 // Row pitches. Macros, so that the layout string can spell them.
 #define PK_CHAIN_PITCH 16
 #define PK_LANE_PITCH 8

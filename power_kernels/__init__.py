@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         workspace_size,
     )
     from power_kernels.state import ChainState, Status
+    from power_kernels.stop_strings import stop_automaton
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "score_tokens",
     "score_tokens_out",
     "shard_record",
+    "stop_automaton",
     "use_backend",
     "workspace_size",
 ]
@@ -95,6 +97,7 @@ _HOMES = {
     **dict.fromkeys(("ArgumentError", "ArgumentTypeError", "BackendError"), "power_kernels.errors"),
     **dict.fromkeys(("CUTS", "Law"), "power_kernels.law"),
     **dict.fromkeys(("ChainState", "Status"), "power_kernels.state"),
+    "stop_automaton": "power_kernels.stop_strings",
     **{module: f"power_kernels.{module}" for module in _MODULES},
 }
 __getattr__, __dir__ = on_demand(globals(), _HOMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -15,6 +16,13 @@ def check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
         raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int")
     if not least <= value <= most:
         raise ArgumentError(f"{name} is {value}; it must lie in [{least}, {most}]")
+
+
+def check_length_bonus(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a float")
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name} is {value}; it must be finite")
 
 
 class Cut(IntEnum):
@@ -33,8 +41,9 @@ class Law:
     """The constants of one run (DESIGN section 3). All are host values, fixed while a run lasts.
 
     max_new_tokens, block_size >= 1; mcmc_steps, final_steps >= 0. cut: one of `CUTS` (3.6). free_prefix says nothing
-    under a divergence cut, whose proposals keep no token on the way; karan_du allows no other cut than "uniform" and no
-    early_rejection.
+    under a divergence cut, whose proposals keep no token on the way. stops: stop strings close an answer as EOS does
+    (3.1); a run then has a table of their automaton. length_bonus: lambda of the target p(x)^alpha e^(lambda n), nats a
+    token (3.1). karan_du allows no other cut than "uniform", no early_rejection and no length_bonus.
     Raises ArgumentError for another value, ArgumentTypeError for another type.
     """
 
@@ -46,12 +55,14 @@ class Law:
     free_prefix: bool = True
     karan_du: bool = False
     cut: str = "uniform"
+    stops: bool = False
+    length_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         # The kernels index by these numbers and do not look at them.
         for name, least in (("max_new_tokens", 1), ("block_size", 1), ("mcmc_steps", 0), ("final_steps", 0)):
             check_integer(name, getattr(self, name), least)
-        for name in ("early_rejection", "free_prefix", "karan_du"):
+        for name in ("early_rejection", "free_prefix", "karan_du", "stops"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a bool")
@@ -59,6 +70,9 @@ class Law:
             raise ArgumentTypeError(f"cut is {self.cut!r}, a {type(self.cut).__name__}; it must be a str")
         if self.cut not in CUTS:
             raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
+        check_length_bonus("length_bonus", self.length_bonus)
+        if self.karan_du and self.length_bonus != 0.0:
+            raise ArgumentError(f"length_bonus is {self.length_bonus} with karan_du; the published code has none: 0")
         if self.karan_du and self.diverges:
             raise ArgumentError(f"cut is {self.cut!r} with karan_du; the published code cuts uniformly")
         if self.karan_du and self.early_rejection:
@@ -84,12 +98,14 @@ class Law:
         return self.stages * self.mcmc_steps + self.final_steps
 
     def constants(self) -> tuple[int, ...]:
-        """The law as the last arguments of the operator `mh_advance`."""
+        """The law as the last arguments of the operator `mh_advance`. length_bonus is not among them: the kernels find
+        it in `reference.length_table`."""
         return (
             self.max_new_tokens, self.block_size, self.mcmc_steps, self.final_steps,
-            self.early_rejection, self.free_prefix, self.karan_du, CUTS.index(self.cut),
+            self.early_rejection, self.free_prefix, self.karan_du, self.stops, CUTS.index(self.cut),
         )  # fmt: skip
 
     @staticmethod
     def of_constants(*constants: int) -> Law:
-        return Law(*constants[:-1], cut=CUTS[constants[-1]])
+        *plain, stops, cut = constants
+        return Law(*plain, stops=bool(stops), cut=CUTS[cut])

@@ -22,6 +22,8 @@ from power_kernels.rng import MAX_PROMPT_ID
 # Lanes a chain that the triton backend compiles for; the others take any number.
 MAX_LANES = 16
 
+MAX_STOP_STATES = 2**15  # of a stop automaton, whose states are int16
+
 
 class ChainField(IntEnum):
     """Columns of `ChainState.field` int32 [C, 16]."""
@@ -37,7 +39,7 @@ class ChainField(IntEnum):
     CHAIN_ID = 8
     PROMPT_ID = 9
     FAULT = 10  # the Status that stopped the chain, 0 while it is healthy
-    CLOSED = 11  # 1 when the current answer ends with an EOS token
+    CLOSED = 11  # 1 when an EOS token or a stop string ends the current answer
     PROMPT_TOKEN = 12  # the prompt's last token, which the first decode of an empty answer feeds
 
 
@@ -111,15 +113,23 @@ class Status(IntEnum):
     BAD_LENGTH = 5
 
 
-_PER_CHAIN = {"field", "token", "logq", "cumw", "cumz", "outcome", "left", "forwarded", "cost", "commit_range"}
+_PER_CHAIN = {
+    "field", "token", "logq", "cumw", "cumz", "stop_state", "outcome", "left", "forwarded", "step_weight", "step_logq",
+    "cost", "commit_range",
+}  # fmt: skip
 
 
 @dataclass
 class ChainState:
     """Every tensor of `mh_advance`, in the order of its schema. Rows of chains, rows of lanes, then what comes next.
 
-    Z = H + 1 under a divergence cut and 0 otherwise. By serial: column s of [C, S+1] belongs to step s, and is settled
-    once s < OPENED and no lane holds it.
+    Z = H + 1 under a divergence cut and 0 otherwise; A = H + 1 with stop strings and 0 otherwise. By serial: column s
+    of [C, S+1] belongs to step s, and is settled once s < OPENED and no lane holds it.
+
+    step_weight and step_logq [C, S+2] hold the sums over the whole answer after step s, where that step was accepted,
+    and in the column of the next serial when a stage has extended the answer; the others say nothing (the sums are
+    those of the step before): `driver/results.py` reads them so. logq is summed in units of 2^-32 nats, so that no
+    order of summation shows.
     """
 
     field: torch.Tensor  # i32 [C, 16]
@@ -127,15 +137,19 @@ class ChainState:
     logq: torch.Tensor  # f32 [C, H+1]
     cumw: torch.Tensor  # f64 [C, H+1], cumw[t] = sum of the first t weights
     cumz: torch.Tensor  # f64 [C, Z], cumz[t] = sum of (1 - q) h over the first t tokens, h as the cut law says
+    stop_state: torch.Tensor  # i16 [C, A], the stop automaton's state after t tokens, -1 once a stop string is complete
     outcome: torch.Tensor  # i8 [C, S+1], by serial: an Outcome
     left: torch.Tensor  # i32 [C, S+1], by serial: where the proposal left the answer of its time, -1 if unchanged
     forwarded: torch.Tensor  # i32 [C, S+1], by serial: tokens forwarded for the proposal
+    step_weight: torch.Tensor  # f64 [C, S+2], by serial: W of the answer, nats
+    step_logq: torch.Tensor  # f64 [C, S+2], by serial: log q of the answer, nats
     cost: torch.Tensor  # i64 [C, 4]
     lane_field: torch.Tensor  # i32 [C*P, 8]
     lane_token: torch.Tensor  # i32 [C*P, H+1], valid on [DIVERGENCE, POSITION)
     lane_logq: torch.Tensor  # f32 [C*P, H+1], the same
     lane_cumw: torch.Tensor  # f64 [C*P, H+1], valid on (DIVERGENCE, POSITION]
     lane_cumz: torch.Tensor  # f64 [C*P, Z], the same
+    lane_stop_state: torch.Tensor  # i16 [C*P, A], the same
     lane_theta: torch.Tensor  # f64 [C*P], F(x) + log(1-u), fixed when the proposal opens
     input_id: torch.Tensor  # i64 [C*P]: the token each lane feeds next
     position: torch.Tensor  # i64 [C*P]: its position, prompt included
@@ -159,21 +173,26 @@ class ChainState:
 
         rows, width, serials = chains * lanes, law.max_new_tokens + 1, law.max_steps + 1
         z_width = width if law.diverges else 0
+        a_width = width if law.stops else 0
         return ChainState(
             field=zeros(chains, CHAIN_FIELDS, dtype=torch.int32),
             token=zeros(chains, width, dtype=torch.int32),
             logq=zeros(chains, width, dtype=torch.float32),
             cumw=zeros(chains, width, dtype=torch.float64),
             cumz=zeros(chains, z_width, dtype=torch.float64),
+            stop_state=zeros(chains, a_width, dtype=torch.int16),
             outcome=zeros(chains, serials, dtype=torch.int8),
             left=zeros(chains, serials, dtype=torch.int32),
             forwarded=zeros(chains, serials, dtype=torch.int32),
+            step_weight=zeros(chains, serials + 1, dtype=torch.float64),
+            step_logq=zeros(chains, serials + 1, dtype=torch.float64),
             cost=zeros(chains, len(Cost), dtype=torch.int64),
             lane_field=zeros(rows, LANE_FIELDS, dtype=torch.int32),
             lane_token=zeros(rows, width, dtype=torch.int32),
             lane_logq=zeros(rows, width, dtype=torch.float32),
             lane_cumw=zeros(rows, width, dtype=torch.float64),
             lane_cumz=zeros(rows, z_width, dtype=torch.float64),
+            lane_stop_state=zeros(rows, a_width, dtype=torch.int16),
             lane_theta=zeros(rows, dtype=torch.float64),
             input_id=zeros(rows, dtype=torch.int64),
             position=zeros(rows, dtype=torch.int64),

@@ -53,16 +53,17 @@ class Space:
     index: dict[Tokens, int]
     logp: np.ndarray  # [N]
     logq: list[np.ndarray]  # of each answer, log q of its first t tokens, t = 0..n
-    target: np.ndarray  # [N] p^alpha, normalised
+    target: np.ndarray  # [N] p^alpha e^(lambda n), normalised
     proposal: np.ndarray  # [N] q of the whole answer
     entropy: list[np.ndarray]  # of each answer, the entropy of softmax(z) before each of its n tokens, in nats
 
 
-def space(toy: Toy, horizon: int, alpha: float, beta: float) -> Space:
+def space(toy: Toy, horizon: int, alpha: float, beta: float, length_bonus: float = 0.0) -> Space:
     answers = [x for x in toy.answers(horizon) if toy.logp(x) > -math.inf]
     steps = [[log_softmax(beta * toy.logits(x[:t]))[x[t]] for t in range(len(x))] for x in answers]
     logp = np.array([toy.logp(x) for x in answers])
-    power = np.exp(alpha * (logp - logp.max()))
+    log_target = alpha * logp + length_bonus * np.array([len(x) for x in answers])
+    power = np.exp(log_target - log_target.max())
     rows = [[log_softmax(toy.logits(x[:t])) for t in range(len(x))] for x in answers]
     return Space(
         answers=answers,
@@ -75,7 +76,9 @@ def space(toy: Toy, horizon: int, alpha: float, beta: float) -> Space:
     )
 
 
-def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float, cut: str = "uniform") -> np.ndarray:
+def direct_matrix(
+    toy: Toy, horizon: int, alpha: float, beta: float, cut: str = "uniform", length_bonus: float = 0.0
+) -> np.ndarray:
     """K [N, N] of one step, accepted with min(1, r).
 
     cut="uniform" (3.2): cut anywhere, regenerate from q. The divergence cuts (3.6): leave the answer at d with
@@ -86,6 +89,7 @@ def direct_matrix(toy: Toy, horizon: int, alpha: float, beta: float, cut: str = 
     leaving = [leaving_masses(s, i, cut) for i in range(len(s.answers))]
     cuts = [len(x) for x in s.answers] if cut == "uniform" else [masses.sum() for masses in leaving]
     log_f = alpha * s.logp - [row[-1] for row in s.logq] - np.log(np.where(np.array(cuts) > 0, cuts, 1.0))
+    log_f += length_bonus * np.array([len(x) for x in s.answers])
     for i, x in enumerate(s.answers):
         for j, y in enumerate(s.answers):
             same = next((t for t, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), None)  # as far as that
@@ -122,17 +126,18 @@ def output_law(
             for t in range(len(x)):
                 if x[:t] in unfinished:  # an unfinished answer is open, so at most one prefix of x is
                     start[i] += unfinished[x[:t]] * math.exp(s.logq[i][-1] - s.logq[i][t])
-        end = start @ np.linalg.matrix_power(matrix(toy, horizon, alpha, beta, law.cut), law.mcmc_steps)
+        step = matrix(toy, horizon, alpha, beta, law.cut, law.length_bonus)
+        end = start @ np.linalg.matrix_power(step, law.mcmc_steps)
         unfinished = {}
         for x, mass in zip(s.answers, end, strict=True):
-            if x[-1] in toy.eos or stage == law.stages:
+            if toy.ends(x) or stage == law.stages:
                 finished[x] += mass
             else:
                 unfinished[x] = mass
     s = space(toy, law.max_new_tokens, alpha, beta)
     end = np.array([finished[x] for x in s.answers])
     if law.final_steps:
-        last = matrix(toy, law.max_new_tokens, alpha, beta, law.cut)
+        last = matrix(toy, law.max_new_tokens, alpha, beta, law.cut, law.length_bonus)
         end = end @ np.linalg.matrix_power(last, law.final_steps)
     return dict(zip(s.answers, end, strict=True))
 
@@ -206,7 +211,7 @@ class _Tables(ReferenceChain):
 
     def draw_table(self, answer: Answer, exclude: int) -> tuple[list[float], list[Answer]]:
         """(where each piece ends, what `draw` returns on it). The unused keep uniform is NaN."""
-        key = (answer.tokens, answer.logq, answer.cumw, answer.cumz, exclude)
+        key = (answer.tokens, answer.logq, answer.cumw, answer.cumz, answer.stop_state, exclude)
         table = self.tables.get(key)
         if table is None:
             plain = super().draw
@@ -329,7 +334,8 @@ def answer_of(chain: ReferenceChain, tokens: Tokens) -> Answer:
 
 
 def compose_enumerated(chain: type[ReferenceChain], toy: Toy, law: Law, alpha: float, beta: float) -> _Enumerated:
-    one = _compose(_Enumerated, chain, _BranchSource)(toy.logits, law, alpha=alpha, beta=beta, eos=toy.eos)
+    enumerated = _compose(_Enumerated, chain, _BranchSource)
+    one = enumerated(toy.logits, law, alpha=alpha, beta=beta, eos=toy.eos, stop_next=toy.stop_next)
     one.tables = {}
     return one
 
@@ -342,13 +348,15 @@ def enumerated_matrix(
     beta: float,
     states: list[Tokens],
 ) -> np.ndarray:
-    """K [N, N] between `states` at horizon `law.max_new_tokens`, exactly as `chain.propose` acts."""
+    """K [N, N] between `states` at horizon `law.max_new_tokens`, exactly as `chain.propose` acts. A row misses what a
+    faulty step takes out of the states."""
     index = {x: i for i, x in enumerate(states)}
     matrix = np.zeros((len(states),) * 2)
     one = compose_enumerated(chain, toy, law, alpha, beta)
     for x in states:
         for y, probability in one.step_law(answer_of(one, x), law.max_new_tokens).items():
-            matrix[index[x], index[y]] += probability
+            if y in index:
+                matrix[index[x], index[y]] += probability
     return matrix
 
 
@@ -407,7 +415,7 @@ def simulate(
 
     Uniforms are computed for many chains at once, draws are read from tables; the rest is the chain's code.
     """
-    fast = _compose(_Fast, chain, _TableSource)
+    fast, stop_next = _compose(_Fast, chain, _TableSource), toy.stop_next
     tables: dict = {}
     started: dict[Tokens, Answer] = {}
     runs: list[Run] = []
@@ -420,7 +428,9 @@ def simulate(
         positions = rng.position_uniforms(seed, places, serial[:, None], ids[:, :, None], 0)
         positions = positions.reshape(len(ids), len(serial), -1).tolist()
         for i, chain_id in enumerate(ids[:, 0].tolist()):
-            one = fast(toy.logits, law, alpha=alpha, beta=beta, seed=seed, eos=toy.eos, chain_id=chain_id)
+            one = fast(
+                toy.logits, law, alpha=alpha, beta=beta, seed=seed, eos=toy.eos, chain_id=chain_id, stop_next=stop_next
+            )
             one.tables, one.step_rows, one.position_rows, one.path = tables, steps[i], positions[i], []
             if starts is None:
                 answer = one.run()

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from power_kernels.reference import Answer, ReferenceChain, leave_probability, log_table, token_quantities
+from power_kernels.reference import Answer, ReferenceChain, leave_probability, token_quantities
 
 
 class NoLengthRatio(ReferenceChain):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.log_n = np.zeros_like(self.log_n)
+        self.length_term = np.zeros_like(self.length_term)
 
 
 class InvertedLengthRatio(ReferenceChain):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.log_n = -log_table(self.law.max_new_tokens)
+        self.length_term = -self.length_term
 
 
 class ProposalSumMissesFirstSuffixWeight(ReferenceChain):
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         pairs = zip(answer.tokens, proposal.tokens, strict=False)
         first = next(t for t, (x, y) in enumerate(pairs) if x != y)
         weight = proposal.cumw[first + 1] - proposal.cumw[first]
         cumw = (*proposal.cumw[:-1], proposal.cumw[-1] - weight)
-        return super().rejects(answer, Answer(proposal.tokens, proposal.logq, cumw, proposal.cumz), closed, theta)
+        return super().rejects(answer, replace(proposal, cumw=cumw), closed, theta, cap)
 
 
 class CurrentSumMissesLastWeight(ReferenceChain):
@@ -74,28 +75,28 @@ class LogqOfExcludedRow(WeightOfExcludedRow):
 class EarlyRejectionWithoutLengths(ReferenceChain):
     """Compares running sums alone while the proposal is open; a shorter answer's log n/n' comes too late."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
-        return proposal.cumw[-1] < theta + self.log_n[len(answer)]
+            return super().rejects(answer, proposal, closed, theta, cap)
+        return proposal.cumw[-1] < theta - self.length_term[len(answer)]
 
 
 class EarlyRejectionWithoutCurrentLength(ReferenceChain):
     """theta = W + log u while the proposal is open, F + log u at its end."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
-        return super().rejects(answer, proposal, closed, theta + self.log_n[len(answer)])
+            return super().rejects(answer, proposal, closed, theta, cap)
+        return super().rejects(answer, proposal, closed, theta - self.length_term[len(answer)], cap)
 
 
 class EarlyRejectionAtHorizonLength(ReferenceChain):
     """Assumes that an open proposal will run to the horizon."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
-        return proposal.cumw[-1] - self.log_n[self.law.max_new_tokens] < theta
+            return super().rejects(answer, proposal, closed, theta, cap)
+        return proposal.cumw[-1] + self.length_term[self.law.max_new_tokens] < theta
 
 
 class SerialsRestartEachStage(ReferenceChain):
@@ -145,26 +146,26 @@ class CutMissesLastPosition(ReferenceChain):
 
 
 class NoZRatio(ReferenceChain):
-    def log_cuts(self, answer):
+    def log_z(self, answer):
         return 0.0
 
 
 class InvertedZRatio(ReferenceChain):
-    def log_cuts(self, answer):
-        return -super().log_cuts(answer)
+    def log_z(self, answer):
+        return -super().log_z(answer)
 
 
 class LengthForZ(ReferenceChain):
     """The uniform cut's ratio."""
 
-    def log_cuts(self, answer):
-        return self.log_n[len(answer)]
+    def log_z(self, answer):
+        return math.log(len(answer))
 
 
 class ZWithoutEntropy(ReferenceChain):
     """The cut weighs by entropy, the ratio does not."""
 
-    def log_cuts(self, answer):
+    def log_z(self, answer):
         return math.log(sum(leave_probability(value) for value in answer.logq))
 
 
@@ -179,12 +180,12 @@ class CutWithoutEntropy(ReferenceChain):
 
 
 class ZMissesLastToken(ReferenceChain):
-    def log_cuts(self, answer):
+    def log_z(self, answer):
         return math.log(answer.cumz[-2] or answer.cumz[-1])
 
 
 class ZMissesFirstToken(ReferenceChain):
-    def log_cuts(self, answer):
+    def log_z(self, answer):
         return math.log(answer.cumz[-1] - answer.cumz[1] or answer.cumz[-1])
 
 
@@ -226,19 +227,54 @@ class WalkAfterDivergence(ReferenceChain):
 class EarlyRejectionWithLookahead(ReferenceChain):
     """log(Z + 1) while open, as if the next token had to add 1 to Z as it does to n."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
+            return super().rejects(answer, proposal, closed, theta, cap)
         return proposal.cumw[-1] - math.log(proposal.cumz[-1] + 1.0) < theta
 
 
 class EarlyRejectionWithoutCurrentZ(ReferenceChain):
     """theta = W + log u while the proposal is open, F + log u at its end."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
-        return super().rejects(answer, proposal, closed, theta + self.log_cuts(answer))
+            return super().rejects(answer, proposal, closed, theta, cap)
+        return super().rejects(answer, proposal, closed, theta + self.log_z(answer), cap)
+
+
+# ---- stop strings and the length term (DESIGN 3.1)
+
+
+class BonusMissesClosingToken(ReferenceChain):
+    """The token that closes an answer before its horizon is not counted."""
+
+    def log_f(self, answer, length=None):
+        return super().log_f(answer, length) - self.law.length_bonus * self.ends(answer)
+
+
+class EarlyRejectionAtNextTokenOnly(ReferenceChain):
+    """The bound of no length term, which can grow with lambda > 0."""
+
+    def most_log_f(self, proposal, cap):
+        return self.log_f(proposal, len(proposal) + 1 if self.can_end_early else cap)
+
+
+class AutomatonNotRewound(ReferenceChain):
+    """A proposal goes on from the automaton's state at the end of the answer that it leaves."""
+
+    def propose(self, answer, horizon, serial):
+        states = (max(answer.stop_state[-1], 0),) * len(answer.stop_state)
+        stale = replace(answer, stop_state=states)
+        proposal = super().propose(stale, horizon, serial)
+        return answer if proposal is stale else proposal
+
+
+class StopMatchedInPrompt(ReferenceChain):
+    """The automaton has read the prompt, which ends with token 0."""
+
+    def next_stop_state(self, answer, token):
+        before = answer.stop_state[-1] if len(answer) else self.stop_next[0, 0]
+        return int(self.stop_next[before, token])
 
 
 # Not faults: the law is the same.
@@ -247,9 +283,9 @@ class EarlyRejectionWithoutCurrentZ(ReferenceChain):
 class EarlyRejectionWithoutProposalLength(ReferenceChain):
     """No log m while open: the same test with log 1, which rejects less."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
+            return super().rejects(answer, proposal, closed, theta, cap)
         return self.law.early_rejection and proposal.cumw[-1] < theta
 
 
@@ -263,10 +299,10 @@ class LogOfUniform(ReferenceChain):
 class EarlyRejectionOneTokenLate(ReferenceChain):
     """log m instead of log (m + 1) while open. m <= n', so it rejects nothing that the last test accepts."""
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
-            return super().rejects(answer, proposal, closed, theta)
-        return self.law.early_rejection and proposal.cumw[-1] - self.log_n[len(proposal)] < theta
+            return super().rejects(answer, proposal, closed, theta, cap)
+        return self.law.early_rejection and proposal.cumw[-1] + self.length_term[len(proposal)] < theta
 
 
 class TwiceTheWeight(ReferenceChain):

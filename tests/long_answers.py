@@ -22,6 +22,7 @@ import power_kernels as pk
 from power_kernels import reference, rng
 from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome, Status
+from tests.op_helpers import stop_table
 from tests.test_chain_identity import assert_same_state, copied
 
 BLOCK, WARP = 128, 32  # positions that a program, and one of its warps, looks at in one go
@@ -95,6 +96,9 @@ CASES = {
         lanes=1,
         lacks=_NO_WALK | {"lanes voided", "several lanes opened at once"},
     ),
+    "stop strings and a length term, three lanes": Case(
+        Law(400, 400, 40, stops=True, length_bonus=0.01), lanes=3, chains=4
+    ),
     "the published code, four lanes": Case(Law(400, 200, 30, 6, False, True, True), lanes=4),
 }
 
@@ -112,10 +116,11 @@ def telling(name: str, each: int, *, backend: str | None = None) -> Iterator[Lau
     state = ChainState.allocate(case.chains, case.lanes, law)
     state.exclude.fill_(-1)
     fixed = (
-        torch.from_numpy(reference.log_table(law.max_new_tokens)),
+        torch.from_numpy(reference.length_table(law)),
         torch.tensor([SEED]),
         torch.tensor(case.eos).long(),
     )
+    stop_next = stop_table(law, VOCAB, closing=1 / 1000) if law.stops else None
     admitted = 0
     for _launch in range(LAUNCHES):
         for slot in range(case.chains):
@@ -123,7 +128,7 @@ def telling(name: str, each: int, *, backend: str | None = None) -> Iterator[Lau
                 state.admit(slot, PROMPT, chain_id=admitted, prompt_id=0)
                 admitted += 1
         before = copied(state)
-        arguments = (law, *fixed, *_made_up(generator, before))
+        arguments = (law, *fixed, *_made_up(generator, before), stop_next)
         with pk.use_backend(backend):
             pk.mh_advance(state, *arguments)
         facts = _facts(law, before, state, arguments)

@@ -50,6 +50,15 @@ def serving(name: str):
 # ---- inputs
 
 
+def stop_table(law: pk.Law, vocab: int, closing: float = 1 / 12) -> torch.Tensor:
+    """int16 [5, vocab], a table of which `closing` entries close an answer; [0, 0] for a law without stops."""
+    if not law.stops:
+        return torch.empty(0, 0, dtype=torch.int16)
+    state = torch.randint(5, (5, vocab), generator=torch.Generator().manual_seed(vocab))
+    state[torch.rand(5, vocab, generator=torch.Generator().manual_seed(vocab + 1)) < closing] = -1
+    return state.to(torch.int16)
+
+
 def normal_logits(rows: int, vocab: int, dtype=torch.float32, *, scale=3.0, seed=0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(rows, vocab, generator=generator) * scale).to(dtype)

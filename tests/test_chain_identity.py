@@ -30,8 +30,8 @@ from power_kernels.law import CUTS, Law
 from power_kernels.reference import Answer, ReferenceChain
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome, Status
 from tests.devices import ON_CUDA
-from tests.op_helpers import BACKENDS, FAST, serving
-from tests.toys import Toy, ToyEngine, power_toy
+from tests.op_helpers import BACKENDS, FAST, serving, stop_table
+from tests.toys import Toy, ToyEngine, power_toy, split_characters_toy, straddling_toy
 
 PROMPTS = {0: [5], 1: [6, 7, 1]}  # by id; a lone token has no prefilled KV
 CHAINS = 1024  # a law
@@ -56,7 +56,10 @@ class Case:
 
     def make(self, *, early: bool = True, free: bool = True, lanes: int = 1) -> PowerConfig:
         early = early and self.config.get("early_rejection", True)
-        return PowerConfig(**{**self.config, "early_rejection": early, "free_prefix": free, "lanes": lanes})
+        stop = self.toy().stop
+        return PowerConfig(
+            **{**self.config, "stop": stop, "early_rejection": early, "free_prefix": free, "lanes": lanes}
+        )
 
 
 def open_toy() -> Toy:
@@ -139,6 +142,23 @@ CASES = {
         0,
         10500,
     ),
+    "stop strings": Case(
+        straddling_toy, {**POWER, "block_size": 2, "mcmc_steps": 3, "final_steps": 3}, 3600, 2250, 4300
+    ),
+    "stop strings and a length term": Case(
+        straddling_toy,
+        dict(alpha=2.0, max_new_tokens=5, block_size=None, mcmc_steps=6, length_bonus=0.7),
+        2900,
+        1300,
+        9000,
+    ),
+    "stop strings, divergence": Case(
+        split_characters_toy,
+        {**POWER, "max_new_tokens": 4, "block_size": 2, "mcmc_steps": 4, "cut": "divergence", "length_bonus": -0.3},
+        2600,
+        0,
+        5600,
+    ),
     # The first stage holds nothing but a forced token: Z = 0, and its steps are unchanged.
     "divergence by entropy, impossible tokens": Case(
         forced_start_toy, {**POWER, "block_size": 1, "mcmc_steps": 2, "cut": "divergence-entropy"}, 2700, 2000, 1400
@@ -167,6 +187,7 @@ class WatchedChain(ReferenceChain):
         self.rows = rows  # a draw is constant between two steps of the CDF: made once, kept for all chains of a model
         self.margin, self.drawn, self.extended, self.loop = 1.0, 0, 0, 0
         self.good, self.status = Answer(), Status.OK
+        self.step_weight, self.step_logp = [], []  # of the answer after each step
 
     def finish(self) -> WatchedChain:
         try:
@@ -187,6 +208,8 @@ class WatchedChain(ReferenceChain):
 
     def resolve(self, answer, proposal):
         outcome, self.good = super().resolve(answer, proposal)
+        self.step_weight.append(self.good.cumw[-1])
+        self.step_logp.append((self.good.cumw[-1] + sum(self.good.logq)) / self.alpha)
         return outcome, self.good
 
     def propose(self, answer, horizon, serial):
@@ -221,13 +244,15 @@ class WatchedChain(ReferenceChain):
             return super().draw(answer, serial, exclude)
         if (row, step) not in self.rows:
             zeros = (0.0,) * len(answer.cumw)
-            self.rows[row, step] = super().draw(Answer(answer.tokens, answer.logq, zeros, zeros), serial, exclude)
+            plain = Answer(answer.tokens, answer.logq, zeros, zeros, answer.stop_state)
+            self.rows[row, step] = super().draw(plain, serial, exclude)
         drawn = self.rows[row, step]
         return Answer(
             drawn.tokens,
             (*answer.logq, drawn.logq[-1]),
             (*answer.cumw, answer.cumw[-1] + drawn.cumw[-1]),
             (*answer.cumz, answer.cumz[-1] + drawn.cumz[-1]),
+            drawn.stop_state,
         )
 
     def status_and_cdf(self, tokens, exclude) -> tuple[Status, list[float]]:
@@ -247,12 +272,12 @@ class WatchedChain(ReferenceChain):
                 self.margin = min(self.margin, abs(self.position_uniforms(t, serial)[1] - leave))
         return super().walk(answer, start, serial)
 
-    def rejects(self, answer, proposal, closed, theta):
+    def rejects(self, answer, proposal, closed, theta, cap):
         if closed:
             self.loop += len(proposal) - self.start
-            against = answer.cumw[len(proposal)] if self.law.karan_du else self.log_cuts(proposal)
-            self.margin = min(self.margin, abs(proposal.cumw[-1] - against - theta))
-        return super().rejects(answer, proposal, closed, theta)
+            overlap = proposal.cumw[-1] - answer.cumw[len(proposal)] if self.law.karan_du else self.log_f(proposal)
+            self.margin = min(self.margin, abs(overlap - theta))
+        return super().rejects(answer, proposal, closed, theta, cap)
 
 
 def watched_chains(
@@ -262,7 +287,7 @@ def watched_chains(
     law, share = config.law, chains // len(PROMPTS)
     # Negative serials, which the published code's extensions use, are found from the back.
     serial = np.concatenate([np.arange(law.max_steps + 1), np.arange(-law.stages, 0)])
-    found, rows = {}, {}
+    found, rows, stop_next = {}, {}, toy.stop_next
     for prompt_id in PROMPTS:
         chain_id = np.arange(share)[:, None]
         steps = rng.step_uniforms(SEED, serial, chain_id, prompt_id).tolist()
@@ -275,6 +300,7 @@ def watched_chains(
                 alpha=float(np.float32(config.alpha)),
                 beta=config.beta,
                 eos=toy.eos,
+                stop_next=stop_next,
                 step_rows=steps[k],
                 position_rows=positions[k],
                 rows=rows,
@@ -319,7 +345,7 @@ def drive(
     """Also holds the token account to what the engine fed."""
     ids = sorted(PROMPTS, reverse=backwards)
     before = engine.forwarded
-    results = PowerSampler(engine).generate(
+    results = PowerSampler(engine, engine.toy.tokenizer()).generate(
         [PROMPTS[i] for i in ids],
         config,
         num_chains=chains // len(ids),
@@ -366,7 +392,10 @@ def assert_reference(results: Results, expected: dict, *, exact_weights: bool = 
         assert r.left == [want.left[serial + 1] for serial in range(r.steps)], key
         assert r.status is want.status, key
         if want.status is Status.OK:
-            assert r.finish == ("eos" if want.ends_with_eos(want.good) else "length"), key
+            ends = "eos" if want.good.tokens[-1] in want.eos else "stop" if want.ends(want.good) else "length"
+            assert r.finish == ends, key
+            assert r.step_weight == pytest.approx(want.step_weight, rel=1e-6, abs=1e-6)
+            assert r.step_logp == pytest.approx(want.step_logp, rel=1e-6, abs=1e-6)
         weights = np.diff(want.good.cumw)
         if exact_weights:
             assert r.log_weights == weights.tolist(), key
@@ -605,7 +634,8 @@ def test_an_excluded_token_that_is_drawn_all_the_same_is_kept_and_the_walk_goes_
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks that do not divide", "impossible tokens", "the published code", "divergence by entropy"]
+    "name",
+    ["blocks that do not divide", "impossible tokens", "the published code", "divergence by entropy", "stop strings"],
 )
 def test_the_reference_operators_give_the_reference_chain_bit_for_bit(name):
     """64 chains on two lanes, weights included."""
@@ -728,7 +758,7 @@ def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> Non
     theta: the relative error allowed to what exp and log make, lane_theta and (ten times it) the sums of 1 - q.
     """
 
-    def same(name: str, row: int, begin: int, end: int) -> None:
+    def same(name: str, row: int, begin: int, end: int | None) -> None:
         a, b = (getattr(state, name)[row, begin:end].numpy() for state in (got, want))
         assert a.tobytes() == b.tobytes(), (name, row, a, b)
 
@@ -749,6 +779,9 @@ def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> Non
         same("logq", c, 0, n)
         same("cumw", c, 0, n + 1)
         close("cumz", c, 0, n + 1)
+        same("stop_state", c, 0, n + 1)
+        same("step_weight", c, 0, None)  # what is not written is the same in both
+        same("step_logq", c, 0, None)
         opened = int(want.field[c, ChainField.OPENED])
         same("left", c, 1, opened)
         same("forwarded", c, 1, opened)
@@ -760,6 +793,7 @@ def assert_same_state(got: ChainState, want: ChainState, *, theta: float) -> Non
         same("lane_logq", lane, div, pos)
         same("lane_cumw", lane, div + 1, pos + 1)
         close("lane_cumz", lane, div + 1, pos + 1)
+        same("lane_stop_state", lane, div + 1, pos + 1)
         same("counter", lane, 0, 4)
         if row[LaneField.SERIAL] > 0:
             assert torch.isclose(got.lane_theta[lane], want.lane_theta[lane], rtol=theta, atol=0)
@@ -769,10 +803,11 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
     """The same samples to two backends, launch by launch; chains that stop leave their slot to new ones."""
     law, lanes, ends = LAWS[name]
     generator = np.random.default_rng(seed)
-    log_n = torch.from_numpy(reference.log_table(law.max_new_tokens))
+    length_term = torch.from_numpy(reference.length_table(law))
     # one seed a chain, or one for all
     key = torch.arange(-seed, chains - seed) if lanes == 4 else torch.tensor([-seed])
     eos = torch.tensor(ends, dtype=torch.int64)
+    stop_next = stop_table(law, 6) if law.stops else None
     states = {"reference": poisoned(chains, lanes, law, -7), backend: poisoned(chains, lanes, law, 99)}
     want, tally, admitted = states["reference"], Tally(), 0
     for launch in range(launches):
@@ -791,7 +826,7 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
         for name, state in states.items():
             with pk.use_backend(name):
                 drawn = sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy
-                pk.mh_advance(state, law, log_n, key, eos, *drawn)
+                pk.mh_advance(state, law, length_term, key, eos, *drawn, stop_next)
         # The interpreter's log is NumPy's, which may round the other way; a GPU's errs by up to an ulp, and theta is
         # a sum that may cancel.
         assert_same_state(states[backend], want, theta=(1e-13 if ON_CUDA else 1e-15) if backend == "triton" else 0.0)
@@ -803,7 +838,7 @@ def lockstep(backend: str, name: str, *, chains: int, launches: int, seed: int) 
 def test_chains_with_their_own_seeds_are_those_chains_run_alone(backend):
     """Two chains of two lanes, alike but for their seeds, 6 launches of the same samples."""
     law, chains, lanes = Law(7, 3, 4, 3), 2, 2
-    log_n, eos = torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([0])
+    length_term, eos = torch.from_numpy(reference.length_table(law)), torch.tensor([0])
     seeds, generator = torch.tensor([2**62, -1]), np.random.default_rng(4)
     together = ChainState.allocate(chains, lanes, law)
     alone = [ChainState.allocate(1, lanes, law) for _ in range(chains)]
@@ -816,9 +851,9 @@ def test_chains_with_their_own_seeds_are_those_chains_run_alone(backend):
             drawn = [column[:1].repeat(lanes) for column in (drawn.token, drawn.logq, drawn.weight, drawn.status)]
             if launch == 0:
                 drawn[3].fill_(Status.PENDING)
-            pk.mh_advance(together, law, log_n, seeds, eos, *(column.repeat(chains) for column in drawn))
+            pk.mh_advance(together, law, length_term, seeds, eos, *(column.repeat(chains) for column in drawn))
             for c, state in enumerate(alone):
-                pk.mh_advance(state, law, log_n, seeds[c : c + 1], eos, *drawn)
+                pk.mh_advance(state, law, length_term, seeds[c : c + 1], eos, *drawn)
     places = {"commit_range": slice(2, 4), "open_range": slice(2, 4)}  # the others name the slot
     for c, state in enumerate(alone):
         for name in ChainState.__dataclass_fields__:
@@ -847,7 +882,7 @@ def test_a_weight_or_logq_that_is_no_number_stops_its_chain(backend):
     state = ChainState.allocate(len(POISON), 1, law)
     for slot in range(state.chains):
         state.admit(slot, [3], chain_id=slot, prompt_id=0)
-    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    common = (torch.from_numpy(reference.length_table(law)), torch.tensor([5]), torch.tensor([0]))
     weight, logq, status, want = zip(*POISON, strict=True)
     token, floats = torch.ones(len(POISON), dtype=torch.int64), [torch.tensor(v) for v in (logq, weight)]
     with serving(backend):
@@ -875,7 +910,7 @@ def test_an_entropy_that_is_no_number_stops_the_chain_that_reads_it(cut, backend
     state = ChainState.allocate(len(ENTROPIES), 1, law)
     for slot in range(state.chains):
         state.admit(slot, [3], chain_id=slot, prompt_id=0)
-    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    common = (torch.from_numpy(reference.length_table(law)), torch.tensor([5]), torch.tensor([0]))
     rows = state.chains
     entropy = torch.tensor([h for h, _ in ENTROPIES])
     logq, weight = torch.full((rows,), -0.5), torch.full((rows,), -0.25)
@@ -899,7 +934,7 @@ def test_a_lane_that_walks_on_and_is_voided_in_one_launch_copies_what_its_walk_d
     law = Law(horizon, horizon, 20)
     assert [int(rng.step_uniforms(seed, serial, 0, 0)[0] * horizon) for serial in (1, 2, 3)] == [3, 1, 5]
     state = ChainState.allocate(1, 2, law)
-    common = torch.from_numpy(reference.log_table(horizon)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
+    common = torch.from_numpy(reference.length_table(law)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
 
     def launch(first: int | None, second: int | None, logq: float = -30.0) -> None:
         """One token a lane, None for no sample. A walk leaves a token of logq -30 and keeps one of 0."""
@@ -933,7 +968,7 @@ def test_a_lane_that_starts_again_with_the_same_serial_and_divergence_has_anothe
     early, late = (int(rng.step_uniforms(seed, serial, 0, 0)[0] * horizon) for serial in (3, 2))
     assert 0 < early < late
     state = ChainState.allocate(1, 2, law)
-    common = torch.from_numpy(reference.log_table(horizon)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
+    common = torch.from_numpy(reference.length_table(law)), torch.tensor([seed]), torch.empty(0, dtype=torch.int64)
 
     def launch(first: float | None, second: float | None, token: int) -> list[list[int]]:
         """One sample a lane, by its weight; None: no sample. Returns the lanes' fields."""
@@ -972,7 +1007,7 @@ def test_epochs_count_on_in_a_slot_that_is_filled_again():
 def test_a_retired_slot_is_left_as_it_is_and_harms_no_other():
     """Two chains of three lanes for 40 launches, one retired after 10, against the same two without that."""
     law = Law(7, 3, 40, 3, cut="divergence")  # more steps than launches
-    common = (torch.from_numpy(reference.log_table(law.max_new_tokens)), torch.tensor([5]), torch.tensor([0]))
+    common = (torch.from_numpy(reference.length_table(law)), torch.tensor([5]), torch.tensor([0]))
     retired, both = (ChainState.allocate(2, 3, law) for _ in range(2))
     for state in (retired, both):
         for slot in range(2):
@@ -1015,6 +1050,13 @@ LAWS = {
         3,
         (0,),
     ),
+    "stop strings, four lanes": (Law(7, 3, 4, 3, stops=True), 4, (0,)),
+    "stop strings and a length term, two lanes": (Law(7, 7, 6, 2, stops=True, length_bonus=0.3), 2, ()),
+    "stop strings, divergence, three lanes": (
+        Law(7, 3, 4, 3, cut="divergence", stops=True, length_bonus=-0.2),
+        3,
+        (4,),
+    ),
     "published code, two lanes": (Law(7, 3, 4, 2, False, True, True), 2, (0,)),
     "published code, prefix forwarded, three lanes": (Law(7, 2, 3, 0, False, False, True), 3, (0,)),
 }
@@ -1038,6 +1080,7 @@ SLOW = [
     "divergence by entropy, no early rejection, three lanes",
     "no shortcut, two lanes",
     "published code, prefix forwarded, three lanes",
+    "stop strings, divergence, three lanes",
 ]
 
 

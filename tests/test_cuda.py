@@ -169,7 +169,7 @@ class Decoding:
         self.lane_kv = torch.zeros(4, rows, 2, positions, 8, dtype=torch.float16, device=DEVICE)
         self.logits = torch.zeros(rows, VOCAB, device=DEVICE)
         self.alpha, self.seed = per_row(2.0, rows).to(DEVICE), torch.tensor([SEED], device=DEVICE)
-        self.log_n = torch.from_numpy(reference.log_table(LAW.max_new_tokens)).to(DEVICE)
+        self.length_term = torch.from_numpy(reference.length_table(LAW)).to(DEVICE)
         self.eos = torch.tensor([1, 2], device=DEVICE)
         self.workspace = torch.zeros(pk.workspace_size(rows, VOCAB), device=DEVICE)
         self.token = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
@@ -180,7 +180,7 @@ class Decoding:
     def advance(self) -> None:
         state = self.state
         pk.mh_advance(
-            state, LAW, self.log_n, self.seed, self.eos, self.token, self.logq, self.weight, self.status
+            state, LAW, self.length_term, self.seed, self.eos, self.token, self.logq, self.weight, self.status
         )  # fmt: skip
         pk.kv_copy_ranges(self.chain_kv, self.lane_kv, state.commit_range)
         pk.kv_copy_ranges(self.lane_kv, self.chain_kv, state.open_range)
@@ -271,18 +271,20 @@ def test_a_step_of_the_engine_and_of_the_chains_never_waits():
     engine.begin(chains=2, lanes=2, max_length=80, alpha=2.0, beta=2.0, seed=SEED)
     state = pk.ChainState.allocate(2, 2, law, DEVICE)
     engine.prefill([0, 1], [[4, 5, 6], [7, 8, 9, 10]])
-    log_n = torch.from_numpy(reference.log_table(64)).to(DEVICE)
+    length_term = torch.from_numpy(reference.length_table(law)).to(DEVICE)
     seed, eos = torch.tensor([SEED], device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     for slot, prompt in enumerate([[4, 5, 6], [7, 8, 9, 10]]):
         state.admit(slot, prompt, chain_id=slot, prompt_id=0)
     pending = torch.full((4,), int(Status.PENDING), dtype=torch.int32, device=DEVICE)
     zeros = torch.zeros(4, device=DEVICE)
-    pk.mh_advance(state, law, log_n, seed, eos, torch.zeros(4, dtype=torch.int64, device=DEVICE), zeros, zeros, pending)
+    pk.mh_advance(
+        state, law, length_term, seed, eos, torch.zeros(4, dtype=torch.int64, device=DEVICE), zeros, zeros, pending
+    )
 
     def step():
         engine.transfer(state.commit_range, state.open_range)
         drawn = engine.step(state)
-        pk.mh_advance(state, law, log_n, seed, eos, drawn.token, drawn.logq, drawn.weight, drawn.status)
+        pk.mh_advance(state, law, length_term, seed, eos, drawn.token, drawn.logq, drawn.weight, drawn.status)
 
     for _ in range(3):  # compiles, fills caches
         step()

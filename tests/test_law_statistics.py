@@ -197,14 +197,14 @@ def advance_until_done(
     with torch.device(DEVICE):
         table = table.to(DEVICE)
         state.field[:, ChainField.CHAIN_ID] = torch.arange(chains, dtype=torch.int32)
-        log_n = torch.from_numpy(reference.log_table(law.max_new_tokens)).to(DEVICE)
+        length_term = torch.from_numpy(reference.length_table(law)).to(DEVICE)
         key, eos = torch.tensor([seed]), torch.tensor(toy.eos)
         exponents = torch.full((rows,), alpha), torch.full((rows,), beta)
         place = torch.arange(toy.horizon)
         status = torch.full((rows,), int(Status.PENDING), dtype=torch.int32)
         sampled = (torch.zeros(rows, dtype=torch.int64), *torch.zeros(2, rows), status, torch.zeros(rows))
     while not (state.field[:, ChainField.MODE] >= Mode.DONE).all():
-        pk.mh_advance(state, law, log_n, key, eos, *sampled)
+        pk.mh_advance(state, law, length_term, key, eos, *sampled)
         lane = state.lane_field.long()
         divergence, position = lane[:, LaneField.DIVERGENCE, None], lane[:, LaneField.POSITION, None]
         own = state.lane_token[:, : toy.horizon]

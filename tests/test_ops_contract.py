@@ -20,11 +20,13 @@ from tests.op_helpers import (
     normal_logits,
     per_row,
     serving,
+    stop_table,
     strided,
 )
 
 NAMESPACE = torch.ops.power_kernels
-LAW = pk.Law(max_new_tokens=6, block_size=3, mcmc_steps=2, final_steps=1, cut="divergence-entropy")  # reads all
+# Reads all there is.
+LAW = pk.Law(max_new_tokens=6, block_size=3, mcmc_steps=2, final_steps=1, cut="divergence-entropy", stops=True)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -123,18 +125,20 @@ def running_state(chains=2, lanes=2) -> pk.ChainState:
 
 
 def advance_constants() -> tuple:
-    return torch.from_numpy(reference.log_table(LAW.max_new_tokens)), torch.tensor([SEED]), torch.tensor([0, 9])
+    return torch.from_numpy(reference.length_table(LAW)), torch.tensor([SEED]), torch.tensor([0, 9])
 
 
 def sampled(state: pk.ChainState, status: Status = Status.OK) -> tuple:
     rows = state.lane_field.shape[0]
     token, logq = torch.arange(rows) + 1, per_row(-0.7, rows)
-    return token, logq, per_row(-0.3, rows), per_row(int(status), rows, torch.int32), per_row(0.9, rows)
+    status = per_row(int(status), rows, torch.int32)
+    return token, logq, per_row(-0.3, rows), status, per_row(0.9, rows), stop_table(LAW, 40)
 
 
 def advance_arguments() -> tuple:
     state = running_state()
-    return (*state.tensors(), *advance_constants(), *sampled(state), *LAW.constants())
+    *drawn, stop_next = sampled(state)
+    return (*state.tensors(), *advance_constants(), stop_next, *drawn, *LAW.constants())
 
 
 def block_tables() -> pk.BlockTables:
@@ -179,7 +183,8 @@ def call(name: str, arguments: tuple):
     """The public function of operator `name`, with the arguments of its schema."""
     if name == "mh_advance":
         state, constants = arguments[: len(pk.ChainState.__dataclass_fields__)], len(LAW.constants())
-        return pk.mh_advance(pk.ChainState(*state), LAW, *arguments[len(state) : -constants])
+        length_term, seed, eos, stop_next, *drawn = arguments[len(state) : -constants]
+        return pk.mh_advance(pk.ChainState(*state), LAW, length_term, seed, eos, *drawn, stop_next)
     if name.startswith("block_table_"):
         tables, vectors = pk.BlockTables(*arguments[:7], arguments[-1]), arguments[7:-1]
         return getattr(pk, name)(tables, *vectors)
@@ -438,8 +443,8 @@ def test_the_out_forms_compile_into_one_graph_and_keep_their_writes():
 
 
 def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():
-    def advance(tensors, log_n, seed, eos, *drawn):
-        pk.mh_advance(pk.ChainState(*tensors), LAW, log_n, seed, eos, *drawn)
+    def advance(tensors, length_term, seed, eos, *drawn):
+        pk.mh_advance(pk.ChainState(*tensors), LAW, length_term, seed, eos, *drawn)
 
     torch._dynamo.reset()
     eager, once = (pk.ChainState(*placed(running_state().tensors())) for _ in range(2))

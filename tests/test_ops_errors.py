@@ -81,7 +81,7 @@ STATE = {
     for name, tensor in zip(pk.ChainState.__dataclass_fields__, running_state().tensors(), strict=True)
 }
 ADVANCE = {
-    "log_n": (DOUBLE, (LAW.max_new_tokens + 2,)),
+    "length_term": (DOUBLE, (LAW.max_new_tokens + 2,)),
     "seed": (LONG, (1,)),
     "eos": (LONG, (None,)),
     "sampled_token": (LONG, (LANES,)),
@@ -89,6 +89,7 @@ ADVANCE = {
     "sampled_weight": (FLOAT, (LANES,)),
     "sampled_status": (INT, (LANES,)),
     "sampled_entropy": (FLOAT, (LANES,)),
+    "stop_next": (torch.int16, (None, None)),
 }
 TABLES = {
     "block_table": (INT, (None, None)),
@@ -474,13 +475,13 @@ def test_a_law_out_of_range_is_refused_with_the_field(name, value, allowed):
 @pytest.mark.parametrize("value", [None, 1.0, "1", True, 1])
 def test_a_law_of_other_types_is_refused_with_the_field(name, value):
     law, given = pk.Law(6, 3, 2, early_rejection=False), pk.Law.__dataclass_fields__[name].type
-    if type(value).__name__ == given and given != "str":
+    if type(value).__name__ in (given, {"float": "int"}.get(given)) and given != "str":
         replace(law, **{name: value})
     elif type(value).__name__ == given:
         with pytest.raises(ArgumentError, match=f"^{name} is {value!r}; allowed: 'uniform', 'divergence', "):
             replace(law, **{name: value})
     else:
-        kind = {"bool": "a bool", "int": "an int", "str": "a str"}[given]
+        kind = {"bool": "a bool", "int": "an int", "str": "a str", "float": "a float"}[given]
         with pytest.raises(ArgumentTypeError, match=re.escape(f"{name} is {value!r}, a ") + f".*it must be {kind}"):
             replace(law, **{name: value})
 
@@ -489,6 +490,17 @@ def test_a_law_of_other_types_is_refused_with_the_field(name, value):
 def test_the_published_code_with_another_cut_is_refused(cut):
     with pytest.raises(ArgumentError, match=f"^cut is '{cut}' with karan_du"):
         pk.Law(6, 3, 2, early_rejection=False, karan_du=True, cut=cut)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_length_bonus_that_is_not_finite_is_refused(value):
+    with pytest.raises(ArgumentError, match=f"^length_bonus is {value}; it must be finite"):
+        replace(LAW, length_bonus=value)
+
+
+def test_the_published_code_with_a_length_bonus_is_refused():
+    with pytest.raises(ArgumentError, match=r"^length_bonus is 0.5 with karan_du"):
+        pk.Law(6, 3, 2, early_rejection=False, karan_du=True, length_bonus=0.5)
 
 
 def test_the_published_code_with_early_rejection_is_refused():
@@ -509,15 +521,33 @@ def test_a_state_of_another_cut_law_is_refused():
 def test_entropies_may_be_left_out_where_the_cut_law_does_not_read_them(cut):
     law = replace(LAW, cut=cut)
     state = pk.ChainState.allocate(2, 2, law)
-    *without, _ = sampled(state, pk.Status.PENDING)
+    *without, _, stop_next = sampled(state, pk.Status.PENDING)
     if cut == "divergence-entropy":
         with pytest.raises(ArgumentTypeError, match=r"^sampled_entropy is a NoneType.*the cut law"):
-            pk.mh_advance(state, law, *advance_constants(), *without)
+            pk.mh_advance(state, law, *advance_constants(), *without, stop_next=stop_next)
     else:
-        pk.mh_advance(state, law, *advance_constants(), *without)
+        pk.mh_advance(state, law, *advance_constants(), *without, stop_next=stop_next)
 
 
-@pytest.mark.parametrize("name", [*STATE, "log_n", "seed", "eos"])
+def test_a_table_of_stop_strings_is_wanted_by_a_law_with_them_and_by_no_other():
+    state = running_state()
+    *drawn, stop_next = sampled(state)
+    with pytest.raises(ArgumentTypeError, match=r"^stop_next is a NoneType; .* a law with stops"):
+        pk.mh_advance(state, LAW, *advance_constants(), *drawn)
+    for bad, message in (
+        (stop_next[:0], "stop_next has 0 rows; it must have 1 to 32768"),
+        (stop_next.new_zeros(2**15 + 1, 1), "stop_next has 32769 rows; it must have 1 to 32768"),
+        (stop_next[:, :0], "stop_next has no columns"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{message}"):
+            pk.mh_advance(state, LAW, *advance_constants(), *drawn, bad)
+    without = replace(LAW, stops=False)
+    state = pk.ChainState.allocate(2, 2, without)
+    with pytest.raises(ArgumentError, match=r"^stop_next is given for a law without stops"):
+        pk.mh_advance(state, without, *advance_constants(), *drawn, stop_next)
+
+
+@pytest.mark.parametrize("name", [*STATE, "length_term", "seed", "eos", "stop_next"])
 def test_what_is_put_in_place_of_a_checked_tensor_is_checked_again(name):
     """A state that was advanced is not looked at again, until one of its tensors is another."""
     arguments = arguments_of("mh_advance")

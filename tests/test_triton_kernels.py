@@ -19,6 +19,7 @@ from power_kernels.state import ChainField, ChainState, LaneStatus, Mode, Status
 from power_kernels.triton import chain, kv_cache, sampling, scoring  # noqa: E402
 from power_kernels.triton import rng as triton_rng  # noqa: E402
 from tests.devices import DEVICE  # noqa: E402
+from tests.op_helpers import stop_table  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about the hostile values below
 SEED = 0x299F31D0A4093822
@@ -502,6 +503,8 @@ def random_samples(state: ChainState, g: torch.Generator, eos: int, hostile: flo
     status = torch.zeros(rows, dtype=torch.int32)
     status[chance(hostile)] = int(Status.NAN)
     status[chance(0.1)] = int(Status.PENDING)
+    if state.stop_state.numel():
+        token[chance(hostile / 4) & ~again] = 50  # no token of the table
     return tuple(t.to(DEVICE) for t in (token, logq, weight, status, entropy))
 
 
@@ -516,6 +519,9 @@ CASES = [  # law, lanes, positions a block
     (Law(12, 4, 6, cut="divergence"), 3, 4),  # several blocks to search for the cut
     (Law(12, 4, 4, final_steps=3, cut="divergence-entropy"), 2, 128),
     (Law(12, 6, 4, early_rejection=False, cut="divergence-entropy"), 5, 4),
+    (Law(12, 4, 6, stops=True), 3, 4),
+    (Law(8, 4, 2, final_steps=1, length_bonus=0.7, free_prefix=False), 1, 128),
+    (Law(12, 4, 6, cut="divergence", stops=True, length_bonus=-0.3), 5, 4),
 ]
 
 
@@ -525,7 +531,8 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
     chains, base, eos = 2, 7, 49
     g = torch.Generator().manual_seed(lanes)
     ours, theirs = (ChainState.allocate(chains, lanes, law, DEVICE) for _ in range(2))
-    common = (on(reference.log_table(law.max_new_tokens)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
+    common = (on(reference.length_table(law)), on([SEED], torch.int64), on([eos, 1000], torch.int64))
+    common = (*common, on(stop_table(law, 50), torch.int16))
     constants = law.constants()
     for state in (ours, theirs):
         for c in range(chains):
@@ -558,7 +565,8 @@ def test_advancing_a_chain_is_identical_with_the_reference(law, lanes, block, mo
 
 def test_more_lanes_than_are_compiled_offline_are_refused():
     law = Law(4, 4, 1)
-    common = (on(reference.log_table(4)), on([SEED], torch.int64), on([1], torch.int64))
+    common = (on(reference.length_table(law)), on([SEED], torch.int64), on([1], torch.int64))
+    common = (*common, on(stop_table(law, 50), torch.int16))
     for lanes in (chain.MAX_LANES, chain.MAX_LANES + 1):
         state = ChainState.allocate(2, lanes, law, DEVICE)
         sampled = (

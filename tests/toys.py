@@ -6,9 +6,12 @@ import itertools
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import power_kernels as pk
 from power_kernels.api.driver.engine import EngineBusyError, Sampled
+from power_kernels.api.driver.stop import byte_letters
 from power_kernels.rng import as_int64
 from power_kernels.state import LaneField, LaneStatus
 from tests.devices import DEVICE
@@ -18,9 +21,12 @@ class Toy:
     """A table of logits over answer prefixes. EOS may be any tokens; a prefix never contains one."""
 
     def __init__(self, vocab: int, horizon: int, *, seed: int, eos: tuple[int, ...] = (), scale: float = 1.0,
-                 eos_shift: float = 0.0, impossible: float = 0.0, forced: float = 0.0):  # fmt: skip
-        """impossible: the share of logits that are -inf. forced: that of rows where one token has all the mass."""
+                 eos_shift: float = 0.0, impossible: float = 0.0, forced: float = 0.0,
+                 spell: tuple[bytes, ...] = (), stop: tuple[str, ...] = ()):  # fmt: skip
+        """impossible: the share of logits that are -inf. forced: that of rows where one token has all the mass.
+        spell: the bytes of each token, for the stop strings `stop`."""
         self.vocab, self.horizon, self.eos = vocab, horizon, tuple(eos)
+        self.spell, self.stop = spell, stop
         self.open_tokens = [v for v in range(vocab) if v not in self.eos]
         generator = np.random.default_rng(seed)
         lengths = range(horizon + 1)
@@ -39,13 +45,36 @@ class Toy:
         return self.table[tuple(tokens)]
 
     def answers(self, horizon: int) -> list[tuple[int, ...]]:
-        """Every closed answer at a horizon."""
-        found = []
+        """Every closed answer at a horizon, the short ones first."""
+        found, still_open = [], [()]
         for n in range(1, horizon + 1):
-            for prefix in itertools.product(self.open_tokens, repeat=n - 1):
-                last = range(self.vocab) if n == horizon else self.eos
-                found.extend((*prefix, v) for v in last)
+            longer = [(*prefix, v) for prefix in still_open for v in range(self.vocab)]
+            found.extend(x for x in longer if n == horizon or self.ends(x))
+            still_open = [x for x in longer if not self.ends(x)]
         return found
+
+    def ends(self, answer: tuple[int, ...]) -> bool:
+        """Whether EOS or a stop string closes it, by the definition: a string is there."""
+        text = b"".join(self.spell[token] for token in answer) if self.stop else b""
+        return answer[-1] in self.eos or any(string.encode() in text for string in self.stop)
+
+    @property
+    def stop_next(self) -> np.ndarray | None:
+        if not self.stop:
+            return None
+        return pk.stop_automaton([string.encode() for string in self.stop], list(self.spell))
+
+    def tokenizer(self):
+        """Of the byte-level kind: what the driver asks the tokens' bytes of. None for a toy without stop strings."""
+        if not self.stop:
+            return None
+        letters = {byte: letter for letter, byte in byte_letters().items()}
+        names = ["".join(letters[byte] for byte in token) or f"<{i}>" for i, token in enumerate(self.spell)]
+        names += [f"<{i}>" for i in range(len(names), 16)]  # prompts may hold any token
+        words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[-1]))
+        words.decoder = decoders.ByteLevel()
+        silent = [name for i, name in enumerate(names) if i >= len(self.spell) or not self.spell[i]]
+        return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=silent)
 
     def logp(self, answer: tuple[int, ...]) -> float:
         total = 0.0
@@ -53,6 +82,17 @@ class Toy:
             z = self.table[answer[:t]]
             total += z[token] - np.logaddexp.reduce(z)
         return float(total)
+
+
+def straddling_toy(seed: int = 194, scale: float = 1.0) -> Toy:
+    """Stop strings that overlap, of one token and of several, one of them inside a token; a token of no bytes."""
+    return Toy(4, 5, seed=seed, scale=scale, spell=(b"a", b"b", b"cabd", b""), stop=("ab", "bba"))
+
+
+def split_characters_toy() -> Toy:
+    """Tokens that are no whole characters, and an EOS beside the stop strings."""
+    spell = (b"", b"\xc3", b"\xa9x", b"\xa9")
+    return Toy(4, 4, seed=32, eos=(0,), eos_shift=-1.0, spell=spell, stop=("\xe9",))
 
 
 def power_toy(horizon: int = 5) -> Toy:

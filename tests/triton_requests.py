@@ -170,14 +170,17 @@ def chain_launches() -> None:
                 max_new_tokens=47, block_size=1, mcmc_steps=16, free_prefix=False, early_rejection=False, karan_du=True
             ),
             Law(max_new_tokens=33, block_size=16, mcmc_steps=2, cut="divergence"),
-            Law(max_new_tokens=16, block_size=16, mcmc_steps=1, cut="divergence-entropy"),
+            Law(max_new_tokens=16, block_size=16, mcmc_steps=1, cut="divergence-entropy", stops=True),
         ):
             state = ChainState.allocate(2, lanes, law)
             wide = torch.zeros(2 * lanes, dtype=torch.int64)
             sampled = (wide, torch.zeros(2 * lanes), torch.zeros(2 * lanes), torch.zeros(2 * lanes, dtype=torch.int32))
-            log_n = torch.zeros(law.max_new_tokens + 2, dtype=torch.float64)
+            length_term = torch.zeros(law.max_new_tokens + 2, dtype=torch.float64)
+            stop_next = torch.zeros(2, 9, dtype=torch.int16)
             entropy = torch.zeros(2 * lanes if law.needs_entropy else 0)
-            chain.mh_advance(*state.tensors(), log_n, wide[:1], wide[:0], *sampled, entropy, *law.constants())
+            chain.mh_advance(
+                *state.tensors(), length_term, wide[:1], wide[:0], stop_next, *sampled, entropy, *law.constants()
+            )
 
 
 def kv_launches() -> None:

@@ -11,7 +11,7 @@ from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.law import Law
 from power_kernels.ops.checks import check_rows, check_seed, check_tensor, check_vectors
 from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, ChainState, Cost
+from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, MAX_STOP_STATES, ChainState, Cost
 
 _STATE_ARGUMENTS = ", ".join(
     f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(ChainState.__dataclass_fields__)
@@ -107,7 +107,7 @@ define_functional(
 def mh_advance(
     state: ChainState,
     law: Law,
-    log_n: torch.Tensor,
+    length_term: torch.Tensor,
     seed: torch.Tensor,
     eos: torch.Tensor,
     sampled_token: torch.Tensor,
@@ -115,6 +115,7 @@ def mh_advance(
     sampled_weight: torch.Tensor,
     sampled_status: torch.Tensor,
     sampled_entropy: torch.Tensor | None = None,
+    stop_next: torch.Tensor | None = None,
 ) -> None:
     """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
 
@@ -122,22 +123,26 @@ def mh_advance(
     rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then what
     comes next is written: `input_id`, `position`, `counter`, `exclude` for the next forward, and the KV ranges to copy
     before it, first `commit_range` (lane -> chain), then `open_range` (chain -> lane).
-    log_n: float64 [H + 2], `reference.log_table(H)`. seed: int64 [1], or [C] where each chain has its own.
+    length_term: float64 [H + 2], `reference.length_table(law)`. seed: int64 [1], or [C] where each chain has its own.
     eos: int64 [E], E may be 0.
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
     returned them for what was written last; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P],
     nats, of the same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
+    stop_next: int16 [S, V], for a law with stops: the stop strings' automaton (3.1), which begins in state 0. Entry
+    [s, v], in [-1, S), is its state after token v in state s, -1 where v completes a stop string (`stop_automaton`). A
+    token outside [0, V) is a fault (Status.BAD_TOKEN).
     A bad status stops its chain (Mode.FAULT) when, and only when, the serial chain would have reached it; so does a
     status OK with a weight, logq or entropy that is NaN (as Status.NAN) or a weight or entropy of +inf (as
     Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises ArgumentError for more than 16 lanes a chain.
 
-    The tensors of the state, log_n, seed and eos are checked when one of them, or the law, is another than in the last
-    call with this `ChainState`: put new tensors into its fields, and do not resize or retype those that are there.
+    The tensors of the state, length_term, seed, eos and stop_next are checked when one of them, or the law, is another
+    than in the last call with this `ChainState`: put new tensors into its fields, and do not resize or retype those
+    that are there.
     """
     for name, value, kind in (("state", state, ChainState), ("law", law, Law)):
         if not isinstance(value, kind):
             raise ArgumentTypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
-    run_tensors = (*state.tensors(), log_n, seed, eos)
+    run_tensors = (*state.tensors(), length_term, seed, eos, stop_next)
     compiling = torch.compiler.is_compiling()
     checked = None if compiling else state.checked
     if checked is None or checked.law != law or not all(map(is_, checked.tensors, run_tensors)):
@@ -162,7 +167,7 @@ def mh_advance(
         sampled_status=(sampled_status, torch.int32, rows),
     )
     run(
-        "mh_advance", like.device, *run_tensors,
+        "mh_advance", like.device, *run_tensors[:-1], checked.no_stops if stop_next is None else stop_next,
         sampled_token, sampled_logq, sampled_weight, sampled_status, sampled_entropy, *checked.constants,
     )  # fmt: skip
 
@@ -171,12 +176,13 @@ class _CheckedRun(NamedTuple):
     """What stays the same from step to step, found sound; `ChainState.checked` remembers it."""
 
     law: Law
-    tensors: tuple[torch.Tensor, ...]  # of the state, then log_n, seed, eos
+    tensors: tuple[torch.Tensor | None, ...]  # of the state, then length_term, seed, eos, stop_next
     constants: tuple[int, ...]  # of the law
     no_entropy: torch.Tensor  # float32 [0], for a law that does not read it
+    no_stops: torch.Tensor  # int16 [0, 0], for a law without stop strings
 
 
-def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor, ...]) -> _CheckedRun:
+def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor | None, ...]) -> _CheckedRun:
     check_tensor("field", state.field, shape=(None, CHAIN_FIELDS))
     check_tensor("lane_field", state.lane_field, shape=(None, LANE_FIELDS))
     chains, rows = state.chains, state.lane_field.shape[0]
@@ -185,21 +191,27 @@ def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor, ...]) -
     width = law.max_new_tokens + 1
     per_chain, per_lane, by_serial = (chains, width), (rows, width), (chains, law.max_steps + 1)
     z_width = width if law.diverges else 0
+    a_width = width if law.stops else 0
+    by_step = (chains, law.max_steps + 2)
     shapes = {
         "field": (torch.int32, (chains, CHAIN_FIELDS)),
         "token": (torch.int32, per_chain),
         "logq": (torch.float32, per_chain),
         "cumw": (torch.float64, per_chain),
         "cumz": (torch.float64, (chains, z_width)),
+        "stop_state": (torch.int16, (chains, a_width)),
         "outcome": (torch.int8, by_serial),
         "left": (torch.int32, by_serial),
         "forwarded": (torch.int32, by_serial),
+        "step_weight": (torch.float64, by_step),
+        "step_logq": (torch.float64, by_step),
         "cost": (torch.int64, (chains, len(Cost))),
         "lane_field": (torch.int32, (rows, LANE_FIELDS)),
         "lane_token": (torch.int32, per_lane),
         "lane_logq": (torch.float32, per_lane),
         "lane_cumw": (torch.float64, per_lane),
         "lane_cumz": (torch.float64, (rows, z_width)),
+        "lane_stop_state": (torch.int16, (rows, a_width)),
         "lane_theta": (torch.float64, (rows,)),
         "input_id": (torch.int64, (rows,)),
         "position": (torch.int64, (rows,)),
@@ -207,22 +219,40 @@ def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor, ...]) -
         "exclude": (torch.int64, (rows,)),
         "commit_range": (torch.int32, (chains, 4)),
         "open_range": (torch.int32, (rows, 4)),
-        "log_n": (torch.float64, (law.max_new_tokens + 2,)),
+        "length_term": (torch.float64, (law.max_new_tokens + 2,)),
         "seed": (torch.int64, (None,)),
         "eos": (torch.int64, (None,)),
     }
-    vectors = {name: (tensor, *want) for (name, want), tensor in zip(shapes.items(), tensors, strict=True)}
+    *given, stop_next = tensors
+    vectors = {name: (tensor, *want) for (name, want), tensor in zip(shapes.items(), given, strict=True)}
     check_vectors(state.field, **vectors)
-    check_seed(state.field, tensors[-2], chains)
-    no_entropy = torch.empty(0, dtype=torch.float32, device=state.field.device)
-    return _CheckedRun(law, tensors, law.constants(), no_entropy)
+    check_seed(state.field, given[-2], chains)
+    _check_stop_next(state, law, stop_next)
+    device = state.field.device
+    no_entropy = torch.empty(0, dtype=torch.float32, device=device)
+    no_stops = torch.empty(0, 0, dtype=torch.int16, device=device)
+    return _CheckedRun(law, tensors, law.constants(), no_entropy, no_stops)
+
+
+def _check_stop_next(state: ChainState, law: Law, stop_next: torch.Tensor | None) -> None:
+    if not law.stops:
+        if stop_next is not None:
+            raise ArgumentError("stop_next is given for a law without stops, which does not read it; it must be None")
+        return
+    if stop_next is None:
+        raise ArgumentTypeError("stop_next is a NoneType; it must be a torch.Tensor, which a law with stops reads")
+    check_vectors(state.field, stop_next=(stop_next, torch.int16, (None, None)))
+    if not 1 <= stop_next.shape[0] <= MAX_STOP_STATES:
+        raise ArgumentError(f"stop_next has {stop_next.shape[0]} rows; it must have 1 to {MAX_STOP_STATES}")
+    if stop_next.shape[1] < 1:
+        raise ArgumentError("stop_next has no columns; it must have one for each token of the vocabulary")
 
 
 define_kernel(
     "mh_advance",
     "chain",
-    f"({_STATE_ARGUMENTS}, Tensor log_n, Tensor seed, Tensor eos, Tensor sampled_token, "
+    f"({_STATE_ARGUMENTS}, Tensor length_term, Tensor seed, Tensor eos, Tensor stop_next, Tensor sampled_token, "
     "Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status, Tensor sampled_entropy, "
     "int max_new_tokens, int block_size, int mcmc_steps, int final_steps, bool early_rejection, bool free_prefix, "
-    "bool karan_du, int cut) -> ()",
+    "bool karan_du, bool stops, int cut) -> ()",
 )

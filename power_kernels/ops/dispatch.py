@@ -26,6 +26,7 @@ from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
     ChainField,
+    ChainState,
     Cost,
     LaneField,
     LaneStatus,
@@ -80,10 +81,11 @@ def _load_extension() -> str | None:
 
 
 def state_layout() -> str:
-    """The columns and codes that Python and C++ must agree on, as the string that csrc/chain.cpp compiles in."""
+    """What Python and C++ must agree on (columns, codes, tensors), as the string that csrc/chain.cpp compiles in."""
     enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Cut, Status, BlockStatus)
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
-    return ";".join([*parts, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
+    tensors = "tensors:" + "".join(f",{name}" for name in ChainState.__dataclass_fields__)
+    return ";".join([*parts, tensors, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
 
 
 @functools.cache

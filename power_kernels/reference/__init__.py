@@ -7,7 +7,7 @@ specification of what the C++ and Triton implementations write, field by field.
 
 from power_kernels.reference.chain import mh_accept_out, mh_advance
 from power_kernels.reference.kv_cache import kv_copy_ranges
-from power_kernels.reference.law import Answer, ReferenceChain, leave_probability, log_table
+from power_kernels.reference.law import Answer, ReferenceChain, leave_probability, length_table
 from power_kernels.reference.lm_head import sample_from_hidden_out, score_from_hidden_out
 from power_kernels.reference.paged_kv import (
     block_table_commit,
@@ -33,7 +33,7 @@ __all__ = [
     "kv_copy_blocks",
     "kv_copy_ranges",
     "leave_probability",
-    "log_table",
+    "length_table",
     "mh_accept_out",
     "mh_advance",
     "row_status",

@@ -52,21 +52,22 @@ def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, l
 def mh_advance(*args) -> None:
     """One decode step of the law of section 3 for every lane. See `power_kernels.mh_advance`.
 
-    Takes the tensors of `ChainState` in order, log_n, seed, eos, the sampled (token, logq, weight, status, entropy),
-    and `Law.constants()`.
+    Takes the tensors of `ChainState` in order, length_term, seed, eos, stop_next, the sampled (token, logq, weight,
+    status, entropy), and `Law.constants()`.
     """
     n_state = len(ChainState.__dataclass_fields__)
     state = ChainState(*args[:n_state])
-    log_n, seed, eos, token, logq, weight, status, entropy = args[n_state : n_state + 8]
-    law = Law.of_constants(*args[n_state + 8 :])
+    length_term, seed, eos, stop_next, token, logq, weight, status, entropy = args[n_state : n_state + 9]
+    law = Law.of_constants(*args[n_state + 9 :])
     h = entropy.cpu().numpy() if law.needs_entropy else np.ones(len(status), np.float32)
     host = ChainState(*(t.cpu() for t in state.tensors()))
     advance = _Advance(
         host,
         law,
-        log_n.cpu().numpy(),
+        length_term.cpu().numpy(),
         seed.tolist() * (host.chains if len(seed) == 1 else 1),
         frozenset(eos.tolist()),
+        stop_next.cpu().numpy(),
         (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist(), h),
     )
     for chain in range(host.chains):
@@ -83,8 +84,13 @@ def log_z(z: float) -> float:
 class _Advance:
     """One launch. Chains are independent of each other; `chain` is what one Triton program does."""
 
-    def __init__(self, state: ChainState, law: Law, log_n, seeds: list[int], eos: frozenset[int], sampled):
-        self.law, self.log_n, self.seeds, self.eos = law, log_n, seeds, eos
+    def __init__(
+        self, state: ChainState, law: Law, length_term, seeds: list[int], eos: frozenset[int], stop_next, sampled
+    ):
+        self.law, self.length_term, self.seeds, self.eos, self.stop_next = law, length_term, seeds, eos, stop_next
+        self.can_end_early = bool(eos) or law.stops
+        # Rows by position whose entry t belongs to the first t tokens.
+        self.sums = ("cumw", *(("cumz",) if law.diverges else ()), *(("stop_state",) if law.stops else ()))
         self.lanes = state.lanes
         self.sampled = sampled
         self.s = {name: getattr(state, name).numpy() for name in ChainState.__dataclass_fields__}
@@ -147,6 +153,8 @@ class _Advance:
                 status = Status.NAN
             elif weight == np.inf or h == np.inf:
                 status = Status.POS_INF
+            elif law.stops and not 0 <= token < self.stop_next.shape[1]:
+                status = Status.BAD_TOKEN
         if status != Status.OK:
             self.set_lane(lane, STATUS=LaneStatus.FAULTED, FAULT=status)
             return
@@ -158,42 +166,48 @@ class _Advance:
             else:
                 self.start(lane, serial, from_position=pos + 1)
             return
-        total = self.sum_before("cumw", lane, pos) + float(weight)
+        total = float(self.before("cumw", lane, pos)) + float(weight)
         self.s["lane_token"][lane, pos] = token
         self.s["lane_logq"][lane, pos] = logq
         self.s["lane_cumw"][lane, pos + 1] = total
         if law.diverges:
             # max: entropies round, and Z must not fall
-            z = self.sum_before("cumz", lane, pos) + ref.leave_probability(logq) * max(float(h), 0.0)
+            z = float(self.before("cumz", lane, pos)) + ref.leave_probability(logq) * max(float(h), 0.0)
             self.s["lane_cumz"][lane, pos + 1] = z
+        ends = token in self.eos
+        if law.stops:
+            stop_state = self.stop_next[self.before("stop_state", lane, pos), token]
+            self.s["lane_stop_state"][lane, pos + 1] = stop_state
+            ends = ends or stop_state < 0
         pos += 1
         self.set_lane(lane, POSITION=pos)
-        closed = token in self.eos or pos == self.cap()
+        cap = self.cap()
+        closed = ends or pos == cap
         rejected = False
         if not extending:
             theta = self.s["lane_theta"][lane]
             if law.karan_du:
                 rejected = closed and total - self.s["cumw"][c, pos] < theta
-            elif law.diverges:
-                # Z only grows. Z = 0 takes rounding, and no step leaves such an answer: none may go there.
-                stuck = closed and z == 0.0
-                rejected = stuck or ((closed or law.early_rejection) and total - log_z(z) < theta)
             elif closed or law.early_rejection:
-                # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
-                at_least = pos + 1 if self.eos else self.cap()
-                rejected = total - self.log_n[pos if closed else at_least] < theta
+                # An open answer ends at its next token at the earliest, and at the horizon if nothing else ends it. In
+                # between F can become no more than at these two: no weight is positive, the term is convex, Z grows.
+                at_least = pos if closed else pos + 1 if self.can_end_early else cap
+                most = max(self.length_term[at_least], self.length_term[pos if closed else cap])
+                # Z = 0 takes rounding, and no step leaves such an answer: none may go there.
+                stuck = law.diverges and closed and z == 0.0
+                rejected = stuck or total + most - (log_z(z) if law.diverges else 0.0) < theta
         if rejected:
             self.s["outcome"][c, serial] = Outcome.REJECTED
             self.set_lane(lane, STATUS=LaneStatus.IDLE)
             if not closed:
-                self.add_cost(Cost.SAVED_EARLY, self.cap() - pos)
+                self.add_cost(Cost.SAVED_EARLY, cap - pos)
         elif closed:
             self.set_lane(lane, STATUS=LaneStatus.CLOSED)
 
-    def sum_before(self, name: str, lane: int, pos: int) -> float:
-        """A running sum of the proposal before its token at `pos`."""
+    def before(self, name: str, lane: int, pos: int):
+        """What the proposal has summed up before its token at `pos`: `name` is one of `sums`."""
         own = pos > self.lane(lane, LF.DIVERGENCE)
-        return float(self.s["lane_" + name][lane, pos] if own else self.s[name][self.c, pos])
+        return self.s["lane_" + name][lane, pos] if own else self.s[name][self.c, pos]
 
     # -- 2. the lowest unresolved serial, if its lane is closed
 
@@ -222,10 +236,10 @@ class _Advance:
         serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
         for name in ("token", "logq"):
             s[name][c, div:pos] = s["lane_" + name][lane, div:pos]
-        for name in ("cumw", "cumz") if self.law.diverges else ("cumw",):
+        for name in self.sums:
             s[name][c, div + 1 : pos + 1] = s["lane_" + name][lane, div + 1 : pos + 1]
         field[CF.LENGTH] = pos
-        field[CF.CLOSED] = int(s["token"][c, pos - 1]) in self.eos
+        field[CF.CLOSED] = int(s["token"][c, pos - 1]) in self.eos or (self.law.stops and s["stop_state"][c, pos] < 0)
         # The chain's KV lacks its last token; an extension starts there and so must copy it too.
         s["commit_range"][c] = (c, lane, base + min(div, length - 1), base + pos - 1)
         for other in self.mine:
@@ -234,12 +248,16 @@ class _Advance:
             copied = self.lane(other, LF.VALID) if stop <= start else int(start)
             self.set_lane(other, STATUS=LaneStatus.IDLE, VALID=min(copied, base + div))
         self.set_lane(lane, VALID=base + pos - 1)
-        if field[CF.MODE] == Mode.EXTEND:
+        extending = field[CF.MODE] == Mode.EXTEND
+        if extending:
             field[CF.MODE] = Mode.PROPOSE
             field[CF.LAST] = field[CF.OPENED] - 1 + self.law.mcmc_steps
         else:
             s["outcome"][c, serial] = Outcome.ACCEPTED
             field[CF.OPENED] = serial + 1
+        column = int(field[CF.OPENED]) if extending else serial
+        s["step_weight"][c, column] = s["cumw"][c, pos]
+        s["step_logq"][c, column] = ref.fixed_point_sum(s["logq"][c, :pos])
 
     # -- 3. the schedule (3.1): open lanes, end stages
 
@@ -247,8 +265,8 @@ class _Advance:
         law, field = self.law, self.field
         if field[CF.MODE] == Mode.START:
             field[CF.OPENED] = 1
-            self.s["cumw"][self.c, 0] = 0.0
-            self.s["cumz"][self.c, :1] = 0.0
+            for name in self.sums:
+                self.s[name][self.c, 0] = 0
             self.extend()
         while field[CF.MODE] == Mode.PROPOSE:
             for lane in self.mine:
@@ -286,9 +304,10 @@ class _Advance:
         cut_uniform, accept_uniform = rng.step_uniforms(self.seed, serial, field[CF.CHAIN_ID], field[CF.PROMPT_ID])
         log_u = math.log(1.0 - accept_uniform)
         self.s["forwarded"][self.c, serial] = 0
-        total, cumz = float(self.s["cumw"][self.c, length]), self.s["cumz"][self.c, : length + 1]
+        f = float(self.s["cumw"][self.c, length]) + self.length_term[length]
         if self.law.diverges:
-            self.s["lane_theta"][lane] = total - log_z(float(cumz[length])) + log_u
+            cumz = self.s["cumz"][self.c, : length + 1]
+            self.s["lane_theta"][lane] = f - log_z(float(cumz[length])) + log_u
             # The first d with cumz[d + 1] > u Z. There is none when Z = 0: nothing else can be drawn anywhere.
             div = int(np.searchsorted(cumz[1:], cut_uniform * cumz[length], side="right"))
             if div == length:
@@ -296,7 +315,7 @@ class _Advance:
             else:
                 self.run(lane, serial, div, div, int(self.s["token"][self.c, div]))
             return
-        self.s["lane_theta"][lane] = log_u if self.law.karan_du else total - self.log_n[length] + log_u
+        self.s["lane_theta"][lane] = log_u if self.law.karan_du else f + log_u
         self.start(lane, serial, from_position=min(int(cut_uniform * length), length - 1))
 
     def start(self, lane: int, serial: int, from_position: int) -> None:

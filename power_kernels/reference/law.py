@@ -32,9 +32,26 @@ def leave_probability(logq: float) -> float:
     return (1.0 - e) * x / math.log(e)
 
 
-def log_table(max_length: int) -> np.ndarray:
-    """log n for n = 0..max_length + 1 (entry 0 is 0): the one table that all backends read (section 3.3)."""
-    return np.log(np.maximum(np.arange(max_length + 2, dtype=np.float64), 1.0))
+_LOGQ_UNIT = 2.0**-32
+
+
+def fixed_point_sum(logq: np.ndarray) -> float:
+    """The sum of float32 logq in whole units of 2^-32 nats, each cut towards 0: the same in any order."""
+    units = np.maximum(logq.astype(np.float64), -(2.0**16)) / _LOGQ_UNIT
+    return float(units.astype(np.int64).sum()) * _LOGQ_UNIT
+
+
+def length_table(law: Law) -> np.ndarray:
+    """What an answer's length n adds to W, for n = 0..H + 1: the one table that all backends read (section 3.3).
+
+    lambda n - log n under the uniform cut (log 0 taken as 0), lambda n under a divergence cut, whose log Z is a sum of
+    the answer, and 0 in the published code.
+    """
+    n = np.arange(law.max_new_tokens + 2, dtype=np.float64)
+    if law.karan_du:
+        return np.zeros_like(n)
+    bonus = law.length_bonus * n
+    return bonus if law.diverges else bonus - np.log(np.maximum(n, 1.0))
 
 
 @dataclass(frozen=True)
@@ -42,25 +59,29 @@ class Answer:
     """A state of the chain: n tokens, their logq, and running float64 sums over them (n + 1 entries).
 
     cumw: of the weights. cumz: of (1 - q) h, the masses of the places to leave the answer under a divergence cut.
+    stop_state: the stop automaton's state after t tokens, -1 once a stop string is complete.
     """
 
     tokens: tuple[int, ...] = ()
     logq: tuple[float, ...] = ()
     cumw: tuple[float, ...] = (0.0,)
     cumz: tuple[float, ...] = (0.0,)
+    stop_state: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def prefix(self, n: int) -> Answer:
-        return Answer(self.tokens[:n], self.logq[:n], self.cumw[: n + 1], self.cumz[: n + 1])
+        sums = self.cumw[: n + 1], self.cumz[: n + 1]
+        return Answer(self.tokens[:n], self.logq[:n], *sums, self.stop_state[: n + 1])
 
-    def append(self, token: int, logq: float, weight: float, h: float = 1.0) -> Answer:
+    def append(self, token: int, logq: float, weight: float, h: float = 1.0, stop_state: int = 0) -> Answer:
         return Answer(
             (*self.tokens, token),
             (*self.logq, logq),
             (*self.cumw, self.cumw[-1] + weight),
             (*self.cumz, self.cumz[-1] + leave_probability(logq) * max(h, 0.0)),  # rounding; Z must not fall
+            (*self.stop_state, stop_state),
         )
 
 
@@ -69,6 +90,7 @@ class ReferenceChain:
 
     next_logits: a function from a tuple of answer tokens to the logits [V] of the next one.
     lanes: proposals prefetched from the same state (section 3.5); the chain is the same for any number.
+    stop_next: int16 [S, V], the stop strings' automaton (3.1): the state after a token, -1 where a string is complete.
     """
 
     def __init__(
@@ -83,6 +105,7 @@ class ReferenceChain:
         chain_id: int = 0,
         prompt_id: int = 0,
         lanes: int = 1,
+        stop_next: np.ndarray | None = None,
     ):
         self.next_logits = next_logits
         self.law = law
@@ -92,7 +115,8 @@ class ReferenceChain:
         self.eos = frozenset(eos)
         self.ids = (chain_id, prompt_id)
         self.lanes = lanes
-        self.log_n = log_table(law.max_new_tokens)
+        self.stop_next = stop_next
+        self.length_term = length_table(law)
         self.serial = 0  # of the last step made
         self.outcomes: list[Outcome] = []
         self.left: dict[int, int] = {}  # by serial: where its proposal left the answer of its time, -1 if it did not
@@ -106,19 +130,24 @@ class ReferenceChain:
             horizon = min(start + law.block_size, law.max_new_tokens)
             answer = self.extend(answer, horizon, stage)
             answer = self.steps(answer, horizon, law.mcmc_steps)
-            if self.ends_with_eos(answer):
+            if self.ends(answer):
                 break
         return self.steps(answer, law.max_new_tokens, law.final_steps)
 
-    def ends_with_eos(self, answer: Answer) -> bool:
-        return len(answer) > 0 and answer.tokens[-1] in self.eos
+    def ends(self, answer: Answer) -> bool:
+        """Whether an EOS token or a stop string closes the answer."""
+        return len(answer) > 0 and (answer.tokens[-1] in self.eos or answer.stop_state[-1] < 0)
+
+    @property
+    def can_end_early(self) -> bool:
+        return bool(self.eos) or self.stop_next is not None
 
     def extend(self, answer: Answer, horizon: int, stage: int) -> Answer:
         # The published code can extend from the same position twice; those draws must not repeat.
         serial = -stage if self.law.karan_du else 0
         while len(answer) < horizon:
             answer = self.draw(answer, serial)
-            if self.ends_with_eos(answer):
+            if self.ends(answer):
                 break
         return answer
 
@@ -163,8 +192,8 @@ class ReferenceChain:
     def complete(self, answer: Answer, proposal: Answer, serial: int, cap: int, theta: float) -> Answer | None:
         """Draw on from a proposal's first own token until it is closed, or known to be rejected (None)."""
         while True:
-            closed = len(proposal) == cap or self.ends_with_eos(proposal)
-            if self.rejects(answer, proposal, closed, theta):
+            closed = len(proposal) == cap or self.ends(proposal)
+            if self.rejects(answer, proposal, closed, theta, cap):
                 return None
             if closed:
                 return proposal
@@ -202,7 +231,12 @@ class ReferenceChain:
     def with_token(self, answer: Answer, z: np.ndarray, token: int) -> Answer:
         """`answer` and a token drawn under logits z [V]."""
         row = token_quantities(z, token, self.alpha, self.beta)
-        return answer.append(token, self.stored(row.logq), self.stored(row.weight), self.cut_weight(z))
+        state = self.next_stop_state(answer, token)
+        return answer.append(token, self.stored(row.logq), self.stored(row.weight), self.cut_weight(z), state)
+
+    def next_stop_state(self, answer: Answer, token: int) -> int:
+        """The stop automaton's state after one more token (3.1)."""
+        return 0 if self.stop_next is None else int(self.stop_next[answer.stop_state[-1], token])
 
     def cut_weight(self, z: np.ndarray) -> float:
         """h of a divergence cut at a row of logits (3.6)."""
@@ -221,34 +255,37 @@ class ReferenceChain:
         """logq, weights and entropies as the operators return them."""
         return float(np.float32(value))
 
-    # -- acceptance (3.2, 3.3, 3.6)
+    # -- acceptance (3.1, 3.2, 3.3, 3.6)
 
-    def log_cuts(self, answer: Answer) -> float:
-        """log n, or log Z under a divergence cut: what the cut law takes off W."""
+    def log_f(self, answer: Answer, length: int | None = None) -> float:
+        """F = W(x) + lambda n - log n, or W(x) + lambda n - log Z(x); `length` stands for n."""
+        n = len(answer) if length is None else length
+        return answer.cumw[-1] + self.length_term[n] - self.log_z(answer)
+
+    def log_z(self, answer: Answer) -> float:
+        """log Z under a divergence cut; 0 under the uniform cut, whose log n is part of `length_term`."""
         if not self.law.diverges:
-            return self.log_n[len(answer)]
+            return 0.0
         return math.log(answer.cumz[-1]) if answer.cumz[-1] > 0 else -math.inf
-
-    def log_f(self, answer: Answer) -> float:
-        """F(x) = W(x) - log n, or W(x) - log Z(x)."""
-        return answer.cumw[-1] - self.log_cuts(answer)
 
     def threshold(self, answer: Answer, u: float) -> float:
         log_u = math.log(1.0 - u)
         return log_u if self.law.karan_du else self.log_f(answer) + log_u
 
-    def rejects(self, answer: Answer, proposal: Answer, closed: bool, theta: float) -> bool:
+    def rejects(self, answer: Answer, proposal: Answer, closed: bool, theta: float, cap: int) -> bool:
         """Whether the proposal is known to be rejected: at its last token, or before it when that is exact."""
         if self.law.karan_du:  # sums over the overlap only, no cut-law ratio
             return closed and proposal.cumw[-1] - answer.cumw[len(proposal)] < theta
-        if not (closed or self.law.early_rejection):
-            return False
-        if self.law.diverges:
-            # Z only grows along a proposal. Z = 0 takes rounding (the answer it came from is then less probable than
-            # float32 can say); no step leaves such an answer, so none may go there.
-            stuck = closed and proposal.cumz[-1] == 0.0
-            return stuck or self.log_f(proposal) < theta
-        # An open proposal ends at its next token at the earliest, and where `answer` ends if no token is EOS.
-        at_least = len(proposal) + 1 if self.eos else len(answer)
-        length = len(proposal) if closed else at_least
-        return proposal.cumw[-1] - self.log_n[length] < theta
+        if closed and self.law.diverges and proposal.cumz[-1] == 0.0:
+            # Z = 0 takes rounding (the answer it came from is then less probable than float32 can say); no step leaves
+            # such an answer, so none may go there.
+            return True
+        if closed:
+            return self.log_f(proposal) < theta
+        return self.law.early_rejection and self.most_log_f(proposal, cap) < theta
+
+    def most_log_f(self, proposal: Answer, cap: int) -> float:
+        """The most that F of an open proposal can become: no weight is positive, Z only grows, and lambda n - log n is
+        convex. It ends at its next token at the earliest, and at `cap` if nothing can end it before."""
+        at_least = len(proposal) + 1 if self.can_end_early else cap
+        return max(self.log_f(proposal, at_least), self.log_f(proposal, cap))

@@ -8,7 +8,7 @@ mh_advance:  one decode step of the whole law for every lane, one program a chai
 P_PAD entries, so that every column of the state is a register; a scalar is taken from a lane by a masked sum. Positions
 are walked and copied in blocks. What each step does, field by field, is `reference.mh_advance`.
 Shapes: `state.ChainState`. Bytes: about 200 a lane, plus 16 a token walked and 32 a token committed; under a divergence
-cut 8 a token searched and 48 a token committed.
+cut 8 a token searched and 48 a token committed; with stop strings 2 a lane and 4 a token committed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _FAR = tl.constexpr(0x7FFFFFFF)
 _OK = tl.constexpr(int(Status.OK))
 _NAN = tl.constexpr(int(Status.NAN))
 _POS_INF = tl.constexpr(int(Status.POS_INF))
+_BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 _BAD_LENGTH = tl.constexpr(int(Status.BAD_LENGTH))
 _PENDING = tl.constexpr(int(Status.PENDING))
 
@@ -248,14 +249,18 @@ class _Law(NamedTuple):
     early_rejection: tl.tensor
     free_prefix: tl.tensor
     karan_du: tl.tensor
+    stops: tl.tensor
     cut: tl.tensor
 
 
 class _Ends(NamedTuple):
-    """The tokens that end an answer: a pointer, and how many they are."""
+    """What ends an answer: a pointer to tokens, and how many they are; a pointer to the stop automaton's next states,
+    [states, vocabulary]."""
 
     token: tl.tensor
     many: tl.tensor
+    stop_next: tl.tensor
+    vocabulary: tl.tensor
 
 
 class _Draws(NamedTuple):
@@ -287,9 +292,12 @@ class _Answer(NamedTuple):
     logq: tl.tensor
     cumw: tl.tensor
     cumz: tl.tensor
+    stop_state: tl.tensor
     outcome: tl.tensor
     left: tl.tensor
     forwarded: tl.tensor
+    step_weight: tl.tensor
+    step_logq: tl.tensor
 
 
 class _Places(NamedTuple):
@@ -322,6 +330,7 @@ class _LaneRows(NamedTuple):
     logq: tl.tensor
     cumw: tl.tensor
     cumz: tl.tensor
+    stop_state: tl.tensor
     theta: tl.tensor
     width: tl.tensor
 
@@ -379,6 +388,17 @@ def _cut_at(cumz_ptr, limit, length, BLOCK: tl.constexpr):
 def _log_z(z):
     """log z of float64 z >= 0."""
     return tl.where(z > 0.0, tl.log(tl.where(z > 0.0, z, 1.0)), -_INF)
+
+
+@triton.jit
+def _fixed_point_sum(logq_ptr, length, BLOCK: tl.constexpr):
+    """The sum of a row of logq in whole units of 2^-32 nats, so that no order of summation shows."""
+    total = tl.zeros_like(length).to(tl.int64)
+    for block in range(0, length, BLOCK):
+        t = block + tl.arange(0, BLOCK)
+        logq = tl.load(logq_ptr + t, mask=t < length, other=0.0).to(tl.float64)
+        total += tl.sum((tl.maximum(logq, -65536.0) * 4294967296.0).to(tl.int64), 0)
+    return total.to(tl.float64) / 4294967296.0
 
 
 @triton.jit
@@ -489,11 +509,12 @@ def _changed(lanes, status, valid):
 
 
 @triton.jit
-def _receive(law, chain, lanes, at, answer, rows, sample, got, base):
+def _receive(law, chain, lanes, at, answer, rows, sample, got, ends, base):
     """What was sampled for the lanes `got`: a fault, a place in a forwarded prefix, a kept token, or one to append.
 
-    Returns the lanes, those with a new token, those whose token was kept and that walk on, and the running sums of
-    weights and of 1 - q of the proposals with their new token (the second is 0 under the uniform cut).
+    Returns the lanes, those with a new token, those whose token was kept and that walk on, the running sums of weights
+    and of 1 - q of the proposals with their new token (the second is 0 under the uniform cut), and which of the new
+    tokens end an answer.
     """
     extending = chain.mode == _EXTEND
     # up to the divergence the token that was fed is the chain's own
@@ -505,6 +526,8 @@ def _receive(law, chain, lanes, at, answer, rows, sample, got, base):
     undefined = (weight != weight) | (logq != logq) | (h != h)
     status = tl.where((sample.status == _OK) & undefined, _NAN, sample.status)
     status = tl.where((status == _OK) & ((weight == _INF) | (h == _INF)), _POS_INF, status)
+    unknown = (law.stops > 0) & ((sample.token < 0) | (sample.token >= ends.vocabulary))
+    status = tl.where((status == _OK) & unknown, _BAD_TOKEN, status)
     bad = got & (lanes.pos >= lanes.div) & (status != _OK)
     good = got & (lanes.pos >= lanes.div) & (status == _OK)
 
@@ -531,6 +554,13 @@ def _receive(law, chain, lanes, at, answer, rows, sample, got, base):
         # max: entropies round, and Z must not fall
         z += leave_probability(logq.to(tl.float64)) * tl.maximum(h, 0.0).to(tl.float64)
         tl.store(rows.cumz + row + 1, z, mask=append)
+    ended = _is_eos(sample.token, ends)
+    if law.stops:
+        state = tl.load(answer.stop_state + lanes.pos, mask=first, other=0)
+        state += tl.load(rows.stop_state + row, mask=later, other=0)
+        state = tl.load(ends.stop_next + state.to(tl.int64) * ends.vocabulary + sample.token, mask=append, other=0)
+        tl.store(rows.stop_state + row + 1, state, mask=append)
+        ended = ended | (state < 0)
     lanes = _Lanes(
         status=tl.where(kept, _IDLE, tl.where(bad, _FAULTED_LANE, lanes.status)),
         serial=lanes.serial,
@@ -543,28 +573,31 @@ def _receive(law, chain, lanes, at, answer, rows, sample, got, base):
         open_start=lanes.open_start,
         open_stop=lanes.open_stop,
     )
-    return lanes, append, again, total, z
+    return lanes, append, again, total, z, ended
 
 
 @triton.jit
-def _test(law, chain, lanes, answer, rows, at, token, append, total, z, log_n_ptr, ends):
+def _test(law, chain, lanes, answer, rows, at, append, total, z, ended, length_term_ptr, ends):
     """The acceptance test of the lanes `append` with a new token (3.2, 3.3). Returns the lanes, and the tokens saved by
-    rejecting early. token, total, z: as `_receive` has them."""
+    rejecting early. total, z, ended: as `_receive` has them."""
     extending = chain.mode == _EXTEND
     cap = tl.where((law.karan_du == 0) | extending, chain.horizon, chain.length)
-    closed = append & (_is_eos(token, ends) | (lanes.pos == cap))
+    closed = append & (ended | (lanes.pos == cap))
     tested = append & (extending == 0)
     theta = tl.load(rows.theta + at.place, mask=tested, other=0.0)
     tested = tested & (closed | ((law.early_rejection > 0) & (law.karan_du == 0)))
     if law.karan_du:
-        against = tl.load(answer.cumw + lanes.pos, mask=tested, other=0.0)
-    elif law.cut != _UNIFORM:
-        against = _log_z(z)
+        f = total - tl.load(answer.cumw + lanes.pos, mask=tested, other=0.0)
     else:
-        # An open answer ends at its next token at the earliest, and at the horizon if no token is EOS.
-        at_least = tl.where(ends.many > 0, lanes.pos + 1, cap)
-        against = tl.load(log_n_ptr + tl.where(closed, lanes.pos, at_least), mask=tested, other=0.0)
-    rejected = tested & (total - against < theta)
+        # An open answer ends at its next token at the earliest, and at the horizon if nothing else ends it. In between
+        # F can become no more than at these two: no weight is positive, the term is convex, Z grows.
+        at_least = tl.where((ends.many > 0) | (law.stops > 0), lanes.pos + 1, cap)
+        nearest = tl.load(length_term_ptr + tl.where(closed, lanes.pos, at_least), mask=tested, other=0.0)
+        farthest = tl.load(length_term_ptr + tl.where(closed, lanes.pos, cap), mask=tested, other=0.0)
+        f = total + tl.maximum(nearest, farthest)
+        if law.cut != _UNIFORM:
+            f -= _log_z(z)
+    rejected = tested & (f < theta)
     # Z = 0 takes rounding, and no step leaves such an answer: none may go there.
     rejected = rejected | (tested & closed & (law.cut != _UNIFORM) & (z == 0.0))
     tl.store(answer.outcome + lanes.serial, tl.zeros_like(lanes.serial).to(tl.int8) + _REJECTED, mask=rejected)
@@ -636,14 +669,22 @@ def _commit(law, chain, lanes, at, answer, rows, winner, ends, base, BLOCK: tl.c
         tl.store(answer.cumw + t + 1, tl.load(rows.cumw + row + t + 1, mask=inside), mask=inside)
         if law.cut != _UNIFORM:
             tl.store(answer.cumz + t + 1, tl.load(rows.cumz + row + t + 1, mask=inside), mask=inside)
+        if law.stops:
+            tl.store(answer.stop_state + t + 1, tl.load(rows.stop_state + row + t + 1, mask=inside), mask=inside)
     tl.debug_barrier()
-    ending = tl.load(answer.token + n - 1 + tl.zeros_like(at.place))
+    end = n + tl.zeros_like(at.place)
+    ended = _is_eos(tl.load(answer.token + end - 1), ends)
+    if law.stops:
+        ended = ended | (tl.load(answer.stop_state + end) < 0)
     # A lane that walked on in this launch counts on a copy that its next opening will replace.
     copied = tl.where(lanes.open_stop > lanes.open_start, lanes.open_start, lanes.valid)
     valid = tl.where(at.place == winner, base + n - 1, tl.minimum(copied, base + d))
     extending = chain.mode == _EXTEND
     if chain.mode == _PROPOSE:
         tl.store(answer.outcome + serial, _ACCEPTED)
+    step = tl.where(extending, chain.opened, serial)
+    tl.store(answer.step_weight + step, tl.load(answer.cumw + n))
+    tl.store(answer.step_logq + step, _fixed_point_sum(answer.logq, n, BLOCK))
     chain = _Chain(
         mode=tl.zeros_like(chain.mode) + _PROPOSE,
         length=n,
@@ -652,7 +693,7 @@ def _commit(law, chain, lanes, at, answer, rows, winner, ends, base, BLOCK: tl.c
         horizon=chain.horizon,
         stage=chain.stage,
         final=chain.final,
-        closed=tl.max(_is_eos(ending, ends).to(tl.int32), 0),
+        closed=tl.max(ended.to(tl.int32), 0),
         fault=chain.fault,
     )
     return chain, _changed(lanes, tl.zeros_like(lanes.status) + _IDLE, valid)
@@ -662,7 +703,7 @@ def _commit(law, chain, lanes, at, answer, rows, winner, ends, base, BLOCK: tl.c
 
 
 @triton.jit
-def _draw_proposal(law, draws, length, answer, log_n_ptr, serial, BLOCK: tl.constexpr):
+def _draw_proposal(law, draws, length, answer, length_term_ptr, serial, BLOCK: tl.constexpr):
     """The cut of a step (3.2, 3.6) and its walk (3.4). Returns theta, where the proposal leaves the answer, the first
     position to sample (both `length` if it never does), and the tokens that were saved."""
     cut_uniform, accept_uniform = uniforms(
@@ -670,22 +711,23 @@ def _draw_proposal(law, draws, length, answer, log_n_ptr, serial, BLOCK: tl.cons
     )
     theta = tl.log(1.0 - accept_uniform)
     begin = tl.minimum((cut_uniform * length.to(tl.float64)).to(tl.int32), length - 1)
+    f = tl.load(answer.cumw + length) + tl.load(length_term_ptr + length)
     if law.cut != _UNIFORM:
         mass = tl.load(answer.cumz + length)
-        theta = (tl.load(answer.cumw + length) - _log_z(mass)) + theta
+        theta = (f - _log_z(mass)) + theta
         found = _cut_at(answer.cumz, cut_uniform * mass, length, BLOCK)
         fed = found
         begin = found
     else:
         if law.karan_du == 0:
-            theta = (tl.load(answer.cumw + length) - tl.load(log_n_ptr + length)) + theta
+            theta = f + theta
         found = _walk(answer.logq, draws, serial, begin, length, BLOCK)
         fed = tl.where(law.free_prefix > 0, found, begin)
     return theta, found, fed, fed - begin
 
 
 @triton.jit
-def _schedule(law, draws, chain, lanes, at, answer, rows, log_n_ptr, base, BLOCK: tl.constexpr):
+def _schedule(law, draws, chain, lanes, at, answer, rows, length_term_ptr, base, BLOCK: tl.constexpr):
     """Start the next lanes: an extension at the start of a stage, else proposals until no lane is free or no step is
     left; end stages and the chain (3.1). Returns the chain, the lanes, and the tokens that were saved."""
     mode, opened, last, horizon = chain.mode, chain.opened, chain.last, chain.horizon
@@ -697,6 +739,8 @@ def _schedule(law, draws, chain, lanes, at, answer, rows, log_n_ptr, base, BLOCK
         tl.store(answer.cumw, 0.0)
         if law.cut != _UNIFORM:
             tl.store(answer.cumz, 0.0)
+        if law.stops:
+            tl.store(answer.stop_state, 0)
     going = extend | (mode == _PROPOSE)
     while going:
         # The lane to start, if any, and what it runs.
@@ -721,7 +765,7 @@ def _schedule(law, draws, chain, lanes, at, answer, rows, log_n_ptr, base, BLOCK
             extend = mode == _START
         elif (free != _FAR) & (opened <= last):
             opened += 1
-            theta, found, fed, walked = _draw_proposal(law, draws, length, answer, log_n_ptr, number, BLOCK)
+            theta, found, fed, walked = _draw_proposal(law, draws, length, answer, length_term_ptr, number, BLOCK)
             saved += walked
             tl.store(rows.theta + free, theta)
             tl.store(answer.forwarded + number, 0)
@@ -781,15 +825,19 @@ _ADVANCE_POINTERS = {
     "logq_ptr": "*fp32",
     "cumw_ptr": "*fp64",
     "cumz_ptr": "*fp64",
+    "stop_state_ptr": "*i16",
     "outcome_ptr": "*i8",
     "left_ptr": "*i32",
     "forwarded_ptr": "*i32",
+    "step_weight_ptr": "*fp64",
+    "step_logq_ptr": "*fp64",
     "cost_ptr": "*i64",
     "lane_field_ptr": "*i32",
     "lane_token_ptr": "*i32",
     "lane_logq_ptr": "*fp32",
     "lane_cumw_ptr": "*fp64",
     "lane_cumz_ptr": "*fp64",
+    "lane_stop_state_ptr": "*i16",
     "lane_theta_ptr": "*fp64",
     "input_id_ptr": "*i64",
     "position_ptr": "*i64",
@@ -797,9 +845,10 @@ _ADVANCE_POINTERS = {
     "exclude_ptr": "*i64",
     "commit_range_ptr": "*i32",
     "open_range_ptr": "*i32",
-    "log_n_ptr": "*fp64",
+    "length_term_ptr": "*fp64",
     "seed_ptr": "*i64",
     "eos_ptr": "*i64",
+    "stop_next_ptr": "*i16",
     "new_token_ptr": "*i64",
     "new_logq_ptr": "*fp32",
     "new_weight_ptr": "*fp32",
@@ -807,8 +856,8 @@ _ADVANCE_POINTERS = {
     "new_entropy_ptr": "*fp32",
 }
 _ADVANCE_INTEGERS = (
-    "seed_stride", "eos_count", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps", "final_steps",
-    "early_rejection", "free_prefix", "karan_du", "cut", "lanes",
+    "seed_stride", "eos_count", "vocabulary", "width", "serials", "max_new_tokens", "block_size", "mcmc_steps",
+    "final_steps", "early_rejection", "free_prefix", "karan_du", "stops", "cut", "lanes",
 )  # fmt: skip
 
 
@@ -819,15 +868,19 @@ def _mh_advance_kernel(
     logq_ptr,  # [C, width] fp32
     cumw_ptr,  # [C, width] fp64
     cumz_ptr,  # [C, width] fp64, not read under the uniform cut
+    stop_state_ptr,  # [C, width] i16, not read without stop strings
     outcome_ptr,  # [C, serials] i8
     left_ptr,  # [C, serials] i32
     forwarded_ptr,  # [C, serials] i32
+    step_weight_ptr,  # [C, serials + 1] fp64
+    step_logq_ptr,  # [C, serials + 1] fp64
     cost_ptr,  # [C, 4] i64
     lane_field_ptr,  # [C*P, LANE_PITCH] i32
     lane_token_ptr,  # [C*P, width] i32
     lane_logq_ptr,  # [C*P, width] fp32
     lane_cumw_ptr,  # [C*P, width] fp64
     lane_cumz_ptr,  # [C*P, width] fp64, not read under the uniform cut
+    lane_stop_state_ptr,  # [C*P, width] i16, not read without stop strings
     lane_theta_ptr,  # [C*P] fp64
     input_id_ptr,  # [C*P] i64
     position_ptr,  # [C*P] i64
@@ -835,9 +888,10 @@ def _mh_advance_kernel(
     exclude_ptr,  # [C*P] i64
     commit_range_ptr,  # [C, 4] i32
     open_range_ptr,  # [C*P, 4] i32
-    log_n_ptr,  # [width + 1] fp64
+    length_term_ptr,  # [width + 1] fp64
     seed_ptr,  # [1] or [C] i64
     eos_ptr,  # [eos_count] i64
+    stop_next_ptr,  # [states, vocabulary] i16, not read without stop strings
     new_token_ptr,  # [C*P] i64
     new_logq_ptr,  # [C*P] fp32
     new_weight_ptr,  # [C*P] fp32
@@ -845,6 +899,7 @@ def _mh_advance_kernel(
     new_entropy_ptr,  # [C*P] fp32, read by the cut law that weighs by entropy
     seed_stride,  # from a chain's seed to the next one's: 0 or 1
     eos_count,
+    vocabulary,
     width,  # max_new_tokens + 1
     serials,  # one more than the steps of a chain
     max_new_tokens,
@@ -854,6 +909,7 @@ def _mh_advance_kernel(
     early_rejection,
     free_prefix,
     karan_du,
+    stops,
     cut,  # a Cut
     lanes,  # P, a chain
     P_PAD: tl.constexpr,
@@ -869,18 +925,22 @@ def _mh_advance_kernel(
         early_rejection=early_rejection,
         free_prefix=free_prefix,
         karan_du=karan_du,
+        stops=stops,
         cut=cut,
     )
-    ends = _Ends(token=eos_ptr, many=eos_count)
+    ends = _Ends(token=eos_ptr, many=eos_count, stop_next=stop_next_ptr, vocabulary=vocabulary)
     row, steps = c.to(tl.int64) * width, c.to(tl.int64) * serials
     answer = _Answer(
         token=token_ptr + row,
         logq=logq_ptr + row,
         cumw=cumw_ptr + row,
         cumz=cumz_ptr + row,
+        stop_state=stop_state_ptr + row,
         outcome=outcome_ptr + steps,
         left=left_ptr + steps,
         forwarded=forwarded_ptr + steps,
+        step_weight=step_weight_ptr + steps + c,
+        step_logq=step_logq_ptr + steps + c,
     )
     place = tl.arange(0, P_PAD)
     at = _Places(place=place, live=place < lanes, lane=c * lanes + place)
@@ -890,6 +950,7 @@ def _mh_advance_kernel(
         logq=lane_logq_ptr + first,
         cumw=lane_cumw_ptr + first,
         cumz=lane_cumz_ptr + first,
+        stop_state=lane_stop_state_ptr + first,
         theta=lane_theta_ptr + c * lanes,
         width=width,
     )
@@ -925,8 +986,8 @@ def _mh_advance_kernel(
         weight=tl.load(new_weight_ptr + at.lane, mask=got, other=0.0),
         entropy=tl.load(new_entropy_ptr + at.lane, mask=got & (cut == _DIVERGENCE_ENTROPY), other=1.0),
     )
-    now, append, again, total, z = _receive(law, chain, now, at, answer, rows, sample, got, base)
-    now, saved_early = _test(law, chain, now, answer, rows, at, sample.token, append, total, z, log_n_ptr, ends)
+    now, append, again, total, z, ended = _receive(law, chain, now, at, answer, rows, sample, got, ends, base)
+    now, saved_early = _test(law, chain, now, answer, rows, at, append, total, z, ended, length_term_ptr, ends)
     cost += tl.where(column == _COST_EARLY, saved_early, 0)
     now, saved_walking = _walk_on(law, draws, chain, now, at, answer, again, base, BLOCK)
 
@@ -956,7 +1017,7 @@ def _mh_advance_kernel(
     tl.store(commit + 3, commit_stop)
 
     # ---- 3. schedule: open lanes, end stages
-    chain, now, saved_opening = _schedule(law, draws, chain, now, at, answer, rows, log_n_ptr, base, BLOCK)
+    chain, now, saved_opening = _schedule(law, draws, chain, now, at, answer, rows, length_term_ptr, base, BLOCK)
 
     # ---- 4. emit what each lane feeds next
     feed = _next_input(now, at, answer, rows, tl.load(field + _PROMPT_TOKEN))
@@ -988,14 +1049,14 @@ _WIDTHS = (1, 4, MAX_LANES)
 def mh_advance(*args) -> None:
     """One decode step of the whole law for every lane, in one launch. See `power_kernels.mh_advance`.
 
-    Takes the tensors of `ChainState` in order, log_n f64 [H + 2], seed i64 [1] or [C], eos i64 [E], the sampled token
-    i64, logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and `Law.constants()`. Raises ArgumentError
-    for more than MAX_LANES lanes a chain.
+    Takes the tensors of `ChainState` in order, length_term f64 [H + 2], seed i64 [1] or [C], eos i64 [E], stop_next i16
+    [S, V] or any, the sampled token i64, logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and
+    `Law.constants()`. Raises ArgumentError for more than MAX_LANES lanes a chain.
     """
     n_state = len(ChainState.__dataclass_fields__)
-    *tensors, max_new_tokens, block_size, mcmc_steps, final_steps, early_rejection, free_prefix, karan_du, cut = args
+    tensors, law = args[: n_state + 9], args[n_state + 9 :]
     state = ChainState(*tensors[:n_state])
-    _log_n, seed, eos, *_sampled = tensors[n_state:]
+    _length_term, seed, eos, stop_next, *_sampled = tensors[n_state:]
     if state.chains == 0:
         return
     if state.lanes > MAX_LANES:
@@ -1007,16 +1068,10 @@ def mh_advance(*args) -> None:
         *tensors,
         seed_stride(seed),
         eos.shape[0],
+        stop_next.shape[1],
         state.token.shape[1],
         state.outcome.shape[1],
-        max_new_tokens,
-        block_size,
-        mcmc_steps,
-        final_steps,
-        int(early_rejection),
-        int(free_prefix),
-        int(karan_du),
-        cut,
+        *map(int, law),
         state.lanes,
         P_PAD=min(width for width in _WIDTHS if width >= state.lanes),
         **ADVANCE,

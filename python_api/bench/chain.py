@@ -154,21 +154,22 @@ def running_chains(chains: int, lanes: int, device: torch.device) -> tuple[pk.Ch
     state = pk.ChainState.allocate(chains, lanes, law, device)
     for chain in range(chains):
         state.admit(chain, [1], chain, 0)
-    log_n = torch.from_numpy(reference.log_table(LENGTH)).to(device)
+    length_term = torch.from_numpy(reference.length_table(law)).to(device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     eos = torch.zeros(0, dtype=torch.int64, device=device)
     steps = sampled_steps(chains * lanes, device)
 
     def advance() -> None:
         for sampled in steps:
-            pk.mh_advance(state, law, log_n, seed, eos, *sampled)
+            pk.mh_advance(state, law, length_term, seed, eos, *sampled)
 
     constants, no_entropy = law.constants(), torch.zeros(0, device=device)
+    no_stops = torch.zeros(0, 0, dtype=torch.int16, device=device)
 
     def unchecked() -> None:
         for token, logq, weight, status in steps:
             torch.ops.power_kernels.mh_advance(
-                *state.tensors(), log_n, seed, eos, token, logq, weight, status, no_entropy, *constants
+                *state.tensors(), length_term, seed, eos, no_stops, token, logq, weight, status, no_entropy, *constants
             )
 
     for _ in range(2 * LENGTH // STEPS):

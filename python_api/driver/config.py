@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from power_kernels.api.driver.checks import integer, number, switch
-from power_kernels.errors import ArgumentError
+from power_kernels.api.driver.checks import integer, items, number, switch
+from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.law import CUTS, Law
 
 COMPAT = (None, "karan-du")
@@ -29,6 +30,12 @@ class PowerConfig:
         of the token's row, a cut that prefers the places where the model was undecided. free_prefix says nothing under
         the last two.
     early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
+    stop: stop strings, one or several. Each closes an answer as EOS does (exact, section 3.1): the token that completes
+        one is the answer's last, whatever else it holds, and `.text` ends before the string. The prompt's text is no
+        part of a match. Needs a tokenizer. A text that is cut at a string afterwards has another law: what was
+        sharpened is the answer and what followed it.
+    length_bonus: lambda of the target p(x)^alpha e^(lambda n), in nats a token (section 3.1). Where answers can end
+        early, p^alpha prefers short ones; a positive lambda makes up for that.
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
     lanes: proposals of one chain that run side by side (exact, section 3.5). None: the driver chooses; the chains are
         the same for any number.
@@ -46,6 +53,8 @@ class PowerConfig:
     final_steps: int = 0
     temperature: float | None = None
     cut: str = "uniform"
+    stop: str | Sequence[str] = ()
+    length_bonus: float = 0.0
     early_rejection: bool = True
     free_prefix: bool = True
     lanes: int | None = None
@@ -68,6 +77,12 @@ class PowerConfig:
                 self._set(name, integer(f"{name} is", getattr(self, name), 1))
         for name in ("early_rejection", "free_prefix"):
             self._set(name, switch(name, getattr(self, name)))
+        self._set("stop", _stop_strings(self.stop))
+        self._set("length_bonus", number("length_bonus", self.length_bonus))
+        if self.length_bonus != 0.0 and self.compat is not None:
+            raise ArgumentError(
+                f"length_bonus is {self.length_bonus} with compat={self.compat!r}, which has none; it must be 0 there"
+            )
         if self.cut not in CUTS:
             raise ArgumentError(f"cut is {self.cut!r}; allowed: {', '.join(map(repr, CUTS))}")
         if self.compat not in COMPAT:
@@ -107,4 +122,22 @@ class PowerConfig:
             free_prefix=self.free_prefix,
             karan_du=self.compat == "karan-du",
             cut=self.cut,
+            stops=bool(self.stop),
+            length_bonus=self.length_bonus,
         )
+
+
+def _stop_strings(stop) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(items("stop", stop))
+    for i, string in enumerate(strings):
+        if not isinstance(string, str):
+            raise ArgumentTypeError(f"stop[{i}] is {string!r}, a {type(string).__name__}; it must be a str")
+        if not string:
+            raise ArgumentError(f"stop[{i}] is empty; it would close every answer at once")
+        try:
+            string.encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(
+                f"stop[{i}] is {string!r}, which holds half of a surrogate pair and is no text"
+            ) from None
+    return strings

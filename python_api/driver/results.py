@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from power_kernels.api.driver.host import on_host
+from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.driver.text import answer_text
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
 
@@ -56,11 +57,13 @@ class PowerResult:
     """One answer, the last state of one chain.
 
     tokens: generated ids, EOS included. text: what they add to the text of the prompt, without special tokens; None
-    without a tokenizer. log_weights: the weight of each token
-    in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
+    without a tokenizer. Where a stop string closed the answer the text ends before it. log_weights: the weight of each
+    token in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
     Metropolis-Hastings steps. outcomes: each step's. left: where each step's proposal left the answer of its time, -1
-    where it kept every token. finish: "eos", "length" (max_new_tokens), "context" (what the prompt left of the model's
-    context, less than max_new_tokens and perhaps nothing), or "fault" with `status` saying what the logits were like
+    where it kept every token. step_logp, step_weight: log p and W (the sum of the weights) of the whole answer after
+    each step, in nats, log p to 2^-32 nats a token. finish: "eos", "stop" (a stop string), "length" (max_new_tokens),
+    "context" (what the prompt left of the model's context, less than max_new_tokens and perhaps nothing), or "fault"
+    with `status` saying what the logits were like
     (the answer is then the chain's last good state).
     """
 
@@ -72,7 +75,9 @@ class PowerResult:
     log_weights: list[float]
     outcomes: list[Outcome]
     left: list[int]
-    finish: Literal["eos", "length", "context", "fault"]
+    step_logp: list[float]
+    step_weight: list[float]
+    finish: Literal["eos", "stop", "length", "context", "fault"]
     status: Status
     cost: TokenAccount
 
@@ -104,20 +109,26 @@ def read_results(
     slots: Sequence[int],
     *,
     alpha: float,
+    mcmc_steps: int,
     can_end_early: bool,
+    eos: Collection[int],
+    stop: Sequence[str],
     prefill: Sequence[int],
     recalled: Sequence[int],
     tokenizer,
     prompts: Mapping[int, list[int]],
 ) -> list[PowerResult]:
-    """The results of chains that have stopped. alpha: as float32 holds it. prefill, recalled: tokens of each. prompts:
-    token ids by prompt id."""
+    """The results of chains that have stopped. alpha: as float32 holds it. mcmc_steps: of a stage. eos, stop: the
+    tokens and the strings that end an answer. prefill, recalled: tokens of each. prompts: token ids by prompt id."""
     rows = _on_host(state, slots)
     return [
         _result(
             {name: of_chain[i] for name, of_chain in rows.items()},
             alpha=alpha,
+            mcmc_steps=mcmc_steps,
             can_end_early=can_end_early,
+            eos=eos,
+            stop=stop,
             prefill=prefill[i],
             recalled=recalled[i],
             tokenizer=tokenizer,
@@ -127,7 +138,10 @@ def read_results(
     ]
 
 
-_READ = ("field", "token", "logq", "cumw", "outcome", "left", "forwarded", "cost")  # what an answer is made of
+# What an answer is made of.
+_READ = (
+    "field", "token", "logq", "cumw", "outcome", "left", "forwarded", "step_weight", "step_logq", "cost",
+)  # fmt: skip
 
 
 def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
@@ -137,8 +151,9 @@ def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def _result(
-    rows: dict[str, np.ndarray], *, alpha, can_end_early, prefill: int, recalled: int, tokenizer, prompts
-) -> PowerResult:
+    rows: dict[str, np.ndarray], *, alpha, mcmc_steps: int, can_end_early, eos, stop, prefill: int, recalled: int,
+    tokenizer, prompts,
+) -> PowerResult:  # fmt: skip
     """rows: the chain's, by the name of their tensor."""
     field, cost = rows["field"].tolist(), rows["cost"].tolist()
     prompt_id = field[ChainField.PROMPT_ID]
@@ -149,16 +164,23 @@ def _result(
     outcomes = [Outcome(o) for o in rows["outcome"][made].tolist()]
     forwarded = rows["forwarded"][made].tolist()
     status = Status(field[ChainField.FAULT])
-    finish = "fault" if status is not Status.OK else "eos" if field[ChainField.CLOSED] else "length"
+    finish = "fault" if status is not Status.OK else "length"
+    if finish != "fault" and field[ChainField.CLOSED]:
+        finish = "eos" if tokens[-1] in eos else "stop"
+    text = None if tokenizer is None else answer_text(tokenizer, prompts[prompt_id], tokens)
+    after = _last_written(outcomes, mcmc_steps, field[ChainField.STAGE])
+    step_weight, step_logq = rows["step_weight"][after], rows["step_logq"][after]
     return PowerResult(
         prompt_id=prompt_id,
         chain_id=field[ChainField.CHAIN_ID],
         tokens=tokens,
-        text=None if tokenizer is None else answer_text(tokenizer, prompts[prompt_id], tokens),
+        text=before_stop(text, stop) if finish == "stop" else text,
         token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
         log_weights=weights.tolist(),
         outcomes=outcomes,
         left=rows["left"][made].tolist(),
+        step_logp=((step_weight + step_logq) / alpha).tolist(),
+        step_weight=step_weight.tolist(),
         finish=finish,
         status=status,
         cost=TokenAccount(
@@ -175,6 +197,17 @@ def _result(
     )
 
 
+def _last_written(outcomes: Sequence[Outcome], mcmc_steps: int, stages: int) -> list[int]:
+    """For each step, the column of `ChainState.step_weight` that holds the answer after it: its own, where it was
+    accepted or was the first of a stage, or else that of the step before."""
+    columns: list[int] = []
+    for serial, outcome in enumerate(outcomes, 1):
+        first = mcmc_steps > 0 and serial % mcmc_steps == 1 % mcmc_steps and serial <= stages * mcmc_steps
+        own = outcome is Outcome.ACCEPTED or first or not columns
+        columns.append(serial if own else columns[-1])
+    return columns
+
+
 def empty_result(prompt_id: int, chain_id: int, *, has_text: bool) -> PowerResult:
     """Of a prompt that leaves no room for an answer in the model's context."""
     nothing = TokenAccount(
@@ -182,5 +215,5 @@ def empty_result(prompt_id: int, chain_id: int, *, has_text: bool) -> PowerResul
     )
     return PowerResult(
         prompt_id=prompt_id, chain_id=chain_id, tokens=[], text="" if has_text else None, token_logp=[], log_weights=[],
-        outcomes=[], left=[], finish="context", status=Status.OK, cost=nothing,
+        outcomes=[], left=[], step_logp=[], step_weight=[], finish="context", status=Status.OK, cost=nothing,
     )  # fmt: skip

@@ -107,7 +107,8 @@ def _added(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 class Run:
     """jobs: what is left to draw, in order. max_length: positions of the call's longest prompt and its answer. eos:
-    token ids. capture: replay steps, of a CapturableEngine."""
+    token ids. stop_next: the stop strings' automaton (`stop_automaton`), None without any. capture: replay steps, of a
+    CapturableEngine."""
 
     def __init__(
         self,
@@ -119,6 +120,7 @@ class Run:
         max_length: int,
         seed: int,
         eos: list[int],
+        stop_next: np.ndarray | None,
         capture: bool,
         tokenizer,
         report: RunReport,
@@ -137,11 +139,13 @@ class Run:
         self.seed = seed
         self.max_length = max_length
         self.alpha = float(torch.tensor(config.alpha, dtype=torch.float32, device="cpu"))
-        self.can_end_early = bool(eos)
+        self.can_end_early = bool(eos) or self.law.stops
         device = engine.device
         self.seed_tensor = torch.tensor([as_int64(seed)], dtype=torch.int64, device=device)
+        self.eos_ids = frozenset(eos)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
-        self.log_n = torch.from_numpy(reference.log_table(config.max_new_tokens)).to(device)
+        self.length_term = torch.from_numpy(reference.length_table(self.law)).to(device)
+        self.stop_next = None if stop_next is None else torch.from_numpy(stop_next).to(device)
         self.capture = capture
         self.active: list[_Account] = []  # of the chain in each active slot
 
@@ -250,8 +254,8 @@ class Run:
         clock = time.perf_counter
         start = clock()
         pk.mh_advance(
-            state, self.law, self.log_n, self.seed_tensor, self.eos,
-            sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy,
+            state, self.law, self.length_term, self.seed_tensor, self.eos,
+            sampled.token, sampled.logq, sampled.weight, sampled.status, sampled.entropy, self.stop_next,
         )  # fmt: skip
         advanced = clock()
         self.engine.transfer(state.commit_range, state.open_range)
@@ -356,7 +360,10 @@ class Run:
             self.state,
             slots,
             alpha=self.alpha,
+            mcmc_steps=self.law.mcmc_steps,
             can_end_early=self.can_end_early,
+            eos=self.eos_ids,
+            stop=self.config.stop,
             prefill=[self.active[slot].prefill for slot in slots],
             recalled=[self.active[slot].recalled for slot in slots],
             tokenizer=self.tokenizer,

@@ -15,6 +15,7 @@ from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode
 from power_kernels.triton import chain
 from tests.long_answers import CASES, KINDS, assert_launch, telling
+from tests.op_helpers import stop_table
 from tests.test_long_answers import by_triton
 from tests.test_triton_kernels import random_samples
 
@@ -49,12 +50,13 @@ def stale(state: ChainState, law: Law) -> dict[str, torch.Tensor]:
     lane_sums = open_lane & (at > first) & (at <= position)
     valid = {
         **dict.fromkeys(("token", "logq"), chain_tokens),
-        **dict.fromkeys(("cumw", "cumz"), chain_sums),
+        **dict.fromkeys(("cumw", "cumz", "stop_state"), chain_sums),
         **dict.fromkeys(("lane_token", "lane_logq"), lane_tokens),
-        **dict.fromkeys(("lane_cumw", "lane_cumz"), lane_sums),
+        **dict.fromkeys(("lane_cumw", "lane_cumz", "lane_stop_state"), lane_sums),
         "lane_theta": theta,
         "forwarded": counted,
         "left": torch.zeros(state.left.shape, dtype=torch.bool),
+        **dict.fromkeys(("step_weight", "step_logq"), torch.zeros(state.step_logq.shape, dtype=torch.bool)),
     }
     return {name: ~marks for name, marks in valid.items() if getattr(state, name).numel()}
 
@@ -69,6 +71,9 @@ LAWS = [
     (Law(12, 4, 6, cut="divergence"), 3),
     (Law(12, 6, 4, early_rejection=False, cut="divergence-entropy"), 5),
     (Law(12, 4, 6, early_rejection=False), 16),
+    (Law(12, 4, 6, stops=True), 8),
+    (Law(12, 4, 6, cut="divergence", stops=True, length_bonus=0.7), 3),
+    (Law(12, 6, 4, free_prefix=False, length_bonus=-0.3), 1),
 ]
 
 
@@ -81,9 +86,10 @@ def test_nothing_is_read_that_the_state_calls_stale(law, lanes, block, monkeypat
     g, eos = torch.Generator().manual_seed(lanes + block), 49
     ours, theirs = (ChainState.allocate(2, lanes, law) for _ in range(2))
     fixed = (
-        torch.tensor(reference.log_table(law.max_new_tokens)),
+        torch.tensor(reference.length_table(law)),
         torch.tensor([12345678901]),
         torch.tensor([eos, 1000]),
+        stop_table(law, 50),
     )
     commits = 0
     for step in range(40):

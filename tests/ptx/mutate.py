@@ -30,6 +30,7 @@ from power_kernels.triton import chain, lm_head, sampling, scoring
 from tests import long_answers
 from tests import test_triton_kernels as kernels
 from tests import test_triton_lm_head as heads
+from tests.op_helpers import stop_table
 from tests.ptx.launcher import Compiled, Launcher
 from tests.ptx.machine import SCHEDULES
 
@@ -111,7 +112,8 @@ def advance(lanes: int, *laws: Law, launches: int = 60):
         for law in laws:
             g = torch.Generator().manual_seed(lanes)
             state = ChainState.allocate(2, lanes, law)
-            fixed = torch.tensor(reference.log_table(law.max_new_tokens)), torch.tensor([7]), torch.tensor([49, 1000])
+            fixed = torch.tensor(reference.length_table(law)), torch.tensor([7]), torch.tensor([49, 1000])
+            fixed = (*fixed, stop_table(law, 50))
             for _ in range(launches):
                 for slot in range(2):
                     if int(state.field[slot, ChainField.MODE]) in (Mode.IDLE, Mode.DONE, Mode.FAULT):
@@ -132,8 +134,9 @@ def long_advance(name: str):
         launches.extend(() if launches else long_answers.telling(name, 1))
         for launch in launches:
             state = long_answers.copied(launch.before)
-            law, *rest = launch.arguments
-            chain.mh_advance(*state.tensors(), *rest, *law.constants())
+            law, length_term, seed, eos, *drawn, stop_next = launch.arguments
+            fixed = (length_term, seed, eos, stop_table(law, 0) if stop_next is None else stop_next)
+            chain.mh_advance(*state.tensors(), *fixed, *drawn, *law.constants())
 
     return work
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 
 _INT32_MAX = 2**31 - 1
+_MOST_BONUS = 1e37
 
 
 def check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
@@ -21,8 +21,8 @@ def check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:
 def check_length_bonus(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a float")
-    if not math.isfinite(value):
-        raise ArgumentError(f"{name} is {value}; it must be finite")
+    if not -_MOST_BONUS <= value <= _MOST_BONUS:
+        raise ArgumentError(f"{name} is {value}; it must lie in [{-_MOST_BONUS:g}, {_MOST_BONUS:g}]")
 
 
 class Cut(IntEnum):

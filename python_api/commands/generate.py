@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="of the proposals (default: 1/alpha)")
     parser.add_argument("--lanes", type=int, help="proposals of a chain decoded at once (default: what pays here)")
     parser.add_argument("--cut", choices=CUTS, default="uniform", help="the law of where a proposal leaves the answer")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="a string that ends an answer, as EOS does; may be repeated"
+    )
+    parser.add_argument(
+        "--length-bonus", type=float, default=0.0, help="lambda of p(x)^alpha e^(lambda n), in nats a token"
+    )
     parser.add_argument("--no-early-rejection", dest="early_rejection", action="store_false")
     parser.add_argument("--no-free-prefix", dest="free_prefix", action="store_false")
     parser.add_argument(
@@ -127,6 +133,8 @@ def _config(arguments: argparse.Namespace) -> PowerConfig:
         free_prefix=arguments.free_prefix,
         lanes=arguments.lanes,
         cut=arguments.cut,
+        stop=arguments.stop or (),
+        length_bonus=arguments.length_bonus,
         compat=arguments.compat,
     )
 

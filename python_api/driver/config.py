@@ -9,7 +9,7 @@ import numpy as np
 
 from power_kernels.api.driver.checks import integer, items, number, switch
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.law import CUTS, Law
+from power_kernels.law import CUTS, Law, check_length_bonus
 
 COMPAT = (None, "karan-du")
 _LARGEST = 1e37  # the exponents are used in float32, and so are their inverses
@@ -79,6 +79,7 @@ class PowerConfig:
             self._set(name, switch(name, getattr(self, name)))
         self._set("stop", _stop_strings(self.stop))
         self._set("length_bonus", number("length_bonus", self.length_bonus))
+        check_length_bonus("length_bonus", self.length_bonus)
         if self.length_bonus != 0.0 and self.compat is not None:
             raise ArgumentError(
                 f"length_bonus is {self.length_bonus} with compat={self.compat!r}, which has none; it must be 0 there"

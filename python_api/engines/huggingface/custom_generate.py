@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 
@@ -25,10 +25,10 @@ from power_kernels.api.engines.huggingface.generate_call import (
     check_settings,
 )
 from power_kernels.api.engines.huggingface.patched_model import attention_configs
-from power_kernels.errors import ArgumentError
+from power_kernels.errors import ArgumentError, ArgumentTypeError
 
 # Stopping criteria that generate() adds by itself and that the chain already obeys.
-_OBEYED = {"MaxLengthCriteria", "EosTokenCriteria"}
+_OBEYED = {"MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria"}
 
 # Models that have passed the engine's self check: what they were like, and whether their head was known after it.
 # Engines are not kept: they hold their model, which may change.
@@ -50,6 +50,9 @@ def _power_sample(
     free_prefix: bool = True,
     lanes: int | None = None,
     cut: str = "uniform",
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer=None,
+    length_bonus: float = 0.0,
     compat: str | None = None,
     num_chains: int = 1,
     seed: int | None = None,
@@ -61,7 +64,9 @@ def _power_sample(
     """A decoding method for `transformers.GenerationMixin.generate` that draws from p(x)^alpha.
 
     Length and EOS come from the generation config. The parameters are those of `PowerConfig`, except
-    proposal_temperature, its `temperature`: generate() keeps that name for itself.
+    proposal_temperature, its `temperature`, and stop_strings, its `stop`: generate() has these names for them.
+    stop_strings: each closes an answer as EOS does (None takes the generation config's). They need `tokenizer`, the
+    model's, and end the row with the token that completes one.
     num_chains: answers per prompt, in consecutive rows (num_return_sequences works too, with do_sample=True, top_k=0).
     seed: None draws one from torch's generator, so that torch.manual_seed governs the call.
     power_results: a list that receives the `PowerResult` of each row.
@@ -71,7 +76,7 @@ def _power_sample(
     Raises ArgumentError for every argument and setting of generate() that the chain does not follow
     (`generate_call.py`), naming it and what to pass instead: the target is the model's own distribution, so there are
     no logits processors (do_sample=True brings top_k=50 with it unless top_k=0 is passed), no stopping criteria but
-    length and EOS, and no inputs but token ids and their mask.
+    length, EOS and stop strings, and no inputs but token ids and their mask.
     """
     call = GenerateCall.current()
     streamer = call.streamer if streamer is None and call is not None else streamer
@@ -94,6 +99,11 @@ def _power_sample(
                 f"max_length is {generation_config.max_length} with {length} prompt tokens; it must leave room for an "
                 "answer"
             )
+        stop = generation_config.stop_strings if stop_strings is None else stop_strings
+        if stop and tokenizer is None:
+            raise ArgumentTypeError(
+                f"stop_strings is {stop!r} and there is no tokenizer; pass the model's as tokenizer"
+            )
         config = PowerConfig(
             alpha=alpha,
             max_new_tokens=limit,
@@ -105,6 +115,8 @@ def _power_sample(
             free_prefix=free_prefix,
             lanes=lanes,
             cut=cut,
+            stop=stop or (),
+            length_bonus=length_bonus,
             compat=compat,
         )
         checked, traits = _checked.setdefault(model, {}), _traits(model)
@@ -112,7 +124,7 @@ def _power_sample(
         if checked.setdefault(traits, engine.head_known) != engine.head_known:
             engine = HuggingFaceEngine(model)  # it is the check that finds this head to be more than it seems
         eos = _list(generation_config.eos_token_id)
-        results = PowerSampler(engine).generate(
+        results = PowerSampler(engine, tokenizer).generate(
             prompts,
             config,
             num_chains=num_chains,
@@ -153,14 +165,16 @@ def _check_hooks(logits_processor, stopping_criteria) -> None:
         )
     names = [type(c).__name__ for c in stopping_criteria if type(c).__name__ not in _OBEYED]
     if names:
-        raise ArgumentError(f"stopping_criteria holds {', '.join(names)}; only length and EOS are allowed")
+        raise ArgumentError(
+            f"stopping_criteria holds {', '.join(names)}; only length, EOS and stop strings are allowed"
+        )
 
 
 class _CheckedBeforeWork:
     """A decoding method whose call is checked as soon as generate() asks for its signature, before any other work.
 
-    Later would be too late for a message that is right: generate() would have looked for the tokenizer of stop strings
-    that it does not pass on, or have run another method for beams.
+    Later would be too late for a message that is right: generate() would have run another method for beams. It is also
+    when the tokenizer of stop strings, which generate() does not pass on, can be had.
     """
 
     def __init__(self, method):

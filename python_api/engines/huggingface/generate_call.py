@@ -3,11 +3,10 @@
 Power sampling draws from p(x)^alpha of the model's own distribution and feeds the model nothing but token ids. Whatever
 would change either is an error that names the argument, and so is an argument that would change nothing.
 
-`generate()` gives a custom method less than it was given itself: neither the streamer nor the assistant, and among the
-model's arguments those of the user and those it made look alike. It also looks for the tokenizer of stop strings before
-the method is called at all. So the arguments are read where they are, in its frame (`GenerateCall.current`), and
-that is done as early as it asks for the method's signature (`custom_generate.py`). Where there is no such frame, the
-method checks what it can see.
+`generate()` gives a custom method less than it was given itself: neither the streamer nor the assistant nor the
+tokenizer of stop strings, and among the model's arguments those of the user and those it made look alike. So the
+arguments are read where they are, in its frame (`GenerateCall.current`), and that is done as early as it asks for the
+method's signature (`custom_generate.py`). Where there is no such frame, the method checks what it can see.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ _REFUSED = {
     "remove_invalid_values": False,
     "renormalize_logits": False,
     "token_healing": False,
-    "stop_strings": None,
     "max_time": None,
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -75,7 +73,7 @@ _IDLE = {"length_penalty": 1.0, "early_stopping": False}
 # What a call may say. The last line changes how generate() would compute, and never what.
 _FOLLOWED = frozenset({
     "input_ids", "inputs", "attention_mask", "max_length", "max_new_tokens", "eos_token_id", "pad_token_id",
-    "bos_token_id", "do_sample", "num_return_sequences",
+    "bos_token_id", "do_sample", "num_return_sequences", "stop_strings",
     "use_cache", "disable_compile", "logits_to_keep", "return_dict",
 })  # fmt: skip
 # Among a method's model_kwargs, what generate() puts there by itself.
@@ -83,10 +81,6 @@ _PREPARED = frozenset({"position_ids", "past_key_values", "cache_position"})
 
 _HINTS = {
     "temperature": "the temperature of the proposals is proposal_temperature",
-    "stop_strings": (
-        "a stop string must close an answer within the chain's law, which is not built yet, and an answer that is cut "
-        "at one afterwards has another law; a token that ends answers can be named by eos_token_id"
-    ),
     "max_time": "a law that depends on the clock is none",
 }
 
@@ -109,6 +103,7 @@ class GenerateCall:
         if frame is None:
             return None
         found = frame.f_locals
+        _give_back_tokenizer(found["kwargs"])
         named = (
             "inputs", "assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids",
             "negative_prompt_attention_mask", "synced_gpus",
@@ -133,6 +128,20 @@ class GenerateCall:
 
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_EXTRACT = getattr(inspect.unwrap(GenerationMixin._extract_generation_mode_kwargs), "__code__", None)
+
+
+def _give_back_tokenizer(kwargs: dict[str, Any]) -> None:
+    """generate() takes the tokenizer out of its arguments before it looks at what a custom method wants, and then drops
+    it. While it does, it goes back among them, as any other argument that the method names.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _GENERATE:
+        if frame.f_code is _EXTRACT:
+            tokenizer = frame.f_locals.get("generation_mode_kwargs", {}).get("tokenizer")
+            if tokenizer is not None:
+                kwargs["tokenizer"] = tokenizer
+        frame = frame.f_back
 
 
 def _set(config: GenerationConfig) -> dict[str, Any]:

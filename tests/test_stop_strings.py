@@ -38,11 +38,11 @@ def letters_tokenizer(vocab: int = 97) -> PreTrainedTokenizerFast:
 def test_byte_level_tokens_are_their_bytes():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|end|>"})
-    tokenizer.add_tokens([AddedToken("  def\u20ac", normalized=False)])
+    tokenizer.add_tokens([AddedToken("  def\u20ac", normalized=False), AddedToken("<repo>", special=True)])
     found = token_bytes(tokenizer, 300)
     assert sorted(found[:256]) == [bytes([byte]) for byte in range(256)]
-    assert found[256:258] == [b"", "  def\u20ac".encode()]  # a special token has no text, an added one has
-    assert found[258:] == [b""] * 42  # rows of the model's head that no token has
+    assert found[256:259] == [b"", "  def\u20ac".encode(), b""]  # a special token has no text, an added one has
+    assert found[259:] == [b""] * 41  # rows of the model's head that no token has
     ids = tokenizer("na\u00efve \u20ac\n").input_ids
     assert b"".join(found[i] for i in ids) == "na\u00efve \u20ac\n".encode()
 

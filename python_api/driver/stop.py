@@ -33,8 +33,9 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
     SentencePiece's kind with byte tokens (Llama 2, Gemma, Phi-3), or whose decoder gives other texts.
     """
     names = {index: name for name, index in tokenizer.get_vocab().items() if 0 <= index < vocab_size}
-    silent = set(tokenizer.all_special_ids)
-    added = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    tokens = getattr(tokenizer, "added_tokens_decoder", {})
+    added = {index: str(token) for index, token in tokens.items()}
+    silent = {*tokenizer.all_special_ids, *(index for index, token in tokens.items() if token.special)}
     spell = _speller(tokenizer)
     found = [b""] * vocab_size
     for index, name in names.items():

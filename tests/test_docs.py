@@ -76,6 +76,18 @@ TESTED = {
         "python -m power_kernels.api.commands.paged_demo --tiny",
         ("shared", "copied"),
     ),
+    "power-kernels eval --demo": (
+        "power-kernels eval --demo --out build/tests-eval-demo --pilot 6",
+        ("| demo | plain |", "| demo | power |", "against"),
+    ),
+    "power-kernels eval bench/experiments/humaneval.yaml --out build/humaneval --dry-run": (
+        "power-kernels eval bench/experiments/humaneval.yaml --out build/humaneval --dry-run",
+        ("power-text", "low-temperature", "in all"),
+    ),
+    "python -m power_kernels.api.experiments.lm_eval_model ls tasks": (
+        "python -m power_kernels.api.experiments.lm_eval_model --help",
+        ("lm-eval", "run"),
+    ),
     "make kernels-report": (
         "python -m power_kernels.triton --quick mh_accept",
         ("sm_80", "sm_90", "sm_100", "gfx942", "regs"),
@@ -95,7 +107,7 @@ TESTED = {
 
 def test_every_command_is_tested():
     assert sorted(COMMANDS) == sorted(TESTED)
-    assert {kind for _, kind, _ in BLOCKS} <= {"bash", "python"}
+    assert {kind for _, kind, _ in BLOCKS} <= {"bash", "python", "yaml"}  # test_experiments.py reads the last
 
 
 @pytest.mark.parametrize("command", TESTED)

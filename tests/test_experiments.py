@@ -6,6 +6,7 @@ The model is a Markov chain in the shape of a Llama, so that answers are identic
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -287,3 +288,17 @@ def test_flags_are_refused_before_a_model_is_loaded(folder, tmp_path, flags, mes
 def test_text_is_cut_at_the_first_stop_string():
     assert cut_at_stop("abc\ndef\nclass", ("\nclass", "\ndef")) == "abc"
     assert cut_at_stop("abc", ("\ndef",)) == "abc"
+
+
+def test_the_experiments_of_the_repository_and_its_pages_are_sound():
+    import yaml
+
+    root = Path(__file__).parent.parent
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "experiments.md").read_text(), re.M | re.S)
+    files = sorted((root / "bench" / "experiments").glob("*.yaml"))
+    assert len(blocks) == 2
+    assert files
+    for text in [*blocks, *(file.read_text() for file in files)]:
+        found = schema.experiment(yaml.safe_load(text))
+        for arm in found.arms:
+            found.drawing_arm(arm).config(3200, ())

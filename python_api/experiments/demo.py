@@ -79,8 +79,8 @@ def experiment(model: str, questions: Path) -> dict:
             "low-temperature",
             power,
             {**power, "name": "power-text", "stop": "text"},
-            {"kind": "best-of-n", "of": "plain", "n": "equal(power)"},
-            {"kind": "majority", "of": "plain", "n": "equal(power)"},
+            {"kind": "best-of-n", "of": "plain", "n": 4},
+            {"kind": "majority", "of": "plain", "n": 4},
         ],
         "seeds": [0, 1],
     }

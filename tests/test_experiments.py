@@ -16,9 +16,11 @@ import torch
 
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
+from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.experiments import schema
-from power_kernels.api.experiments.tasks.task import cut_at_stop
 from tests.commands import EOS, VOCAB, command, environment, free_port, joined, markov_model, records, save, start
+from tests.test_stop_strings import letters_tokenizer
+from tests.tiny_models import llama
 
 PROBLEMS = [
     {"task_id": f"Tiny/{i}", "prompt": prompt, "entry_point": "f", "canonical_solution": "", "test": ""}
@@ -97,7 +99,7 @@ def test_every_arm_and_seed_has_a_file_with_every_question_in_order(undisturbed)
         for r in lines:
             asked = {"question": f"Tiny/{r['prompt_id']}", "task": "humaneval", "arm": arm, "seed": int(seed)}
             assert {key: r[key] for key in asked} == asked
-            assert len(r["outcomes"]) == len(r["left"]) == r["steps"]
+            assert len(r["trace"]["logp"]) == r["steps"]
             assert r["cost"]["seconds"] >= 0
     assert {r["steps"] for r in read(undisturbed, "plain", 4)} == {0}
     assert all(r["steps"] >= 2 for r in read(undisturbed, "mh", 4))
@@ -135,7 +137,7 @@ def test_greedy_takes_the_likeliest_token(undisturbed):
 def test_an_answer_that_is_cut_afterwards_says_how_many_tokens_it_has_and_how_likely_they_are(undisturbed):
     cut = 0
     for r in [r for seed in (4, 5) for arm in ("plain", "mh") for r in read(undisturbed, arm, seed)]:
-        assert r["answer"] == cut_at_stop(r["text"], (" w3", " w9 w1"))
+        assert r["answer"] == before_stop(r["text"], (" w3", " w9 w1"))
         words = [f" w{token}" for token in r["tokens"] if token != EOS]
         assert r["text"] == "".join(words)
         if len(r["answer"]) < len(r["text"]):
@@ -285,9 +287,70 @@ def test_flags_are_refused_before_a_model_is_loaded(folder, tmp_path, flags, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_text_is_cut_at_the_first_stop_string():
-    assert cut_at_stop("abc\ndef\nclass", ("\nclass", "\ndef")) == "abc"
-    assert cut_at_stop("abc", ("\ndef",)) == "abc"
+STOP = ["Za", *map(chr, range(ord("I"), ord("Y")))]
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A model whose tokens have bytes, as stop strings in the law need them."""
+    path = tmp_path_factory.mktemp("letters")
+    llama().save_pretrained(path / "model")
+    letters_tokenizer().save_pretrained(path / "model")
+    lines = [{"prompt": prompt, "answer": "x"} for prompt in ("a", "bc", "d", "ef", "gh", "i")]
+    (path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_stop_strings_in_the_law_and_a_cut_afterwards_are_the_same_without_steps_and_not_with_them(letters, tmp_path):
+    power = {"kind": "power", "alpha": 2, "block_size": 12, "mcmc_steps": 8}
+    experiment = {
+        "model": str(letters / "model"), "device": "cpu", "seeds": [1],
+        "tasks": [{"kind": "file", "name": "q", "data": str(letters / "questions.jsonl"), "grader": "exact",
+                   "stop": STOP, "max_new_tokens": 24}],
+        "arms": [{**arm, "name": f"{arm['kind']}-{stop}", "stop": stop}
+                 for arm in ({"kind": "plain"}, power) for stop in ("law", "text")],
+    }  # fmt: skip
+    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))  # which is YAML, too
+    assert main(["eval", str(tmp_path / "experiment.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+
+    def drawn(arm):
+        path = tmp_path / "run" / "records" / "q" / arm / "seed-1.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    law, text = drawn("plain-law"), drawn("plain-text")
+    assert [r["answer"] for r in law] == [r["answer"] for r in text]
+    assert sum(r["finish"] == "stop" for r in law) >= 3
+    assert sum(len(r["tokens"]) for r in law) < sum(len(r["tokens"]) for r in text)
+    assert [r["answer"] for r in drawn("power-law")] != [r["answer"] for r in drawn("power-text")]
+    for r in [*law, *text, *drawn("power-law"), *drawn("power-text")]:
+        assert not any(string in r["answer"] for string in STOP)
+
+
+def test_an_arm_may_have_a_model_of_its_own(folder, letters, tmp_path, capsys):
+    """As a checkpoint after reinforcement learning beside its base."""
+    out = tmp_path / "run"
+    command = [
+        "eval",
+        "--model",
+        str(folder / "model"),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--arm",
+        "plain:stop=none",
+    ]
+    command += ["--task", f"humaneval:data={folder / 'problems.jsonl'},max_new_tokens=6"]
+    assert main([*command, "--arm", f"other=plain:stop=none,model={letters / 'model'}"]) == 2
+    assert "two models are called model" in capsys.readouterr().err
+    shutil.copytree(letters / "model", tmp_path / "rl")
+    assert main([*command, "--arm", f"other=plain:stop=none,model={tmp_path / 'rl'}"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert {arm: told["model"] for arm, told in config["arms"].items()} == {"plain": "model", "other": "rl"}
+    assert config["models"]["model"]["sha256"] != config["models"]["rl"]["sha256"]
+    plain, other = read(out, "plain", 0), read(out, "other", 0)
+    assert all(word.startswith("w") for r in plain for word in r["text"].split())
+    assert not any(r["text"].startswith(" w") for r in other)
 
 
 def test_the_experiments_of_the_repository_and_its_pages_are_sound():

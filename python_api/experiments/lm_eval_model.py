@@ -19,9 +19,9 @@ from lm_eval.api.registry import register_model
 
 from power_kernels.api.commands.load import load_sampler
 from power_kernels.api.driver.config import PowerConfig
+from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.driver.text import end_of_turn, text_tokens
 from power_kernels.api.experiments.tasks.lm_eval import max_new_tokens, stop_strings
-from power_kernels.api.experiments.tasks.task import cut_at_stop
 from power_kernels.errors import ArgumentError
 
 _READ = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # of generation_kwargs
@@ -93,7 +93,7 @@ class PowerKernelsLM(LM):
             )
             for result in results:
                 # With the law's stop strings nothing is left to cut.
-                texts[result.prompt_id] = text = cut_at_stop(result.text, stop)
+                texts[result.prompt_id] = text = before_stop(result.text, stop)
                 self.cache_hook.add_partial("generate_until", requests[result.prompt_id].args, text)
         return texts
 

@@ -26,10 +26,11 @@ import numpy as np
 
 from power_kernels.api.commands.output_file import record, whole_lines
 from power_kernels.api.driver.results import PowerResult
+from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.driver.text import answer_text
 from power_kernels.api.experiments.jobs import Job
 from power_kernels.api.experiments.schema import Arm, Experiment
-from power_kernels.api.experiments.tasks.task import Task, cut_at_stop
+from power_kernels.api.experiments.tasks.task import Task
 from power_kernels.errors import ArgumentError
 
 PACKAGES = ("power-kernels", "torch", "transformers", "tokenizers", "numpy", "lm-eval")
@@ -68,6 +69,9 @@ class RunFolder:
 
     def add(self, experiment: Experiment, tasks: list[Task], models: dict[str, dict]) -> None:
         """Take these into config.json. Raises ArgumentError where it says something else of one of them."""
+        labels = [model_label(name) for name in models]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ArgumentError(f"two models are called {twice[0]}; records tell them apart by their folders' names")
         told = {
             "arms": {arm.label: arm_told(experiment, arm) for arm in experiment.arms},
             "tasks": {task.name: task.recorded() for task in tasks},
@@ -175,12 +179,11 @@ class Recorder:
 
     def __call__(self, result: PowerResult, digest: str, seconds: float) -> dict:
         """`text` is what was drawn, `answer` what is graded of it: answer_tokens of the tokens, which have answer_logp.
-        log_weight: the sum of the weights. outcomes: of the steps, 0 rejected, 1 unchanged, 2 accepted. left: where
-        each proposal left the answer. cost: seconds are those since the answer before, of all that ran at once."""
+        log_weight: the sum of the weights. cost: seconds are those since the answer before, of all that ran at once."""
         job, prompt = self.job, self.rows[result.prompt_id]
         question = job.task.questions[result.prompt_id].id
         asked = {"question": question, "task": job.task.name, "arm": job.arm.label, "seed": job.seed}
-        answer = cut_at_stop(result.text, self.stop)
+        answer = before_stop(result.text, self.stop)
         length = len(result.tokens)
         if len(answer) < len(result.text):
             length = shortest(
@@ -194,8 +197,6 @@ class Recorder:
             "answer": answer,
             "answer_tokens": length,
             "answer_logp": round(float(np.sum(result.token_logp[:length])), 4),
-            "outcomes": [int(outcome) for outcome in result.outcomes],
-            "left": result.left,
             "cost": {**cost, "seconds": round(seconds, 3)},
         }
 

@@ -93,8 +93,6 @@ class _Draws(_Arm):
             law = self._fields(max_new_tokens)
             if self.stop == "law" and stop:
                 law["stop"] = stop
-            for name in law.keys() - PowerConfig.__dataclass_fields__.keys():
-                raise ArgumentError(f"{name} is {law[name]!r}, which PowerConfig does not know yet")
             return PowerConfig(max_new_tokens=max_new_tokens, **law)
         except ArgumentError as error:
             raise ArgumentError(f"arm {self.label}: {error}") from None
@@ -148,7 +146,7 @@ class Power(_Draws):
     final_steps: Integer = PowerConfig.final_steps
     temperature: Number | None = PowerConfig.temperature
     cut: str = PowerConfig.cut
-    length_bonus: Number = 0.0
+    length_bonus: Number = PowerConfig.length_bonus
     early_rejection: bool | None = None
     free_prefix: bool = PowerConfig.free_prefix
     lanes: Integer | None = PowerConfig.lanes
@@ -166,8 +164,6 @@ class Power(_Draws):
         fields = self.model_dump(exclude=set(_Draws.model_fields) | {"kind", "blocks", "block_size"})
         if self.early_rejection is None:
             fields["early_rejection"] = self.compat is None
-        if not self.length_bonus:
-            del fields["length_bonus"]
         if self.block_size is not None:
             fields["block_size"] = self.block_size or None
         elif self.blocks is not None:

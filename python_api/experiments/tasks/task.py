@@ -48,9 +48,3 @@ class Task:
             "graders": list(self.graders),
             **self.facts,
         }
-
-
-def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
-    """The text before the first of the stop strings."""
-    ends = [place for string in stop if (place := text.find(string)) >= 0]
-    return text[: min(ends)] if ends else text

@@ -556,11 +556,11 @@ def _receive(law, chain, lanes, at, answer, rows, sample, got, ends, base):
         tl.store(rows.cumz + row + 1, z, mask=append)
     ended = _is_eos(sample.token, ends)
     if law.stops:
-        state = tl.load(answer.stop_state + lanes.pos, mask=first, other=0)
-        state += tl.load(rows.stop_state + row, mask=later, other=0)
-        state = tl.load(ends.stop_next + state.to(tl.int64) * ends.vocabulary + sample.token, mask=append, other=0)
+        state = tl.load(answer.stop_state + lanes.pos, mask=first, other=0).to(tl.int64)
+        state += tl.load(rows.stop_state + row, mask=later, other=0).to(tl.int64)
+        state = tl.load(ends.stop_next + state * ends.vocabulary + sample.token, mask=append, other=0)
         tl.store(rows.stop_state + row + 1, state, mask=append)
-        ended = ended | (state < 0)
+        ended = ended | (state.to(tl.int32) < 0)
     lanes = _Lanes(
         status=tl.where(kept, _IDLE, tl.where(bad, _FAULTED_LANE, lanes.status)),
         serial=lanes.serial,
@@ -675,7 +675,7 @@ def _commit(law, chain, lanes, at, answer, rows, winner, ends, base, BLOCK: tl.c
     end = n + tl.zeros_like(at.place)
     ended = _is_eos(tl.load(answer.token + end - 1), ends)
     if law.stops:
-        ended = ended | (tl.load(answer.stop_state + end) < 0)
+        ended = ended | (tl.load(answer.stop_state + end).to(tl.int32) < 0)
     # A lane that walked on in this launch counts on a copy that its next opening will replace.
     copied = tl.where(lanes.open_stop > lanes.open_start, lanes.open_start, lanes.valid)
     valid = tl.where(at.place == winner, base + n - 1, tl.minimum(copied, base + d))

@@ -156,6 +156,7 @@ inline void Executor::compute(Warp& w, const Insn& i, u32 pc, u32 m) {
     case CVT_F32_U32: unary<float, u32>(w, i, m, [](u32 a) { return (float)a; }); break;
     case CVT_F32_S32: unary<float, i32>(w, i, m, [](i32 a) { return (float)a; }); break;
     case CVT_F64_S32: unary<double, i32>(w, i, m, [](i32 a) { return (double)a; }); break;
+    case CVT_F64_S64: unary<double, i64>(w, i, m, [](i64 a) { return (double)a; }); break;
     case CVT_F64_U32: unary<double, u32>(w, i, m, [](u32 a) { return (double)a; }); break;
     case CVT_RZI_S32_F32: {
       bool nan = false;
@@ -170,10 +171,17 @@ inline void Executor::compute(Warp& w, const Insn& i, u32 pc, u32 m) {
       break;
     }
     case CVT_RMI_F32: unary<float, float>(w, i, m, [](float a) { return std::floor(ftz(a)); }); break;
+    case CVT_RZI_S64_F64: {
+      bool nan = false;
+      unary<i64, double>(w, i, m, [&](double a) { nan |= a != a; return saturated<i64>(a); });
+      if (nan) M.report(NAN_TO_INTEGER, pc, 0, w.id * 32, 0, -1, 0);
+      break;
+    }
     case CVT_S64_S32: unary<i64, i32>(w, i, m, [](i32 a) { return (i64)a; }); break;
     case CVT_U64_U32: unary<u64, u32>(w, i, m, [](u32 a) { return (u64)a; }); break;
     case CVT_U32_U64: unary<u32, u64>(w, i, m, [](u64 a) { return (u32)a; }); break;
     case CVT_U32_U16: unary<u32, u16>(w, i, m, [](u16 a) { return (u32)a; }); break;
+    case CVT_S64_S16: unary<i64, i16>(w, i, m, [](i16 a) { return (i64)a; }); break;
     case CVT_S32_S16: unary<i32, i16>(w, i, m, [](i16 a) { return (i32)a; }); break;
     case CVT_U16_U32: unary<u16, u32>(w, i, m, [](u32 a) { return (u16)a; }); break;
     case SETP_F16: case SETP_BF16: {

@@ -187,7 +187,7 @@ class WatchedChain(ReferenceChain):
         self.rows = rows  # a draw is constant between two steps of the CDF: made once, kept for all chains of a model
         self.margin, self.drawn, self.extended, self.loop = 1.0, 0, 0, 0
         self.good, self.status = Answer(), Status.OK
-        self.step_weight, self.step_logp = [], []  # of the answer after each step
+        self.step_weight, self.step_logp, self.horizons = [], [], []  # of the answer after each step
 
     def finish(self) -> WatchedChain:
         try:
@@ -213,6 +213,7 @@ class WatchedChain(ReferenceChain):
         return outcome, self.good
 
     def propose(self, answer, horizon, serial):
+        self.horizons.append(horizon)
         proposal = super().propose(answer, horizon, serial)
         if proposal is answer:
             self.loop += len(answer) - self.start
@@ -394,6 +395,7 @@ def assert_reference(results: Results, expected: dict, *, exact_weights: bool = 
         if want.status is Status.OK:
             ends = "eos" if want.good.tokens[-1] in want.eos else "stop" if want.ends(want.good) else "length"
             assert r.finish == ends, key
+            assert r.step_horizon == want.horizons, key
             assert r.step_weight == pytest.approx(want.step_weight, rel=1e-6, abs=1e-6)
             assert r.step_logp == pytest.approx(want.step_logp, rel=1e-6, abs=1e-6)
         weights = np.diff(want.good.cumw)

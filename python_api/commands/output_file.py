@@ -42,8 +42,8 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
     Everything but `cost`, the last entry, is the answer's and the same however the run was divided or interrupted, as
     far as the model's logits are. What was forwarded also depends on which chains ran beside it and in how many lanes.
     logp is rounded to 1e-4 nats: sums of fp32 logits differ below that from batch to batch. trace has an entry a step:
-    log p and W of the answer after it, its outcome (R rejected, U unchanged, A accepted), and where its proposal left
-    the answer, -1 where it kept every token.
+    log p and W of the answer after it, its outcome (R rejected, U unchanged, A accepted), where its proposal left the
+    answer, -1 where it kept every token, and its horizon.
     """
     place = {"prompt_id": result.prompt_id, "chain_id": result.chain_id}
     answer = {
@@ -60,6 +60,7 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
             "weight": [round(value, 4) for value in result.step_weight],
             "outcome": "".join(outcome.name[0] for outcome in result.outcomes),
             "left": result.left,
+            "horizon": result.step_horizon,
         },
         "digest": run,
         "cost": {**dataclasses.asdict(result.cost), "forwarded": result.cost.forwarded},

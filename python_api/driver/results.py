@@ -13,6 +13,7 @@ import torch
 from power_kernels.api.driver.host import on_host
 from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.driver.text import answer_text
+from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
 
 
@@ -61,10 +62,11 @@ class PowerResult:
     token in nats. steps, accepted (steps that changed the answer), unchanged (steps that kept every token):
     Metropolis-Hastings steps. outcomes: each step's. left: where each step's proposal left the answer of its time, -1
     where it kept every token. step_logp, step_weight: log p and W (the sum of the weights) of the whole answer after
-    each step, in nats, log p to 2^-32 nats a token. finish: "eos", "stop" (a stop string), "length" (max_new_tokens),
-    "context" (what the prompt left of the model's context, less than max_new_tokens and perhaps nothing), or "fault"
-    with `status` saying what the logits were like
-    (the answer is then the chain's last good state).
+    each step, in nats, log p to 2^-32 nats a token. step_horizon: the horizon H of each step, whose target is pi_H:
+    steps of different horizons have different targets. finish: "eos", "stop" (a stop string), "length"
+    (max_new_tokens), "context" (what the prompt left of the model's context, less than max_new_tokens and perhaps
+    nothing), or "fault" with `status` saying what the logits were like (the answer is then the chain's last good
+    state).
     """
 
     prompt_id: int
@@ -77,6 +79,7 @@ class PowerResult:
     left: list[int]
     step_logp: list[float]
     step_weight: list[float]
+    step_horizon: list[int]
     finish: Literal["eos", "stop", "length", "context", "fault"]
     status: Status
     cost: TokenAccount
@@ -109,7 +112,7 @@ def read_results(
     slots: Sequence[int],
     *,
     alpha: float,
-    mcmc_steps: int,
+    law: Law,
     can_end_early: bool,
     eos: Collection[int],
     stop: Sequence[str],
@@ -118,14 +121,14 @@ def read_results(
     tokenizer,
     prompts: Mapping[int, list[int]],
 ) -> list[PowerResult]:
-    """The results of chains that have stopped. alpha: as float32 holds it. mcmc_steps: of a stage. eos, stop: the
+    """The results of chains that have stopped. alpha: as float32 holds it. eos, stop: the
     tokens and the strings that end an answer. prefill, recalled: tokens of each. prompts: token ids by prompt id."""
     rows = _on_host(state, slots)
     return [
         _result(
             {name: of_chain[i] for name, of_chain in rows.items()},
             alpha=alpha,
-            mcmc_steps=mcmc_steps,
+            law=law,
             can_end_early=can_end_early,
             eos=eos,
             stop=stop,
@@ -151,7 +154,7 @@ def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def _result(
-    rows: dict[str, np.ndarray], *, alpha, mcmc_steps: int, can_end_early, eos, stop, prefill: int, recalled: int,
+    rows: dict[str, np.ndarray], *, alpha, law: Law, can_end_early, eos, stop, prefill: int, recalled: int,
     tokenizer, prompts,
 ) -> PowerResult:  # fmt: skip
     """rows: the chain's, by the name of their tensor."""
@@ -168,7 +171,7 @@ def _result(
     if finish != "fault" and field[ChainField.CLOSED]:
         finish = "eos" if tokens[-1] in eos else "stop"
     text = None if tokenizer is None else answer_text(tokenizer, prompts[prompt_id], tokens)
-    after = _last_written(outcomes, mcmc_steps, field[ChainField.STAGE])
+    after = _last_written(outcomes, law.mcmc_steps, field[ChainField.STAGE])
     step_weight, step_logq = rows["step_weight"][after], rows["step_logq"][after]
     return PowerResult(
         prompt_id=prompt_id,
@@ -181,6 +184,7 @@ def _result(
         left=rows["left"][made].tolist(),
         step_logp=((step_weight + step_logq) / alpha).tolist(),
         step_weight=step_weight.tolist(),
+        step_horizon=_horizons(len(outcomes), law, field[ChainField.STAGE]),
         finish=finish,
         status=status,
         cost=TokenAccount(
@@ -208,6 +212,13 @@ def _last_written(outcomes: Sequence[Outcome], mcmc_steps: int, stages: int) -> 
     return columns
 
 
+def _horizons(steps: int, law: Law, stages: int) -> list[int]:
+    """Of each step: its stage's, and the last one of those that follow the stages."""
+    most = law.max_new_tokens
+    ends = [min(stage * law.block_size, most) for stage in range(1, stages + 1)]
+    return [*(end for end in ends for _ in range(law.mcmc_steps)), *[most] * law.final_steps][:steps]
+
+
 def empty_result(prompt_id: int, chain_id: int, *, has_text: bool) -> PowerResult:
     """Of a prompt that leaves no room for an answer in the model's context."""
     nothing = TokenAccount(
@@ -215,5 +226,6 @@ def empty_result(prompt_id: int, chain_id: int, *, has_text: bool) -> PowerResul
     )
     return PowerResult(
         prompt_id=prompt_id, chain_id=chain_id, tokens=[], text="" if has_text else None, token_logp=[], log_weights=[],
-        outcomes=[], left=[], step_logp=[], step_weight=[], finish="context", status=Status.OK, cost=nothing,
+        outcomes=[], left=[], step_logp=[], step_weight=[], step_horizon=[], finish="context", status=Status.OK,
+        cost=nothing,
     )  # fmt: skip

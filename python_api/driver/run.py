@@ -360,7 +360,7 @@ class Run:
             self.state,
             slots,
             alpha=self.alpha,
-            mcmc_steps=self.law.mcmc_steps,
+            law=self.law,
             can_end_early=self.can_end_early,
             eos=self.eos_ids,
             stop=self.config.stop,

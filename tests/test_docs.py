@@ -77,7 +77,7 @@ TESTED = {
         ("shared", "copied"),
     ),
     "power-kernels eval --demo": (
-        "power-kernels eval --demo --out build/tests-eval-demo --pilot 6",
+        "power-kernels eval --demo --out build/tests-eval-demo --pilot 3",
         ("| demo | plain |", "| demo | power |", "against"),
     ),
     "power-kernels eval bench/experiments/humaneval.yaml --out build/humaneval --dry-run": (

@@ -12,6 +12,7 @@ from power_kernels.api.experiments import schema, table
 from power_kernels.api.experiments.grade import grade
 from power_kernels.api.experiments.tasks import code, load_task, official
 from power_kernels.api.experiments.tasks.lm_eval import Scorer, requests, scores, task_of
+from power_kernels.api.experiments.tasks.own_file import INSTRUCTIONS
 from power_kernels.api.experiments.tasks.task import Question
 from power_kernels.errors import ArgumentError
 from tests.commands import markov_model, save
@@ -164,6 +165,7 @@ def test_a_file_with_other_things_in_it_is_refused(tmp_path, spec, entries, mess
             "data is 'd' with benchmark math500",
         ),
         ({"kind": "lm-eval", "task": "nonsense", "include_path": "."}, "task is nonsense; . has no task of this name"),
+        ({"kind": "lm-eval", "task": "x", "clean": True}, "clean is True with grader lm-eval"),
         ({"kind": "lm-eval", "task": "x", "include_path": "/nowhere"}, "include_path is /nowhere, which is no folder"),
     ],
 )
@@ -285,6 +287,11 @@ def test_a_task_of_lm_eval_gives_its_contexts_and_stop_strings(lm_eval_folder):
     chat = load({**entry, "chat": True, "grader": "math"})
     assert chat.questions[0].prompt == {"messages": [{"role": "user", "content": "w5 w6"}]}
     assert chat.questions[0].document == {"answer": "w7"}
+    clean = load({**entry, "clean": True, "grader": "math"})
+    assert clean.questions[0].prompt == {"prompt": "w5 w6" + INSTRUCTIONS["math"]}
+    assert clean.stop == ()
+    with pytest.raises(ArgumentError, match="has no choices"):
+        load({**entry, "clean": True, "grader": "choice"})
     assert "include_path" not in json.dumps(task.recorded())  # a folder may lie anywhere
     with pytest.raises(ArgumentError, match="of the kind loglikelihood, which asks for no text"):
         load({**entry, "task": "tiny_choice"})

@@ -121,7 +121,8 @@ class Drawing:
                 seed=self.seed,
                 eos_token_id=self.eos,
                 max_chains=self.max_chains,
-                skip=self.finished | later,
+                skip=self.finished,
+                later=later,
                 share=(self.ranks.rank, self.ranks.world),
                 progress=self.progress and self.ranks.rank == 0,
             )

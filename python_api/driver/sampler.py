@@ -150,16 +150,19 @@ class PowerSampler:
         prompt_ids: Sequence[int] | None = None,
         max_chains: int | None = None,
         skip: Collection[tuple[int, int]] = (),
+        later: Collection[tuple[int, int]] = (),
         share: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> Iterator[PowerResult]:
         """`generate`, yielding each result as soon as its chain stops. Input is checked before this returns.
 
-        skip: (prompt id, chain id) of answers that an earlier call has drawn already; shares are of the others.
+        skip: (prompt id, chain id) of answers that an earlier call has drawn already; later: of those that another call
+        will draw, which the bar does not count. Shares are of the others.
         """
         jobs, eos = self._jobs(prompts, num_chains, prompt_ids, eos_token_id)
         left = [job for job in jobs if (job.prompt_id, job.chain_id) not in skip]
-        wanted = _share_of(left, share)
+        now = [job for job in left if (job.prompt_id, job.chain_id) not in later]
+        wanted = _share_of(now, share)
         total = len(jobs) - len(left) + len(wanted)  # of the bar: what was there, and this share
         return self._stream(wanted, jobs, config, seed, eos, max_chains, progress, total)
 

@@ -245,17 +245,24 @@ class Mbpp(_Task):
 class LmEval(_Task):
     """A task of lm-eval that asks for text. task: its name. include_path: a folder of tasks in its format, in the place
     of its own. chat: in the chat template. grader: "lm-eval" asks the task itself, in a process that is killed at its
-    limit; others read a document's fields."""
+    limit; others read a document's fields. clean: our own words around the question, in the place of the task's."""
 
     kind: Literal["lm-eval"]
     task: str
     include_path: str | None = None
     chat: bool = False
-    grader: Literal["lm-eval", "math", "humaneval", "mbpp"] = "lm-eval"
+    grader: Literal["lm-eval", "math", "choice", "humaneval", "mbpp"] = "lm-eval"
+    clean: bool = False
 
     @property
     def label(self) -> str:
         return self.name or self.task
+
+    @model_validator(mode="after")
+    def _has_words(self):
+        if self.clean and self.grader not in ("math", "choice"):
+            raise ValueError(f"clean is True with grader {self.grader}; there are words for math and choice")
+        return self
 
 
 class File(_Task):

@@ -11,6 +11,8 @@ import multiprocessing
 from pathlib import Path
 
 from power_kernels.api.experiments.schema import LmEval
+from power_kernels.api.experiments.tasks.files import asked
+from power_kernels.api.experiments.tasks.own_file import INSTRUCTIONS
 from power_kernels.api.experiments.tasks.task import Question, Task
 from power_kernels.errors import ArgumentError
 
@@ -20,11 +22,14 @@ STARTING = 300.0  # seconds that a scorer may take to load its task
 _GRADERS = {
     "lm-eval": ("lm-eval",),
     "math": ("math_published", "math_verify"),
+    "choice": ("choice",),
     "humaneval": ("humaneval",),
     "mbpp": ("mbpp",),
 }
-# How documents of the tasks that are known here name the right answer.
-_ANSWERS = ("answer", "Answer")
+# How documents name the right answer, the question and its choices, by the tasks that are known here.
+_ANSWERS = ("answer", "Answer", "target")
+_QUESTIONS = ("problem", "Problem", "question", "Question")
+_CHOICES = ("choice1", "choice2", "choice3", "choice4")
 
 
 def load(spec: LmEval) -> Task:
@@ -44,10 +49,11 @@ def load(spec: LmEval) -> Task:
     questions = [
         Question(str(i), _prompt(spec, instance), _document(spec, instance)) for i, instance in enumerate(instances)
     ]
+    own = () if spec.clean else stop_strings(kwargs)  # which are of the task's own words
     return Task(
         name=spec.label,
         questions=questions,
-        stop=spec.stop if spec.stop is not None else stop_strings(kwargs),
+        stop=spec.stop if spec.stop is not None else own,
         max_new_tokens=spec.max_new_tokens or max_new_tokens(kwargs),
         graders=_GRADERS[spec.grader],
         limit=spec.limit,
@@ -56,7 +62,8 @@ def load(spec: LmEval) -> Task:
             "task": spec.task,
             "chat": spec.chat,
             "version": str(task.VERSION),
-            "num_fewshot": task.config.num_fewshot or 0,
+            "clean": spec.clean,
+            "num_fewshot": 0 if spec.clean else task.config.num_fewshot or 0,
             "data_sha256": _sha256([instance.doc for instance in instances]),
         },
         scorer=lambda: Scorer(spec.task, spec.include_path),
@@ -110,6 +117,12 @@ def max_new_tokens(kwargs: dict) -> int:
 
 
 def _prompt(spec: LmEval, instance) -> dict:
+    if spec.clean:
+        text = _field(spec, instance.doc, "question", _QUESTIONS)
+        if spec.grader == "choice":
+            choices = [_field(spec, instance.doc, "choices", (key,)) for key in _CHOICES]
+            text += "\n" + "".join(f"\n({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True))
+        return asked(text + INSTRUCTIONS[spec.grader], spec.chat)
     context = instance.args[0]
     if not spec.chat:
         return {"prompt": context}
@@ -124,12 +137,21 @@ def _document(spec: LmEval, instance) -> dict:
     doc = dict(instance.doc)
     if spec.grader == "lm-eval":
         return {"number": instance.metadata[1], "sha256": _sha256(doc)}
-    if spec.grader == "math":
-        found = [str(doc[key]) for key in _ANSWERS if key in doc]
-        if not found:
-            raise ArgumentError(f"grader is 'math', and documents of {spec.task} have no answer, but {', '.join(doc)}")
-        return {"answer": found[0].rpartition("####")[2].strip()}  # GSM8K gives its reasoning before
+    if spec.grader in ("math", "choice"):
+        answer = _field(spec, doc, "answer", _ANSWERS)
+        # GSM8K gives its reasoning before; GPQA puts the letter into brackets.
+        return {"answer": answer.strip("() ") if spec.grader == "choice" else answer.rpartition("####")[2].strip()}
     return doc
+
+
+def _field(spec: LmEval, doc: dict, what: str, names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in doc:
+            return str(doc[name])
+    raise ArgumentError(
+        f"grader is {spec.grader!r}, and a document of {spec.task} has no {what} ({', '.join(names)}), but "
+        f"{', '.join(doc)}"
+    )
 
 
 def _sha256(documents) -> str:

@@ -53,6 +53,10 @@ TESTED = {
     "power-kernels doctor": ("power-kernels doctor", ("backend of each op", "sample_tokens", "missing")),
     "pip install torch setuptools wheel": ("pip install --dry-run torch setuptools wheel", ()),
     "pip install --no-build-isolation '.[gguf]'": ("pip install --dry-run --no-build-isolation '.[gguf]'", ()),
+    "pip install --no-build-isolation '.[eval]' && power-kernels eval --help": (
+        "pip install --dry-run --quiet --no-deps --no-build-isolation '.[eval]' && power-kernels eval --help",
+        ("--official-harness",),
+    ),
     "make bench": ("make --dry-run bench", ("bench/ops.py", "bench/end_to_end.py")),
     "power-kernels bench": ("power-kernels bench --quick --ops mh_accept", ("decisions/s", "eager")),
     "python bench/ops.py": ("python bench/ops.py --quick", ("decisions/s", "logsumexp", "compile", "eager", "limits")),

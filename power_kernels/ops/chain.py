@@ -52,6 +52,7 @@ def mh_accept(
     weights_cur, weights_prop: float32 [B, T] and [B, T'], the per-token weights of the current and the proposed answer
     (shared prefix included), of which the first len_cur and len_prop (int32 [B]) are read. log_u: float64 [B].
     With F = sum of the weights (running float64, in order) - log n: log_ratio = F' - F, accept = log_u <= log_ratio.
+    For a length term (DESIGN 3.1) add lambda to each weight.
     Returns accept bool [B], log_ratio float64 [B], status int32 [B]: NAN or POS_INF for a bad weight, BAD_LENGTH for a
     length outside [1, T]; such a row is not accepted. Errors: as `sample_tokens`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.planning import plan_run
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface.decode_attention import KERNELS
+from power_kernels.api.experiments.grading import sandbox
 from power_kernels.errors import BackendError
 from power_kernels.ops import dispatch
 
@@ -35,6 +37,7 @@ def report() -> dict:
             name.removesuffix("_out"): {d: "none" if failures[d] else dispatch.backend_for(d) for d in devices}
             for name in dispatch.KERNELS
         },
+        "sandbox": _sandbox(),
         "missing": _missing() + [f"{device}: a kernel does not run: {f}" for device, f in failures.items() if f],
     }
 
@@ -48,6 +51,14 @@ def _failure(device: str) -> str | None:
         return None if int(out.status) == 0 else f"status {int(out.status)} for a sound row"
     except Exception as error:  # whatever a driver, a compiler or a cache directory can raise is the finding
         return f"{type(error).__name__}: {error}"
+
+
+def _sandbox() -> dict:
+    """What keeps a program in that a model wrote (`power-kernels eval --allow-code-execution`)."""
+    try:
+        return dataclasses.asdict(sandbox.barriers())
+    except sandbox.SandboxError as error:
+        return {"isolation": "none", "weaker_because": f"{error}; no such program is run"}
 
 
 def _version(package: str) -> str | None:
@@ -141,6 +152,10 @@ def text(data: dict) -> str:
         f"  {op:<20} " + ", ".join(f"{device}: {backend}" for device, backend in by_device.items())
         for op, by_device in data["ops"].items()
     ]
+    held = data["sandbox"]
+    lines += ["", f"programs that a model wrote (eval --allow-code-execution): {held['isolation']}"]
+    lines += [f"  {barrier:<13} {held[barrier]}" for barrier in ("network", "files", "processes") if barrier in held]
+    lines += [f"  weaker, since {held['weaker_because']}"] if held["weaker_because"] else []
     lines += ["", "missing"] + [f"  {line}" for line in data["missing"] or ["nothing"]]
     if "decoding" in data:
         lines += _decoding_text(data["decoding"])

@@ -28,6 +28,8 @@ HOST_FILES = {
     "test_distributed": "processes that meet over gloo, each on the CPU",
     "test_gpu_check": "the command that starts this run",
     "test_interrupts": "commands in processes of their own, on the CPU",
+    "test_experiments": "runs of a tiny model on the CPU",
+    "test_experiment_tasks": "questions, graders and tables",
     "test_grading": "answers are graded on the host",
     "test_install": "the build of the package",
     "test_device_calls": "torch.cuda replaced by what keeps a record",

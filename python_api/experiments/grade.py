@@ -19,6 +19,7 @@ from pathlib import Path
 
 from power_kernels.api.experiments.grading import choice, code, math
 from power_kernels.api.experiments.grading.grade import Grade
+from power_kernels.api.experiments.grading.sandbox import SandboxError
 from power_kernels.api.experiments.jobs import Job
 from power_kernels.api.experiments.records import RunFolder, write_whole
 from power_kernels.api.experiments.tasks.task import Question
@@ -36,7 +37,7 @@ def runs_code(job: Job) -> bool:
 
 
 def grade_run(folder: RunFolder, jobs: list[Job], *, allow_code_execution: bool, workers: int) -> None:
-    """Raises ArgumentError where answers would have to be run and may not be."""
+    """Raises ArgumentError where answers would have to be run and may not be, or cannot be kept in here."""
     for job in jobs:
         if runs_code(job) and not allow_code_execution:
             raise ArgumentError(
@@ -48,6 +49,8 @@ def grade_run(folder: RunFolder, jobs: list[Job], *, allow_code_execution: bool,
         with ThreadPoolExecutor(workers) as pool:
             for job in jobs:
                 _grade_job(folder, job, scorers.get(job.task.name), pool)
+    except SandboxError as error:
+        raise ArgumentError(f"--allow-code-execution: programs cannot be kept in here: {error}") from None
     finally:
         for scorer in scorers.values():
             scorer.close()

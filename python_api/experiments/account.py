@@ -114,7 +114,8 @@ class Account:
                 sums = [sums[0] + tokens, sums[1] + seconds / self.world]
                 cost = (f"{rate.forwarded / rate.answers:.0f}", f"{tokens:.0f}", hours(seconds / self.world))
             lines.append((arm, task, str(len(jobs)), "?" if total is None else str(total), str(sum(there)), *cost))
-        lines.append(("in all", "", "", "", "", "", f"{sums[0]:.0f}", hours(sums[1])))
+        more = " + ?" if unknown else ""
+        lines.append(("in all", "", "", "", "", "", f"{sums[0]:.0f}{more}", f"{hours(sums[1])}{more}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         if unknown:

@@ -50,7 +50,10 @@ TESTED = {
         ("plain sampling", "low temperature", "power sampling", "nats", "acceptance rate", "tokens forwarded"),
     ),
     "make test": ("make --dry-run test", ("-m pytest", " tests")),  # the command that is running now
-    "power-kernels doctor": ("power-kernels doctor", ("backend of each op", "sample_tokens", "programs that a model wrote", "missing")),
+    "power-kernels doctor": (
+        "power-kernels doctor",
+        ("backend of each op", "sample_tokens", "programs that a model wrote", "missing"),
+    ),
     "pip install torch setuptools wheel": ("pip install --dry-run torch setuptools wheel", ()),
     "pip install --no-build-isolation '.[gguf]'": ("pip install --dry-run --no-build-isolation '.[gguf]'", ()),
     "pip install --no-build-isolation '.[eval]' && power-kernels eval --help": (

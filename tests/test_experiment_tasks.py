@@ -156,7 +156,7 @@ def test_a_file_with_other_things_in_it_is_refused(tmp_path, spec, entries, mess
         ({"kind": "file", "data": "d", "grader": "math", "pattern": "x"}, "pattern is 'x' with grader math"),
         (
             {"kind": "file", "data": "d", "grader": "exact", "pattern": "("},
-            "pattern is '(': it is no regular expression",
+            "pattern is '('; it is no regular expression",
         ),
         ({"kind": "file", "data": "d", "grader": "exact", "instruct": True}, "instruct is True with grader exact"),
         ({"kind": "official", "benchmark": "gpqa", "harness": "h"}, "data is not given; gpqa needs a file"),

@@ -44,7 +44,7 @@ ANSWERED = [
     (
         "eval --out run --model x --task humaneval --arm power:alpha=no",
         2,
-        "arms[0].alpha is False: it must be a number",
+        "arms[0].alpha is False; it must be a number",
     ),
     ("eval --out run --model x --task humaneval:colour=red --arm plain", 2, "tasks[0].colour is not known"),
     ("eval --out run --model /nowhere --task humaneval --arm plain", 2, "--model /nowhere cannot be loaded"),

@@ -180,15 +180,14 @@ class _Selects(_Arm):
     forwarded tokens of one answer of that arm."""
 
     of: str
-    n: Integer | str
+    n: int | str
 
-    @field_validator("n")
+    @field_validator("n", mode="before")
     @classmethod
     def _is_a_number(cls, n):
-        if isinstance(n, str) and not _EQUAL.fullmatch(n):
+        number = type(n) is int and n >= 2
+        if not number and not (isinstance(n, str) and _EQUAL.fullmatch(n)):
             raise ValueError("it must be an integer of at least 2, or equal(ARM)")
-        if isinstance(n, int) and n < 2:
-            raise ValueError("it must be at least 2")
         return n
 
     @property
@@ -223,6 +222,13 @@ class _Task(_Named):
     limit: Integer | None = Field(default=None, ge=1)
     max_new_tokens: Integer | None = Field(default=None, ge=1)
     stop: tuple[str, ...] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _are_strings(cls, stop):
+        if stop is not None and "" in stop:
+            raise ValueError("a stop string must not be empty")
+        return stop
 
 
 class HumanEval(_Task):
@@ -436,23 +442,54 @@ def from_flag(option: str, text: str) -> dict:
 
 
 def _message(error: ValidationError) -> str:
+    """The first thing that is wrong: where it stands, its value and what is allowed."""
     first = error.errors()[0]
-    kinds = {model.model_fields["kind"].annotation.__args__[0] for model in (*_KINDS,)}
-    where = ""
+    kind, told, value = first["type"], first.get("ctx", {}), first["input"]
+    where, model = "", Experiment
     for step in first["loc"]:
         if isinstance(step, int):
             where += f"[{step}]"
-        elif step not in kinds:  # the name of a union's member, which nobody wrote
+        elif step in _KINDS:  # the name of a union's member, which nobody wrote
+            model = _KINDS[step]
+        else:
             where += f".{step}" if where else step
-    said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"{where} is not known; {said}"
-    if first["type"] == "missing":
+    if kind == "missing":
         return f"{where} is not given"
-    value = first["input"]
-    if isinstance(value, dict | list | tuple | BaseModel):
-        return f"{where}: {said}" if where else said
-    return f"{where} is {value!r}: {said}"
+    if kind == "extra_forbidden":
+        return f"{where} is not known; allowed: {', '.join(model.model_fields)}"
+    if kind == "union_tag_not_found":
+        return f"{where}.kind is not given"
+    if kind == "union_tag_invalid":
+        return f"{where}.kind is {told['tag']!r}; allowed: {told['expected_tags']}"
+    if kind == "value_error" and (not where or isinstance(value, dict)):  # of several entries, which it names
+        return f"{where}: {told['error']}" if where else str(told["error"])
+    said = _SAID[kind].format(**told) if kind in _SAID else first["msg"].removeprefix("Value error, ")
+    return f"{where} is {value!r}; {said}"
 
 
-_KINDS = (Plain, LowTemperature, Greedy, Power, BestOfN, Majority, HumanEval, Mbpp, LmEval, File, AlpacaEval, Official)
+_SAID = {
+    "tuple_type": "it must be a list",
+    "too_short": "it must not be empty",
+    "string_type": "it must be text",
+    "string_pattern_mismatch": "it may hold letters, digits, and after the first of them . _ + = -",
+    "string_too_long": "it must have at most {max_length} characters",
+    "int_type": "it must be an integer",
+    "int_parsing": "it must be an integer",
+    "int_from_float": "it must be an integer",
+    "float_type": "it must be a number",
+    "float_parsing": "it must be a number",
+    "bool_type": "it must be true or false",
+    "bool_parsing": "it must be true or false",
+    "greater_than_equal": "it must be at least {ge}",
+    "less_than": "it must be below {lt}",
+    "literal_error": "allowed: {expected}",
+    "model_type": "it must be a mapping",
+    "model_attributes_type": "it must be a mapping, or the name of a kind",
+    "dict_type": "it must be a mapping",
+}
+_KINDS = {
+    model.model_fields["kind"].annotation.__args__[0]: model
+    for model in (
+        Plain, LowTemperature, Greedy, Power, BestOfN, Majority, HumanEval, Mbpp, LmEval, File, AlpacaEval, Official
+    )
+}  # fmt: skip

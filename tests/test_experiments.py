@@ -372,6 +372,7 @@ def test_the_experiments_of_the_repository_and_its_pages_are_sound():
     assert len(blocks) == 2
     assert files
     for text in [*blocks, *(file.read_text() for file in files)]:
-        found = schema.experiment(yaml.safe_load(text))
+        told = yaml.safe_load(text)
+        found = schema.experiment({**told, "tasks": told["tasks"] or ["humaneval"]})  # the flags' turn
         for arm in found.arms:
             found.drawing_arm(arm).config(3200, ())

@@ -226,6 +226,24 @@ def test_gpqa_s_letters_follow_from_the_question_alone(harness, tmp_path):
         assert f"{question.document['answer']}) right" in question.prompt["prompt"]
 
 
+def test_the_harness_may_be_named_once_by_a_flag(harness, tmp_path, capsys):
+    flags = [
+        "eval",
+        "--model",
+        "m",
+        "--arm",
+        "plain:stop=none",
+        "--official-harness",
+        harness,
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main([*flags, "--dry-run", "--task", "official:benchmark=math500"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["plain", "math500", "1", "1"]
+    assert main([*flags, "--dry-run", "--task", "humaneval"]) == 2
+    assert "no task is of the kind official" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

@@ -41,6 +41,8 @@ ANSWERED = [
     ("eval --help", 0, "--dry-run"),
     ("eval", 2, "--out is not given"),
     ("eval --out run", 2, "model is not given"),
+    ("eval --out run --grade --pilot 3", 2, "--grade draws nothing and grades everything, and --pilot is given"),
+    ("eval --demo --model x", 2, "--demo is an experiment of its own, and model is 'x'"),
     (
         "eval --out run --model x --task humaneval --arm power:alpha=no",
         2,

@@ -53,6 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status: 0, 1 when answers are missing or bad, 130 when interrupted. Raises ArgumentError."""
     if arguments.pilot is not None and arguments.pilot < 1:
         raise ArgumentError(f"--pilot is {arguments.pilot}; it must be at least 1")
+    for option in ("pilot", "dry_run", "only"):
+        if arguments.grade and getattr(arguments, option):
+            raise ArgumentError(
+                f"--grade draws nothing and grades everything, and --{option.replace('_', '-')} is given"
+            )
     if not arguments.out and not arguments.demo:
         raise ArgumentError("--out is not given; it must name the folder of the run")
     out = arguments.out or DEMO_OUT

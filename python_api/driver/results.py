@@ -63,7 +63,8 @@ class PowerResult:
     Metropolis-Hastings steps. outcomes: each step's. left: where each step's proposal left the answer of its time, -1
     where it kept every token. step_logp, step_weight: log p and W (the sum of the weights) of the whole answer after
     each step, in nats, log p to 2^-32 nats a token. step_horizon: the horizon H of each step, whose target is pi_H:
-    steps of different horizons have different targets. finish: "eos", "stop" (a stop string), "length"
+    steps of different horizons have different targets (in the published code, whose answers may shrink, the most that
+    the horizon can be). finish: "eos", "stop" (a stop string), "length"
     (max_new_tokens), "context" (what the prompt left of the model's context, less than max_new_tokens and perhaps
     nothing), or "fault" with `status` saying what the logits were like (the answer is then the chain's last good
     state).

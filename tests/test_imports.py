@@ -51,6 +51,9 @@ ANSWERED = [
     ("eval --out run --model x --task humaneval:colour=red --arm plain", 2, "tasks[0].colour is not known"),
     ("eval --out run --model /nowhere --task humaneval --arm plain", 2, "--model /nowhere cannot be loaded"),
     ("eval /nowhere.yaml --out run", 2, "/nowhere.yaml cannot be read"),
+    ("diagnose --help", 0, "--discard"),
+    ("diagnose /nowhere.jsonl", 2, "/nowhere.jsonl cannot be read"),
+    ("diagnose README.md --discard 1", 2, "--discard is 1.0; it must lie in [0, 1)"),
     ("doctor --dtype float16", 2, "--dtype is float16 without --model"),
     ("doctor --model /nowhere", 2, "--model /nowhere cannot be loaded"),
 ]

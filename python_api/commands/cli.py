@@ -1,4 +1,4 @@
-"""The command line: `power-kernels generate`, `eval`, `bench` and `doctor`.
+"""The command line: `power-kernels generate`, `eval`, `diagnose`, `bench` and `doctor`.
 
 Nothing here imports torch before a command's options have been looked at: help, and the refusal of bad input, are what
 people wait for at a prompt.
@@ -12,8 +12,8 @@ import sys
 
 from power_kernels import __version__
 from power_kernels.api.bench import options as bench_options
+from power_kernels.api.commands import diagnose, generate
 from power_kernels.api.commands import eval as evaluate
-from power_kernels.api.commands import generate
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.errors import ArgumentError, BackendError
 
@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_arguments(evaluation)
     evaluation.set_defaults(run=evaluate.run)
+
+    diagnosis = commands.add_parser(
+        "diagnose",
+        help="have chains mixed: R-hat, ESS, acceptance, and what to change",
+        description="Have the chains of each prompt mixed? R-hat, ESS and the standard error of log p at the last "
+        "horizon, acceptance by horizon, step and position, a verdict and what to change.",
+    )
+    diagnose.add_arguments(diagnosis)
+    diagnosis.set_defaults(run=diagnose.run)
     return parser
 
 

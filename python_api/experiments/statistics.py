@@ -121,7 +121,7 @@ def estimate(values: np.ndarray, seeds: int, level: float = 0.95, seed_error: fl
         return Estimate(mean, float("nan"), 0.0, 1.0, seed_error, 1, seeds)
     error = float(values.std(ddof=1) / np.sqrt(count))
     effective = min(mean * (1 - mean) / error**2, count * seeds) if values.std() > 0 else count
-    low, high = _wilson(mean, effective, _t_quantile(level, count - 1))
+    low, high = wilson(mean, effective, _t_quantile(level, count - 1))
     return Estimate(mean, error, low, high, seed_error, count, seeds)
 
 
@@ -344,7 +344,8 @@ def _difference(differences: np.ndarray, level: float) -> tuple[float, float, fl
     return mean, error, max(-1.0, mean - half), min(1.0, mean + half)
 
 
-def _wilson(mean: float, count: float, quantile: float) -> tuple[float, float]:
+def wilson(mean: float, count: float, quantile: float) -> tuple[float, float]:
+    """Wilson's interval of a share of `count` answers. quantile: of the normal distribution or of t."""
     shrink = quantile**2 / count
     centre = (mean + shrink / 2) / (1 + shrink)
     half = quantile * np.sqrt(mean * (1 - mean) / count + shrink / (4 * count)) / (1 + shrink)

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from figures import (
+from matplotlib.ticker import MaxNLocator
+
+from power_kernels.api.figures import (
     BLACK,
     BLUE,
     GREEN,
@@ -32,7 +34,6 @@ from figures import (
     seconds,
     ticks_at,
 )  # fmt: skip
-from matplotlib.ticker import MaxNLocator
 
 GREY = "0.62"
 CAUSES = {  # of tokens that went through the model, or would have but for the memory of what had gone

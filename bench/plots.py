@@ -20,7 +20,8 @@ from pathlib import Path
 
 import end_to_end_plots
 import matplotlib.pyplot as plt
-from figures import (
+
+from power_kernels.api.figures import (
     BLACK,
     BLUE,
     MARKERS,

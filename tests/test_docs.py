@@ -127,7 +127,7 @@ def test_the_command_runs(command):
 
 
 def test_the_generate_blocks_run():
-    one, several = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
+    one, diagnosed, several = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
     done = run(one)
     assert done.returncode == 0, done.stderr
     assert "tokens forwarded" in done.stdout
@@ -136,6 +136,11 @@ def test_the_generate_blocks_run():
     done = run(several)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["chain_id"] for line in out.read_text().splitlines()] == [0, 1]
+    (ROOT / "build" / "chains.jsonl").unlink(missing_ok=True)
+    done = run(diagnosed)
+    assert done.returncode == 0, done.stderr
+    assert "verdict: 1 " in done.stdout
+    assert "traces.png" in done.stderr
 
 
 def test_python_snippets_run_in_order():

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,9 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
             folder = Path(arguments.plots)
             if len(laws) > 1:
                 folder /= re.sub(r"[^\w.-]+", "-", name).strip("-")
-            for path in chain_plots.draw(name, prompts, found[name], folder):
-                if not arguments.json:
-                    print(f"drawn: {path}")
+            try:
+                drawn, skipped = chain_plots.draw(name, prompts, found[name], folder)
+            except OSError as error:
+                raise ArgumentError(f"--plots {folder} cannot be written: {error}") from None
+            said = [f"drawn: {path}" for path in drawn] + [f"not drawn: {n}, {why}" for n, why in skipped.items()]
+            print(*said, sep="\n", file=sys.stderr)
     return 0
 
 
@@ -152,7 +156,7 @@ def _rates(prompts: dict[str, list], diagnostics) -> dict[str, list]:
 
 def text(name: str, found: dict, rates: dict[str, list]) -> str:
     """Of chains that were drawn alike: figures a prompt, the verdicts and what to change, acceptance."""
-    worst = sorted(found, key=lambda prompt: -_badness(found[prompt]))
+    worst = sorted(found, key=lambda prompt: -found[prompt].rhat)
     shown = [prompt for prompt in found if prompt in worst[:SHOWN]]
     more = f"; the {SHOWN} worst are shown, --json has all" if len(found) > SHOWN else ""
     chains = {d.chains + d.elsewhere for d in found.values()}
@@ -165,12 +169,6 @@ def text(name: str, found: dict, rates: dict[str, list]) -> str:
     for by, title in (("step", "step of its horizon"), ("position", "left at token")):
         lines += ["", *_columns([(title, *_RATE), *((_span(rate), *_rate(rate)) for rate in rates[by])])]
     return "\n".join(lines)
-
-
-def _badness(diagnosis) -> float:
-    if diagnosis.logp is None or diagnosis.logp.rhat is None:
-        return 0.0 if diagnosis.verdict in ("one answer", "no steps") else float("inf")
-    return max(diagnosis.logp.rhat, diagnosis.weight.rhat or 0.0)
 
 
 def _line(prompt: str, d) -> tuple[str, ...]:

@@ -146,6 +146,14 @@ class Diagnosis:
     reason: str
     advice: tuple[str, ...]
 
+    @property
+    def rhat(self) -> float:
+        """The larger one of log p and W; infinite for chains that never move from different answers, 0 where there is
+        nothing to compare."""
+        if self.logp is None or self.verdict == "one answer":
+            return 0.0
+        return max((f.rhat for f in (self.logp, self.weight) if f.rhat is not None), default=math.inf)
+
 
 def diagnose(chains: Sequence[Chain], horizon: int | None = None, discard: float = 0.0) -> Diagnosis:
     """Whether they have mixed.

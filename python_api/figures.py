@@ -1,8 +1,8 @@
-"""Axes, colours and captions that every plot of bench/plots.py shares."""
+"""Axes, colours and captions that all plots share: of bench/, of runs and of chains. matplotlib, without a screen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -89,3 +89,21 @@ def save(fig, folder: Path, name: str) -> Path:
     fig.savefig(path, dpi=130)
     plt.close(fig)
     return path
+
+
+class NothingToDrawError(Exception):
+    """A plot has no data; the message says which."""
+
+
+def draw_all(plots: Mapping[str, Callable[[], object]], folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Each plot into a file of its name. plots: what makes the figures, or raises NothingToDrawError. Returns the
+    files, and why the others were not drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, skipped = [], {}
+    for name, plot in plots.items():
+        try:
+            drawn.append(save(plot(), folder, name))
+        except NothingToDrawError as reason:
+            skipped[name] = str(reason)
+            (folder / name).unlink(missing_ok=True)  # of an earlier run, which would be taken for this one's
+    return drawn, skipped

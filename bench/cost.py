@@ -59,17 +59,17 @@ class Bench:
     def __init__(self, arguments):
         # Here, not above: the opponents and their tests need nothing of ours.
         from power_kernels.api import PowerConfig, PowerSampler
-        from power_kernels.api.commands import demo_model
+        from power_kernels.api.commands import packaged_model
 
         self.arguments = arguments
-        directory = demo_model.ensure_model()
+        directory = packaged_model.ensure_model()
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(directory, dtype=torch.float32).eval()
         opponents.without_eos(self.model)
         # A model of its own: the engine may set the attention of the one it is given.
         self.sampler = PowerSampler(load(directory, dtype=torch.float32).eval())
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        self.prompts = [demo_model.chat_prompt(tokenizer, question) for question in QUESTIONS[: arguments.prompts]]
+        self.prompts = [packaged_model.chat_prompt(tokenizer, question) for question in QUESTIONS[: arguments.prompts]]
         self.config = PowerConfig
         self.setting(arguments.tokens)
 

@@ -205,16 +205,16 @@ def subject(
     """The model `name` of MODELS with `prompts` prompts: of SmolLM2 the questions, as chats; of a shape random tokens,
     96 to 159 of them (a tiny one: 8 to 15)."""
     from power_kernels.api import PowerSampler
-    from power_kernels.api.commands import demo_model
+    from power_kernels.api.commands import packaged_model
 
     if name == SMOLLM2:
-        directory = demo_model.ensure_model()
+        directory = packaged_model.ensure_model()
         load = transformers.AutoModelForCausalLM.from_pretrained
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         plain = load(directory, dtype=dtype).eval().to(device)
         opponents.without_eos(plain)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        rows = [demo_model.chat_prompt(tokenizer, question) for question in questions[:prompts]]
+        rows = [packaged_model.chat_prompt(tokenizer, question) for question in questions[:prompts]]
         own = load(directory, dtype=dtype).eval().to(device) if device.type == "cpu" else plain
         about = f"SmolLM2-135M-Instruct, {str(dtype).removeprefix('torch.')}"
         return Subject(name, about, device, plain, PowerSampler(own), rows, None)

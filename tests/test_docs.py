@@ -75,8 +75,8 @@ TESTED = {
         "python bench/end_to_end.py throughput --quick --model tiny",
         ("answers", "useful"),
     ),
-    'power-kernels doctor --model "$(python -m power_kernels.api.commands.demo_model)"': (
-        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.commands.demo_model)"',
+    'power-kernels doctor --model "$(python -m power_kernels.api.commands.packaged_model)"': (
+        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.commands.packaged_model)"',
         ("attention", "lanes"),
     ),
     "python -m power_kernels.api.commands.paged_demo": (

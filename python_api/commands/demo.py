@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from power_kernels import backend_for
     from power_kernels.api import PowerConfig, PowerSampler
-    from power_kernels.api.commands import demo_model
+    from power_kernels.api.commands import packaged_model
     from power_kernels.errors import ArgumentError
 
     logging.disable_progress_bar()
@@ -117,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
             PowerConfig(alpha=arguments.alpha, mcmc_steps=0, **common),
             PowerConfig(alpha=arguments.alpha, mcmc_steps=arguments.steps, **common),
         ]
-        model, tokenizer = demo_model.load()
+        model, tokenizer = packaged_model.load()
         sampler = PowerSampler(model, tokenizer)
-        prompts = [demo_model.chat_prompt(tokenizer, question) for question in questions]
+        prompts = [packaged_model.chat_prompt(tokenizer, question) for question in questions]
         setting = (
-            f"{demo_model.NAME}, fp32, {arguments.threads} thread(s), kernels: {backend_for('cpu')}. "
+            f"{packaged_model.DEMO}, fp32, {arguments.threads} thread(s), kernels: {backend_for('cpu')}. "
             f"alpha = {arguments.alpha:g}, {arguments.steps} steps after each stage of {arguments.block_size} tokens, "
             f"at most {arguments.max_new_tokens} tokens."
         )
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, config in zip(COLUMNS, configs, strict=True):
             print(f"{name} ...", file=sys.stderr, flush=True)
             answers.append(sampler.generate(prompts, config, seed=arguments.seed, progress=True))
-    except (ArgumentError, demo_model.ModelUnavailableError) as error:
+    except (ArgumentError, packaged_model.ModelUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -110,11 +110,11 @@ def _demo(arguments: argparse.Namespace, out: str) -> dict:
     for option in ("file", "model", "device", "threads", "max_chains", "task", "arm", "seeds", "official_harness"):
         if getattr(arguments, option) is not None:
             raise ArgumentError(f"--demo is an experiment of its own, and {option} is {getattr(arguments, option)!r}")
-    from power_kernels.api.commands import demo_model
+    from power_kernels.api.commands import packaged_model
     from power_kernels.api.experiments import demo
 
     try:
-        model = demo_model.ensure_model()
-    except demo_model.ModelUnavailableError as error:
+        model = packaged_model.ensure_model()
+    except packaged_model.ModelUnavailableError as error:
         raise ArgumentError(f"--demo has no model: {error}") from None
     return demo.experiment(str(model), demo.write_questions(Path(out)))

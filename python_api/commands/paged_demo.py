@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from power_kernels.api import PowerConfig, PowerSampler
-    from power_kernels.api.commands import demo_model
+    from power_kernels.api.commands import packaged_model
     from power_kernels.api.engines.huggingface.paged import OutOfBlocksError, PagedEngine
     from power_kernels.errors import ArgumentError
 
@@ -111,9 +111,9 @@ def main(argv: list[str] | None = None) -> int:
             model, tokenizer = tiny_model(), None
             prompts = [list(range(3, 30)), [5, 7, 11]]
         else:
-            model, tokenizer = demo_model.load()
+            model, tokenizer = packaged_model.load()
             questions = arguments.question or QUESTIONS
-            prompts = [demo_model.chat_prompt(tokenizer, question) for question in questions]
+            prompts = [packaged_model.chat_prompt(tokenizer, question) for question in questions]
         engine = PagedEngine(model, block_size=arguments.kv_block, num_blocks=arguments.kv_blocks)
 
         def draw(source):
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             same = same_chains(results, draw(model))
             print(f"the same chains on rows of their own: {'yes' if same else 'NO'}")
             return 0 if same else 1
-    except (ArgumentError, OutOfBlocksError, demo_model.ModelUnavailableError) as error:
+    except (ArgumentError, OutOfBlocksError, packaged_model.ModelUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

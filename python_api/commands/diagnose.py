@@ -19,6 +19,7 @@ from pathlib import Path
 from power_kernels.errors import ArgumentError
 
 SHOWN = 20  # prompts with a line of their own
+REASONS = 5  # prompts whose verdict is explained
 POOLED = (
     "Steps of different horizons have different targets. What is pooled for R-hat and ESS is the steps at one\n"
     "horizon, of the chains of one prompt, and nothing else."
@@ -190,9 +191,11 @@ def _verdicts(found: dict, shown: list[str]) -> list[str]:
     """Each verdict with how many have it, their reasons, and each advice once."""
     counts = Counter(d.verdict for d in found.values())
     lines = ["verdict: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())]
-    for prompt in shown:
-        if found[prompt].verdict != "no steps":
-            lines.append(f"  {prompt}: {found[prompt].verdict}. {found[prompt].reason}")
+    reasons = [prompt for prompt in shown if found[prompt].verdict != "no steps"]
+    for prompt in sorted(reasons, key=lambda prompt: -found[prompt].rhat)[:REASONS]:
+        lines.append(f"  {prompt}: {found[prompt].verdict}. {found[prompt].reason}")
+    if len(reasons) > REASONS:
+        lines.append(f"  ... (--json has all {len(found)})")
     advice = Counter(line for d in found.values() for line in _alike(d.advice))
     if advice:
         lines.append("what to change:")

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--demo", action="store_true", help=f"a small model and 24 short questions, in minutes (--out {DEMO_OUT})"
     )
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="a table, and no plots")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         grade=arguments.grade,
         allow_code_execution=arguments.allow_code_execution,
         graders=max(1, os.cpu_count() or 1),
+        plots=arguments.plots,
     )
     return run.run(experiment, options)
 

@@ -23,6 +23,7 @@ from power_kernels.errors import ArgumentError
 
 RHAT = 1.01
 ESS_A_CHAIN = 100
+CHAINS = 4  # at least, say the same authors
 STUCK = 0.05  # chains that change their answer less often than this, with 95 % confidence, hardly move
 BY_CHANCE = 5e-4  # of chains of one target to show a larger R-hat
 APART = 1.1  # R-hat of chains that are still far from each other, however slowly each of them moves
@@ -148,11 +149,9 @@ class Diagnosis:
 
     @property
     def rhat(self) -> float:
-        """The larger one of log p and W; infinite for chains that never move from different answers, 0 where there is
-        nothing to compare."""
-        if self.logp is None or self.verdict == "one answer":
-            return 0.0
-        return max((f.rhat for f in (self.logp, self.weight) if f.rhat is not None), default=math.inf)
+        """The larger one of log p and W. Where there is none, infinite for chains that are stuck, and else 0."""
+        known = [f.rhat for f in (self.logp, self.weight) if f is not None and f.rhat is not None]
+        return max(known, default=math.inf if self.verdict == "stuck" else 0.0)
 
 
 def diagnose(chains: Sequence[Chain], horizon: int | None = None, discard: float = 0.0) -> Diagnosis:
@@ -245,16 +244,19 @@ def _judge(pooled: _Pooled, logp: Figures, weight: Figures) -> tuple[str, str, l
     rhat = max((f.rhat for f in defined), default=math.inf)
     ess = min((min(f.ess_bulk, f.ess_tail) for f in defined), default=0.0)
     wanted = ESS_A_CHAIN * chains
-    told = f"R-hat {rhat:.3f} and ESS {ess:.0f} of {pooled.logp.size} steps" if defined else f"{steps} steps a chain"
+    told = f"R-hat and ESS are not defined by {steps} steps a chain"
+    if defined:
+        told = f"R-hat {rhat:.3f} and ESS {ess:.0f} of {pooled.logp.size} steps"
+    thresholds = f"thresholds: {RHAT} and {wanted}"
     enough = rhat < RHAT and ess >= wanted
     if enough and chains > 1:
-        return "mixed", f"{told}; thresholds: {RHAT} and {wanted}", []
+        return "mixed", f"{told}; {thresholds}", []
     alone = chains == 1 and pooled.unchanged > pooled.logp.size / 2  # others may hold the same answer
     if most < STUCK and not enough and not alone:
         return "stuck", f"{hardly}", _moves(pooled)
     if chains == 1:
         reason = "one chain cannot show what it has not found"
-        return "too few chains", f"{reason} ({told})", ["draw at least 4 chains a prompt (num_chains=4, or more seeds)"]
+        return "too few chains", f"{reason} ({told})", [f"at least {CHAINS} chains a prompt (num_chains, or seeds)"]
     own = min(_ess_alone(pooled.logp), _ess_alone(pooled.weight))
     apart = rhat >= max(RHAT, _rhat_by_chance(chains, own))
     if defined and (apart or rhat >= max(APART, _rhat_by_chance(chains, steps))):
@@ -263,7 +265,7 @@ def _judge(pooled: _Pooled, logp: Figures, weight: Figures) -> tuple[str, str, l
         if apart:
             reason += ", further from each other than each of them moves"
         return "not mixed", reason, _more_steps(pooled, None) + (_moves(pooled) if apart else _late(pooled))
-    return "too few steps", f"{told}; thresholds: {RHAT} and {wanted}", _more_steps(pooled, ess)
+    return "too few steps", f"{told}; {thresholds}", _more_steps(pooled, ess)
 
 
 def _ess_alone(draws: np.ndarray) -> float:
@@ -289,6 +291,8 @@ def _more_steps(pooled: _Pooled, ess: float | None) -> list[str]:
     advice = [f"final_steps: {number} at the last horizon"]
     if pooled.horizons > 1:
         advice.append("block_size=None: one stage, all of whose steps have the last horizon's target")
+    if chains < CHAINS:
+        advice.append(f"at least {CHAINS} chains a prompt (num_chains, or seeds): fewer hide what they have not found")
     return advice
 
 

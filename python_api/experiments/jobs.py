@@ -11,7 +11,8 @@ from power_kernels.api.experiments.tasks.task import Task
 @dataclass(frozen=True)
 class Options:
     """What is not part of the experiment. pilot: only so many questions of each task, with the first seed. only: the
-    arms to run now. grade: draw nothing. allow_code_execution: answers may be run to be graded. graders: at once."""
+    arms to run now. grade: draw nothing. allow_code_execution: answers may be run to be graded. graders: at once.
+    plots: draw them."""
 
     out: str
     quiet: bool = False
@@ -21,6 +22,7 @@ class Options:
     grade: bool = False
     allow_code_execution: bool = False
     graders: int = 2
+    plots: bool = True
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def run(experiment: Experiment, options: Options) -> int:
 
 
 def report(experiment: Experiment, tasks: list[Task], folder: RunFolder, options: Options) -> None:
-    """Grade what is there, of all arms and seeds, and write the table. Raises ArgumentError where grading was asked for
-    and is not allowed."""
+    """Grade what is there, of all arms and seeds, write the table and draw the plots. Raises ArgumentError where
+    grading was asked for and is not allowed."""
     jobs = jobs_of(experiment, tasks, replace(options, only=(), pilot=None))
     left = [job for job in jobs if grade.runs_code(job) and not options.allow_code_execution and not options.grade]
     if left:
@@ -79,6 +79,10 @@ def report(experiment: Experiment, tasks: list[Task], folder: RunFolder, options
     for path in outputs.write(folder, experiment, jobs):
         print(f"for alpaca_eval: {path}", file=sys.stderr)
     print(table.write(folder, jobs), end="")
+    if options.plots:
+        from power_kernels.api.experiments import plots
+
+        print(plots.told(*plots.write(folder, jobs)), file=sys.stderr)
 
 
 def check(experiment: Experiment, tasks: list[Task]) -> None:

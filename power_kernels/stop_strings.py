@@ -11,6 +11,8 @@ from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.state import MAX_STOP_STATES
 
 CLOSED = -1
+MOST_BYTES = 2**30  # of a table
+_AT_ONCE = 2**22  # entries that are worked out at once, in 16 bytes each
 
 
 def stop_automaton(stop: Sequence[bytes], vocabulary: Sequence[bytes]) -> np.ndarray:
@@ -22,8 +24,8 @@ def stop_automaton(stop: Sequence[bytes], vocabulary: Sequence[bytes]) -> np.nda
     An answer begins in state 0: nothing before it, the prompt's text in particular, can be part of a match. A state is
     the longest end of the text so far that a stop string begins with.
 
-    Raises ArgumentTypeError where an entry is not bytes; ArgumentError for an empty one, and for more than
-    `MAX_STOP_STATES` states.
+    Raises ArgumentTypeError where an entry is not bytes; ArgumentError for an empty one, for more than
+    `MAX_STOP_STATES` states, and for a table of more than `MOST_BYTES`.
     """
     for name, strings in (("stop", stop), ("vocabulary", vocabulary)):
         for i, string in enumerate(strings):
@@ -35,18 +37,24 @@ def stop_automaton(stop: Sequence[bytes], vocabulary: Sequence[bytes]) -> np.nda
         raise ArgumentError(f"stop[{list(stop).index(b'')}] is empty; it would close every answer at once")
     after_byte = _byte_automaton(stop)
     closed = len(after_byte) - 1
-    if closed > MAX_STOP_STATES:
-        raise ArgumentError(f"stop has {closed} different beginnings; at most {MAX_STOP_STATES} are possible")
+    most = min(MAX_STOP_STATES, MOST_BYTES // (2 * len(vocabulary)))
+    if closed > most:
+        raise ArgumentError(
+            f"stop has {closed} different beginnings; with {len(vocabulary)} tokens it must have at most {most}"
+        )
     lengths = np.array([len(token) for token in vocabulary])
-    states = np.repeat(np.arange(closed)[:, None], len(vocabulary), axis=1)
     order = np.argsort(-lengths, kind="stable")  # the longest first, so that those with a j-th byte stand in front
     padded = np.frombuffer(b"".join(vocabulary), dtype=np.uint8)
     starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-    for j in range(lengths.max()):
-        longer = order[: np.count_nonzero(lengths > j)]
-        states[:, longer] = after_byte[states[:, longer], padded[starts[longer] + j]]
-    states[states == closed] = CLOSED
-    return states.astype(np.int16)
+    table = np.empty((closed, len(vocabulary)), dtype=np.int16)
+    rows = max(1, _AT_ONCE // len(vocabulary))
+    for first in range(0, closed, rows):
+        states = np.repeat(np.arange(first, min(first + rows, closed))[:, None], len(vocabulary), axis=1)
+        for j in range(lengths.max()):
+            longer = order[: np.count_nonzero(lengths > j)]
+            states[:, longer] = after_byte[states[:, longer], padded[starts[longer] + j]]
+        table[first : first + rows] = np.where(states == closed, CLOSED, states)
+    return table
 
 
 def _byte_automaton(stop: Sequence[bytes]) -> np.ndarray:

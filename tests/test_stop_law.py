@@ -7,6 +7,7 @@ the formula on paper (`exact_law.direct_matrix`), which look for stop strings in
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,12 +93,27 @@ def test_the_automaton_of_any_strings_closes_where_one_is_complete(stop, vocabul
         (["a"], [b"a"], ArgumentTypeError, "stop[0] is 'a', a str; it must be bytes"),
         ([b"a"], [b"a", None], ArgumentTypeError, "vocabulary[1] is None, a NoneType; it must be bytes"),
         ([bytes(20000), bytes([1]) * 20000], [b"a"], ArgumentError, "stop has 39999 different beginnings"),
+        ([bytes(3000)], [b"a"] * 200_000, ArgumentError, "stop has 3000 different beginnings; with 200000 tokens it"),
     ],
 )
 def test_an_automaton_that_cannot_be_is_refused(stop, vocabulary, error, message):
     with pytest.raises(error) as caught:
         pk.stop_automaton(stop, vocabulary)
     assert str(caught.value).startswith(message)
+
+
+def test_a_large_automaton_takes_little_more_memory_than_its_table():
+    """1,000 states of 20,000 tokens; worked out at once they took seven times their table. And no state is lost."""
+    vocabulary = [bytes([97 + i % 3]) for i in range(20_000)]
+    tracemalloc.start()
+    try:
+        table = pk.stop_automaton([b"abc" * 333], vocabulary)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert table.shape == (999, 20_000)
+    assert peak < 4 * table.nbytes
+    assert [table[s, s % 3] for s in range(999)] == [*range(1, 999), -1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from enum import IntEnum
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 
 _INT32_MAX = 2**31 - 1
-_MOST_BONUS = 1e37
+_MOST_BONUS = 1e6  # far beyond any use; with more, W has no digits left beside lambda n
 
 
 def check_integer(name: str, value, least: int, most: int = _INT32_MAX) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from power_kernels.api import PowerConfig, PowerSampler, power_sample
 from power_kernels.api.commands import cli
-from power_kernels.api.driver.stop import before_stop, token_bytes
+from power_kernels.api.driver.stop import StopStrings, before_stop, token_bytes
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from tests.test_user_inputs import byte_tokenizer, llama_tokenizer, word_tokenizer
 from tests.tiny_models import llama
@@ -69,11 +69,60 @@ def test_a_tokenizer_whose_tokens_have_no_bytes_is_refused():
         ("a\nb\nc", ("\nc", "\nb"), "a"),
         ("stop", ("stop",), ""),
         ("nothing", ("x",), "nothing"),
-        (None, ("x",), None),
     ],
 )
 def test_the_text_ends_before_the_first_stop_string(text, stop, left):
     assert before_stop(text, stop) == left
+
+
+@pytest.mark.parametrize(
+    ("stop", "prompt", "answer", "text"),
+    [
+        (("x",), b"a", b"bcxd", "bc"),
+        (("x", "cx"), b"a", b"bcx", "b"),
+        (("\u00e9", "x"), b"a\xc3", b"\xa9bcx", "\u00e9bc"),  # a character that begins in the prompt is no match
+        (("\ufffd", "x"), b"a", b"\xc3bcx", "\ufffdbc"),  # nor is what a decoder writes for a broken one
+        (("\u20ac",), b"a", b"b\x82\xe2\x82\xac", "b\ufffd"),
+    ],
+)
+def test_the_text_ends_where_the_law_found_the_string(stop, prompt, answer, text):
+    tokenizer = byte_tokenizer()
+    of_byte = {piece: token for token, piece in enumerate(token_bytes(tokenizer, 256))}
+    tokens, before = ([of_byte[bytes([byte])] for byte in piece] for piece in (answer, prompt))
+    strings = StopStrings.of(tokenizer, stop, 256)
+    state, length = 0, 0
+    while state >= 0:
+        state, length = strings.table[state, tokens[length]], length + 1
+    assert strings.before(tokenizer, before, tokens[:length]) == text
+
+
+def test_a_string_that_the_decoder_does_not_write_is_left_out_all_the_same():
+    """Of bytes that are no character together, SentencePiece's decoder writes none: "(" of a byte token, too."""
+    words = llama_tokenizer()
+    vocab = json.loads(words.backend_tokenizer.to_str())
+    vocab["model"]["vocab"]["<0x28>"] = 12
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(vocab)), eos_token="</s>")
+    strings = StopStrings.of(tokenizer, ["("], 13)
+    assert strings.table[0, 12] == strings.table[0, 11] == -1
+    assert tokenizer.decode([2, 8, 12]) == "b\ufffd\ufffd"
+    assert strings.before(tokenizer, [4], [2, 8, 12]) == "b\ufffd"
+    assert strings.before(tokenizer, [4], [1, 2, 11]) == " ab"
+
+
+def test_the_name_of_a_special_token_as_a_string_means_the_token_and_its_spelling():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": ["<|turn|>"]})
+    strings = StopStrings.of(tokenizer, ["<|turn|>"], len(tokenizer))
+    end, turn = tokenizer.convert_tokens_to_ids(["<|end|>", "<|turn|>"])
+    assert (strings.table[0, turn], strings.table[0, end]) == (-1, 0)
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "<|turn|>"]
+    state = 0
+    for letter in letters:
+        assert state >= 0
+        state = strings.table[state, letter]
+    assert state == -1
+    a = tokenizer.convert_tokens_to_ids("a")
+    assert strings.before(tokenizer, [a], [a, turn]) == strings.before(tokenizer, [a], [a, *letters]) == "a"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -118,9 +167,24 @@ def test_stop_strings_without_a_tokenizer_are_refused():
         PowerSampler(ToyEngine(straddling_toy())).generate([[5]], PowerConfig(max_new_tokens=4, stop="ab"))
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused():
+    class Words:
+        """What `PowerSampler` needs of a tokenizer, and no more."""
+
+        def __call__(self, text):
+            raise AssertionError
+
+        def decode(self, tokens, **how):
+            return "x" * len(tokens)
+
+    with pytest.raises(ArgumentError, match=r"^stop is given with a tokenizer of the type Words, which has no get_voc"):
+        PowerSampler(ToyEngine(straddling_toy()), Words()).generate([[5]], PowerConfig(max_new_tokens=4, stop="ab"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"length_bonus": 1e7}, ArgumentError, "length_bonus is 10000000.0; it must lie in [-1e+06, 1e+06]"),
         ({"stop": [""]}, ArgumentError, "stop[0] is empty; it would close every answer at once"),
         ({"stop": ["a", 3]}, ArgumentTypeError, "stop[1] is 3, a int; it must be a str"),
         ({"stop": 3}, ArgumentTypeError, "stop is"),
@@ -141,7 +205,13 @@ def test_bad_stop_strings_and_length_terms_are_refused_by_name(arguments, error,
 
 
 def test_one_string_and_a_list_of_it_are_the_same():
-    assert PowerConfig(stop="a") == PowerConfig(stop=["a"]) == PowerConfig(stop=("a",))
+    assert PowerConfig(stop="a") == PowerConfig(stop=["a"]) == PowerConfig(stop=("a",)) == PowerConfig(stop=["a", "a"])
+
+
+def test_a_set_of_strings_is_the_same_in_every_process():
+    """Sets of strings have an order of their own in each; a run that goes on compares what it was told."""
+    strings = [f"{i}" for i in range(20)]
+    assert PowerConfig(stop=set(strings)).stop == PowerConfig(stop=frozenset(strings)).stop == tuple(sorted(strings))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,8 @@ class PowerConfig:
     early_rejection: reject a proposal as soon as it cannot be accepted (exact, section 3.3). Needs 1 <= beta <= alpha.
     stop: stop strings, one or several. Each closes an answer as EOS does (exact, section 3.1): the token that completes
         one is the answer's last, whatever else it holds, and `.text` ends before the string. The prompt's text is no
-        part of a match. Needs a tokenizer. A text that is cut at a string afterwards has another law: what was
-        sharpened is the answer and what followed it.
+        part of a match. The name of a special token, which has no text, means the token, too. Needs a tokenizer. A text
+        that is cut at a string afterwards has another law: what was sharpened is the answer and what followed it.
     length_bonus: lambda of the target p(x)^alpha e^(lambda n), in nats a token (section 3.1). Where answers can end
         early, p^alpha prefers short ones; a positive lambda makes up for that.
     free_prefix: keep the tokens a proposal repeats without forwarding them (exact, section 3.4).
@@ -129,6 +129,8 @@ class PowerConfig:
 
 
 def _stop_strings(stop) -> tuple[str, ...]:
+    if isinstance(stop, Set):
+        stop = sorted(stop, key=repr)  # sets have another order in each process
     strings = (stop,) if isinstance(stop, str) else tuple(items("stop", stop))
     for i, string in enumerate(strings):
         if not isinstance(string, str):
@@ -141,4 +143,4 @@ def _stop_strings(stop) -> tuple[str, ...]:
             raise ArgumentError(
                 f"stop[{i}] is {string!r}, which holds half of a surrogate pair and is no text"
             ) from None
-    return strings
+    return tuple(dict.fromkeys(strings))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from power_kernels.api.driver.host import on_host
-from power_kernels.api.driver.stop import before_stop
+from power_kernels.api.driver.stop import StopStrings
 from power_kernels.api.driver.text import answer_text
 from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, Cost, Outcome, Status
@@ -116,14 +116,14 @@ def read_results(
     law: Law,
     can_end_early: bool,
     eos: Collection[int],
-    stop: Sequence[str],
+    stop: StopStrings | None,
     prefill: Sequence[int],
     recalled: Sequence[int],
     tokenizer,
     prompts: Mapping[int, list[int]],
 ) -> list[PowerResult]:
-    """The results of chains that have stopped. alpha: as float32 holds it. eos, stop: the
-    tokens and the strings that end an answer. prefill, recalled: tokens of each. prompts: token ids by prompt id."""
+    """The results of chains that have stopped. alpha: as float32 holds it. eos, stop: the tokens and
+    the strings that end an answer. prefill, recalled: tokens of each. prompts: token ids by prompt id."""
     rows = _on_host(state, slots)
     return [
         _result(
@@ -171,14 +171,17 @@ def _result(
     finish = "fault" if status is not Status.OK else "length"
     if finish != "fault" and field[ChainField.CLOSED]:
         finish = "eos" if tokens[-1] in eos else "stop"
-    text = None if tokenizer is None else answer_text(tokenizer, prompts[prompt_id], tokens)
+    text = None
+    if tokenizer is not None:
+        write = stop.before if finish == "stop" else answer_text
+        text = write(tokenizer, prompts[prompt_id], tokens)
     after = _last_written(outcomes, law.mcmc_steps, field[ChainField.STAGE])
     step_weight, step_logq = rows["step_weight"][after], rows["step_logq"][after]
     return PowerResult(
         prompt_id=prompt_id,
         chain_id=field[ChainField.CHAIN_ID],
         tokens=tokens,
-        text=before_stop(text, stop) if finish == "stop" else text,
+        text=text,
         token_logp=((weights + logq) / alpha).tolist(),  # w = alpha*logp - logq
         log_weights=weights.tolist(),
         outcomes=outcomes,

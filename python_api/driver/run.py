@@ -36,6 +36,7 @@ from power_kernels.api.driver.planning import Plan
 from power_kernels.api.driver.poll import Poll
 from power_kernels.api.driver.requests import RequestLog
 from power_kernels.api.driver.results import PowerResult, read_results
+from power_kernels.api.driver.stop import StopStrings
 from power_kernels.law import Law
 from power_kernels.rng import as_int64
 from power_kernels.state import ChainField, ChainState, Mode, Status
@@ -107,8 +108,7 @@ def _added(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 class Run:
     """jobs: what is left to draw, in order. max_length: positions of the call's longest prompt and its answer. eos:
-    token ids. stop_next: the stop strings' automaton (`stop_automaton`), None without any. capture: replay steps, of a
-    CapturableEngine."""
+    token ids. stop: the stop strings, None without any. capture: replay steps, of a CapturableEngine."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Run:
         max_length: int,
         seed: int,
         eos: list[int],
-        stop_next: np.ndarray | None,
+        stop: StopStrings | None,
         capture: bool,
         tokenizer,
         report: RunReport,
@@ -145,7 +145,8 @@ class Run:
         self.eos_ids = frozenset(eos)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.length_term = torch.from_numpy(reference.length_table(self.law)).to(device)
-        self.stop_next = None if stop_next is None else torch.from_numpy(stop_next).to(device)
+        self.stop = stop
+        self.stop_next = None if stop is None else torch.from_numpy(stop.table).to(device)
         self.capture = capture
         self.active: list[_Account] = []  # of the chain in each active slot
 
@@ -363,7 +364,7 @@ class Run:
             law=self.law,
             can_end_early=self.can_end_early,
             eos=self.eos_ids,
-            stop=self.config.stop,
+            stop=self.stop,
             prefill=[self.active[slot].prefill for slot in slots],
             recalled=[self.active[slot].recalled for slot in slots],
             tokenizer=self.tokenizer,

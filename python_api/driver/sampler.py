@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import replace
 from numbers import Integral
 
-import numpy as np
 import torch
 
 from power_kernels import backend_for
@@ -27,7 +26,7 @@ from power_kernels.api.driver.planning import plan_run
 from power_kernels.api.driver.progress import ProgressBar
 from power_kernels.api.driver.results import PowerResult, empty_result
 from power_kernels.api.driver.run import Job, Run, RunReport
-from power_kernels.api.driver.stop import stop_table
+from power_kernels.api.driver.stop import StopStrings
 from power_kernels.api.driver.text import end_of_turn, read_prompts
 from power_kernels.api.engines import engine_for
 from power_kernels.errors import ArgumentError, ArgumentTypeError
@@ -74,7 +73,7 @@ class PowerSampler:
         self.tokenizer = tokenizer
         self.capture = _check_capture(capture, engine)
         self._runs: list[RunReport] = []  # of the last call
-        self._stop_tables: dict[tuple[str, ...], np.ndarray] = {}
+        self._stop: StopStrings | None = None  # of the last call that had any
 
     @property
     def last_run(self) -> RunReport | None:
@@ -210,24 +209,24 @@ class PowerSampler:
             return iter(())
         if config.lanes is not None and config.lanes > MAX_LANES and backend_for(self.engine.device) == "triton":
             raise ArgumentError(f"lanes is {config.lanes}; on {self.engine.device} it must lie in [1, {MAX_LANES}]")
-        stop_next = self._stop_next(config)
+        stop = self._stop_strings(config)
         parts = parts_of(jobs, everything, config, self.engine.max_context)
         bar = ProgressBar(total, total - len(jobs)) if progress else None
-        return self._drawn(parts, seed, eos, stop_next, max_chains, bar)
+        return self._drawn(parts, seed, eos, stop, max_chains, bar)
 
-    def _stop_next(self, config: PowerConfig) -> np.ndarray | None:
-        """The automaton of the stop strings, None without any."""
+    def _stop_strings(self, config: PowerConfig) -> StopStrings | None:
+        """None without any."""
         if not config.stop:
             return None
         if self.tokenizer is None:
             raise ArgumentTypeError(
                 f"stop is {list(config.stop)} and there is no tokenizer; pass PowerSampler(model, tokenizer)"
             )
-        if config.stop not in self._stop_tables:
-            self._stop_tables[config.stop] = stop_table(self.tokenizer, config.stop, self.engine.vocab_size)
-        return self._stop_tables[config.stop]
+        if self._stop is None or self._stop.strings != config.stop:
+            self._stop = StopStrings.of(self.tokenizer, config.stop, self.engine.vocab_size)
+        return self._stop
 
-    def _drawn(self, parts: list[Part], seed, eos, stop_next, max_chains, bar) -> Iterator[PowerResult]:
+    def _drawn(self, parts: list[Part], seed, eos, stop, max_chains, bar) -> Iterator[PowerResult]:
         runs = self._runs = []
         try:
             for part in parts:
@@ -238,9 +237,7 @@ class PowerSampler:
                             bar.finished(result)
                         yield result
                     continue
-                results = self._results(
-                    part.jobs, part.max_length, part.config, seed, eos, stop_next, max_chains, bar, runs
-                )
+                results = self._results(part.jobs, part.max_length, part.config, seed, eos, stop, max_chains, bar, runs)
                 with closing(results):
                     for result in results:
                         cut = part.cut and result.finish == "length"
@@ -250,7 +247,7 @@ class PowerSampler:
                 bar.close()
 
     def _results(
-        self, jobs: list[Job], max_length, config, seed, eos, stop_next, max_chains, bar, runs
+        self, jobs: list[Job], max_length, config, seed, eos, stop, max_chains, bar, runs
     ) -> Iterator[PowerResult]:
         """Runs until every answer is drawn: one, and another in less memory each time that memory runs out. runs: takes
         the report of them all."""
@@ -265,7 +262,7 @@ class PowerSampler:
         while left:
             run = Run(
                 self.engine, list(left.values()), config, plan, max_length=max_length,
-                seed=seed, eos=eos, stop_next=stop_next, capture=self.capture, tokenizer=self.tokenizer, report=report,
+                seed=seed, eos=eos, stop=stop, capture=self.capture, tokenizer=self.tokenizer, report=report,
             )  # fmt: skip
             try:
                 for result in run.results(bar):

@@ -1,28 +1,69 @@
-"""Stop strings of a run: the bytes of a tokenizer's tokens, and the text before a string (DESIGN 3.1)."""
+"""Stop strings of a run: their automaton over a tokenizer's tokens, and the text before a string (DESIGN 3.1)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from power_kernels.api.driver.text import answer_text
 from power_kernels.errors import ArgumentError
 from power_kernels.stop_strings import stop_automaton
 
 _TRIED = 4096  # tokens that are decoded to see that their bytes are right
 
 
-def stop_table(tokenizer, stop: Sequence[str], vocab_size: int) -> np.ndarray:
-    """What `mh_advance` takes as stop_next: int16 [S, vocab_size]. Raises ArgumentError where the tokenizer does not
-    say of which bytes its tokens are, and as `stop_automaton` does."""
-    return stop_automaton([string.encode() for string in stop], token_bytes(tokenizer, vocab_size))
+@dataclass(frozen=True)
+class StopStrings:
+    """strings: those of the config. token_bytes: the bytes that each token adds for them. table: what `mh_advance`
+    takes as stop_next, int16 [S, V]."""
+
+    strings: tuple[str, ...]
+    token_bytes: list[bytes]
+    table: np.ndarray
+
+    @staticmethod
+    def of(tokenizer, strings: Sequence[str], vocab_size: int) -> StopStrings:
+        """A special token adds no text, and so no bytes, unless a string is its very name: "<|im_end|>" then means the
+        token, too.
+
+        Raises ArgumentError where the tokenizer does not say of which bytes its tokens are, and as `stop_automaton`
+        does.
+        """
+        found = token_bytes(tokenizer, vocab_size)
+        for string in strings:
+            index = tokenizer.get_vocab().get(string, vocab_size)
+            if index < vocab_size and not found[index]:
+                found[index] = string.encode()
+        return StopStrings(tuple(strings), found, stop_automaton([string.encode() for string in strings], found))
+
+    def before(self, tokenizer, prompt: list[int], tokens: list[int]) -> str:
+        """The text of an answer whose last token completes a string, up to where that string begins.
+
+        The place is found among the bytes, as the law finds it. In the text a string may stand earlier (a character
+        that began in the prompt) or not at all (decoders write U+FFFD for bytes beside others that are no character).
+        """
+        pieces = [self.token_bytes[token] for token in tokens]
+        written, last = b"".join(pieces), len(pieces[-1])
+        begins = len(written)
+        for string in self.strings:
+            wanted = string.encode()
+            place = written.find(wanted, max(0, len(written) - last - len(wanted) + 1))
+            begins = place if 0 <= place < begins else begins
+        text, rest = answer_text(tokenizer, prompt, tokens), written[begins:].decode(errors="replace")
+        if text.endswith(rest):
+            return text[: len(text) - len(rest)]
+        kept, size = 0, 0
+        while size + len(pieces[kept]) <= begins:
+            size += len(pieces[kept])
+            kept += 1
+        return answer_text(tokenizer, prompt, tokens[:kept]) + pieces[kept][: begins - size].decode(errors="replace")
 
 
-def before_stop(text: str | None, stop: Sequence[str]) -> str | None:
-    """The text of an answer that a stop string closed, up to the first place where one begins."""
-    if text is None:
-        return None
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first place where one of the strings begins: the cut that harnesses make afterwards."""
     places = [place for string in stop if (place := text.find(string)) >= 0]
     return text[: min(places)] if places else text
 
@@ -32,6 +73,11 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
     token has. Raises ArgumentError for a tokenizer that is neither of the byte-level kind (GPT-2, Llama 3, Qwen) nor of
     SentencePiece's kind with byte tokens (Llama 2, Gemma, Phi-3), or whose decoder gives other texts.
     """
+    if not callable(getattr(tokenizer, "get_vocab", None)):
+        raise ArgumentError(
+            f"stop is given with a tokenizer of the type {type(tokenizer).__name__}, which has no get_vocab(); stop "
+            "strings need one of transformers that says of which bytes its tokens are"
+        )
     names = {index: name for name, index in tokenizer.get_vocab().items() if 0 <= index < vocab_size}
     tokens = getattr(tokenizer, "added_tokens_decoder", {})
     added = {index: str(token) for index, token in tokens.items()}

@@ -53,6 +53,16 @@ def test_pieces_of_sentencepiece_are_their_bytes():
     assert found == pieces
 
 
+def test_added_tokens_have_the_bytes_that_decoders_give_them():
+    """They go through the decoder, too: letters that stand for bytes are bytes, and low lines spaces."""
+    letters = byte_tokenizer()
+    letters.add_tokens([AddedToken("\u00e9x", normalized=False), AddedToken("\u20acx", normalized=False)])
+    assert token_bytes(letters, 258)[256:] == [b"\xe9x", "\u20acx".encode()]
+    pieces = llama_tokenizer()
+    pieces.add_tokens([AddedToken("\u2581\u2581", normalized=False)])
+    assert token_bytes(pieces, 13)[12] == b"  "
+
+
 def test_a_tokenizer_whose_tokens_have_no_bytes_is_refused():
     with pytest.raises(ArgumentError, match=r"^stop is given with a tokenizer whose decoder is .*stop strings need"):
         token_bytes(word_tokenizer(), 10)

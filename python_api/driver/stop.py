@@ -80,15 +80,11 @@ def token_bytes(tokenizer, vocab_size: int) -> list[bytes]:
         )
     names = {index: name for name, index in tokenizer.get_vocab().items() if 0 <= index < vocab_size}
     tokens = getattr(tokenizer, "added_tokens_decoder", {})
-    added = {index: str(token) for index, token in tokens.items()}
     silent = {*tokenizer.all_special_ids, *(index for index, token in tokens.items() if token.special)}
     spell = _speller(tokenizer)
     found = [b""] * vocab_size
-    for index, name in names.items():
-        if index in added:
-            found[index] = b"" if index in silent else added[index].encode()
-        elif index not in silent:
-            found[index] = spell(name)
+    for index in names.keys() - silent:
+        found[index] = spell(names[index])
     _check(tokenizer, found, sorted(set(names) - silent))
     return found
 

@@ -81,6 +81,7 @@ class ArmOfRun:
         counted: those of them that count, one for each question and seed of an arm that selects.
         grader: the one that counts, None where nothing was graded.
         row: of table.json.
+        questions: those of the arm that has come to most.
     """
 
     arm: Arm
@@ -88,10 +89,13 @@ class ArmOfRun:
     counted: list[dict]
     grader: str | None
     row: dict
+    questions: int
 
     @property
     def label(self) -> str:
-        return self.arm.label
+        """Its name, and what is missing, since arms of other questions cannot be compared."""
+        there = self.row["questions"]
+        return self.arm.label + (f" ({there} of {self.questions} questions)" if there < self.questions else "")
 
     def verdicts(self, records: list[dict], value: Callable[[dict], object] | None = None) -> list[list]:
         """[questions][answers], of as many answers as every question has. value: in the place of the verdict."""
@@ -112,7 +116,7 @@ def write(folder: RunFolder, jobs: Sequence[Job]) -> tuple[list[Path], dict[str,
     drawn, skipped = [], {}
     config = folder.config()
     for name, arms in gather(folder, jobs).items():
-        questions = max(arm.row["questions"] for arm in arms)
+        questions = arms[0].questions
         seeds = sorted({seed for arm in arms for seed in arm.row["seeds"]})
         under = f"{', '.join(config['models'])}; {name}, {questions} questions, seeds {', '.join(map(str, seeds))}"
         plots = plots_of(arms, paper.benchmark_of(config["tasks"][name]), under)
@@ -144,7 +148,8 @@ def gather(folder: RunFolder, jobs: Sequence[Job]) -> dict[str, list[ArmOfRun]]:
         counted = [r for records in seeds for r in table.taken(arm, records, next(iter(graders), None))]
         everything = [record for records in seeds for record in records]
         grader = graders[0] if graders and all(graders[0] in r["grades"] for r in everything) else None
-        found.setdefault(task, []).append(ArmOfRun(arm, everything, counted, grader, row))
+        most = max(row["questions"] for (name, _), row in rows.items() if name == task)
+        found.setdefault(task, []).append(ArmOfRun(arm, everything, counted, grader, row, most))
     return found
 
 
@@ -188,6 +193,9 @@ def accuracy(arms: Sequence[ArmOfRun], benchmark: str | None, under: str):
         most = max(ax.get_xlim()[1], right.get_xlim()[1])
         ax.set_xlim(0, most)
         right.set_xlim(0, most)
+        ends = max(ax.get_ylim()[0], right.get_ylim()[0])
+        ax.set_ylim(ends, -0.6)
+        right.set_ylim(ends, -0.6)
     return fig
 
 
@@ -292,7 +300,7 @@ def pass_at_k(arms: Sequence[ArmOfRun], under: str):
     found: dict[str, np.ndarray] = {}
     for arm in _graded(arms):
         verdicts = np.array(arm.verdicts(arm.everything))
-        drawn_as = arm.arm.of if selects(arm.arm) else arm.label
+        drawn_as = arm.label.replace(arm.arm.label, arm.arm.of) if selects(arm.arm) else arm.label
         if verdicts.shape[1] > max(1, found.get(drawn_as, verdicts[:, :0]).shape[1]):
             found[drawn_as] = verdicts
     curves = {
@@ -321,11 +329,12 @@ def cost(arms: Sequence[ArmOfRun], under: str):
     if not graded:
         raise NothingToDrawError("no arm was graded that forwarded a token")
     fig, ax = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
-    caption(fig, f"{under}; lines: with 1, 2, ... of its answers", "Accuracy over cost")
+    lines = {arm.label: curve for arm in graded if selects(arm.arm) and (curve := curve_of(arm)) is not None}
+    caption(fig, under + ("; lines: with 1, 2, ... of its answers" if lines else ""), "Accuracy over cost")
     plain(ax)
     for arm, colour, marker in zip(graded, _cycle(PALETTE), _cycle(_MARKS), strict=False):
-        if selects(arm.arm) and (curve := curve_of(arm)) is not None:
-            ax.plot(*curve, color=colour, linewidth=1.2, alpha=0.7)
+        if arm.label in lines:
+            ax.plot(*lines[arm.label], color=colour, linewidth=1.2, alpha=0.7)
         value = arm.accuracy
         error = _errors([value["value"]], [_band(value)])
         ax.errorbar(arm.row["forwarded"], value["value"], error, color=colour, marker=marker, markersize=8, capsize=3,
@@ -379,7 +388,7 @@ def _alike(read: list[list], right: np.ndarray) -> list[list[Hashable]]:
 def sweep_alpha(arms: Sequence[ArmOfRun], under: str):
     """Accuracy over alpha."""
     lines: dict[str, list[tuple[float, dict]]] = {}
-    for arm in _graded(arms):
+    for arm in _whole(arms):
         if isinstance(arm.arm, Power | LowTemperature):
             lines.setdefault(_told_without(arm.arm, "alpha"), []).append((arm.arm.alpha, arm.accuracy))
     return _sweep(lines, _reference(arms), "alpha", "Accuracy over alpha", "alpha", under)
@@ -387,14 +396,14 @@ def sweep_alpha(arms: Sequence[ArmOfRun], under: str):
 
 def sweep_steps(arms: Sequence[ArmOfRun], under: str):
     """Accuracy over steps a block; low temperature of the same alpha is a chain without steps."""
-    power = [arm for arm in _graded(arms) if isinstance(arm.arm, Power)]
+    power = [arm for arm in _whole(arms) if isinstance(arm.arm, Power)]
     lines: dict[str, list[tuple[float, dict]]] = {}
     for arm in power:
         lines.setdefault(_told_without(arm.arm, "mcmc_steps"), []).append((arm.arm.mcmc_steps, arm.accuracy))
     lines = {label: points for label, points in lines.items() if len({steps for steps, _ in points}) > 1}
     for arm in power:
         points = lines.get(_told_without(arm.arm, "mcmc_steps"))
-        start = next((other for other in _graded(arms) if _starts(other.arm, arm.arm)), None)
+        start = next((other for other in _whole(arms) if _starts(other.arm, arm.arm)), None)
         if points is not None and start is not None and 0 not in [steps for steps, _ in points]:
             points.append((0, start.accuracy))
     title = "Accuracy over Metropolis-Hastings steps"
@@ -418,7 +427,7 @@ def _told_without(arm: Power | LowTemperature, field: str) -> str:
 
 
 def _reference(arms: Sequence[ArmOfRun]) -> float | None:
-    return next((arm.accuracy["value"] for arm in _graded(arms) if isinstance(arm.arm, Plain)), None)
+    return next((arm.accuracy["value"] for arm in _whole(arms) if isinstance(arm.arm, Plain)), None)
 
 
 def _sweep(lines, reference: float | None, field: str, title: str, label: str, under: str):
@@ -466,6 +475,7 @@ def account(arms: Sequence[ArmOfRun], under: str):
     if any(of_arm.get(cause) for of_arm in costs for cause in SAVED):
         _legend_above(axes[1])
     else:
+        axes[1].set_xticks([])
         axes[1].text(0.5, 0.5, "nothing", transform=axes[1].transAxes, ha="center", color="0.4")
     return fig
 
@@ -525,6 +535,11 @@ def _graded(arms: Sequence[ArmOfRun]) -> list[ArmOfRun]:
     if not graded:
         raise NothingToDrawError("no arm is graded")
     return graded
+
+
+def _whole(arms: Sequence[ArmOfRun]) -> list[ArmOfRun]:
+    """The graded ones that have come to all questions, so that what differs is the arm."""
+    return [arm for arm in _graded(arms) if arm.row["questions"] == arm.questions]
 
 
 def _band(accuracy: dict) -> tuple[float, float]:

@@ -173,13 +173,15 @@ def test_pass_at_k_is_of_all_answers_that_were_drawn_alike(run):
     assert lines_of(figure, "power")[0] == [1, 2]
 
 
-def test_an_arm_that_has_not_come_to_all_questions_says_so(tmp_path):
-    folder, jobs = made(tmp_path, ARMS[:2], seeds=(0,))
+def test_an_arm_that_has_not_come_to_all_questions_says_so_and_is_in_no_sweep(tmp_path):
+    folder, jobs = made(tmp_path, ARMS[:3], seeds=(0,))
     for kind in ("records", "grades"):
-        path = tmp_path / kind / "humaneval" / "plain" / "seed-0.jsonl"
+        path = tmp_path / kind / "humaneval" / "low-temperature" / "seed-0.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))
     (arms,) = plots.gather(folder, jobs).values()
-    assert [arm.label for arm in arms] == ["plain (7 of 30 questions)", "low-temperature"]
+    assert [arm.label for arm in arms] == ["plain", "low-temperature (7 of 30 questions)", "low-temperature-2"]
+    with pytest.raises(NothingToDrawError, match="no two graded arms"):
+        plots.sweep_alpha(arms, "")
 
 
 def test_what_a_run_has_no_data_for_is_not_drawn_and_said(tmp_path):

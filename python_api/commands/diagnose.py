@@ -161,7 +161,8 @@ def text(name: str, found: dict, rates: dict[str, list]) -> str:
     shown = [prompt for prompt in found if prompt in worst[:SHOWN]]
     more = f"; the {SHOWN} worst are shown, --json has all" if len(found) > SHOWN else ""
     chains = {d.chains + d.elsewhere for d in found.values()}
-    lines = [f"{name}: {_count(len(found), 'prompt')}, {' or '.join(map(str, sorted(chains)))} chains each{more}", ""]
+    each = "1 chain" if chains == {1} else f"{' or '.join(map(str, sorted(chains)))} chains"
+    lines = [f"{name}: {_count(len(found), 'prompt')}, {each} each{more}", ""]
     head = ("prompt", "horizon", "chains", "steps", "log p", "sd", "MCSE", "R-hat", "R-hat W", "bulk ESS", "tail ESS",
             "accepted", "unchanged", "verdict")  # fmt: skip
     lines += _columns([head, *(_line(prompt, found[prompt]) for prompt in shown)])

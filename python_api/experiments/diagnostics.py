@@ -255,8 +255,8 @@ def _judge(pooled: _Pooled, logp: Figures, weight: Figures) -> tuple[str, str, l
     if most < STUCK and not enough and not alone:
         return "stuck", f"{hardly}", _moves(pooled)
     if chains == 1:
-        reason = "one chain cannot show what it has not found"
-        return "too few chains", f"{reason} ({told})", [f"at least {CHAINS} chains a prompt (num_chains, or seeds)"]
+        reason = "R-hat needs several, and one cannot show what it has not found"
+        return "too few chains", reason, [f"at least {CHAINS} chains a prompt (num_chains, or seeds)"]
     own = min(_ess_alone(pooled.logp), _ess_alone(pooled.weight))
     apart = rhat >= max(RHAT, _rhat_by_chance(chains, own))
     if defined and (apart or rhat >= max(APART, _rhat_by_chance(chains, steps))):

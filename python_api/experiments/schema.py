@@ -382,6 +382,8 @@ class Experiment(_Strict):
             for key, named in (("of", arm.of), ("n", arm.equal_to)):
                 if named is not None and named not in drawn:
                     raise ValueError(f"{key} of the arm {arm.label} is {named}; allowed: {', '.join(sorted(drawn))}")
+            if arm.equal_to == arm.of:
+                raise ValueError(f"n of the arm {arm.label} is equal({arm.of}), its own arm, which is one answer")
             of = self.arm(arm.of)
             if of.kind == "greedy":
                 raise ValueError(f"of of the arm {arm.label} is greedy, whose answers are all the same")
@@ -404,6 +406,11 @@ def selects(arm: Arm) -> bool:
     return isinstance(arm, _Selects)
 
 
+def counts(arm: Arm) -> bool:
+    """Whether the number of its answers follows from what another arm costs."""
+    return isinstance(arm, _Selects) and arm.equal_to is not None
+
+
 def experiment(data) -> Experiment:
     """Raises ArgumentError naming the first bad entry of `data`, a mapping as YAML gives it."""
     try:
@@ -412,10 +419,23 @@ def experiment(data) -> Experiment:
         raise ArgumentError(_message(error)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, the first of which YAML's loader would drop without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is there twice", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
     """Raises ArgumentError."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ArgumentError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):

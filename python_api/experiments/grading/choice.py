@@ -8,6 +8,7 @@ from power_kernels.api.experiments.grading.grade import Grade
 from power_kernels.api.experiments.grading.published_math import last_boxed
 from power_kernels.errors import ArgumentError
 
+LETTERS = "ABCD"
 # "the answer is (B)", "Answer: **B**", "correct option would be B"
 _STATED = re.compile(
     r"\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|should\s+be|must\s+be)|\s*[:=])*\s*(?:option|choice)?\W{0,6}?"
@@ -19,12 +20,12 @@ _ALONE = re.compile(r"^\W*([A-Z])\W*$")  # a line of one letter
 
 def grade_choice_published(answer_text: str, truth_letter: str) -> Grade:
     """The last of A, B, C, D that stands alone as a word, in whatever case: the article "a" counts as A."""
-    _check(truth_letter, "ABCD")
+    _check(truth_letter, LETTERS)
     found = re.findall(r"\b[ABCD]\b", answer_text.upper())
     return _graded(found[-1] if found else None, truth_letter)
 
 
-def grade_choice(answer_text: str, truth_letter: str, letters: str = "ABCD") -> Grade:
+def grade_choice(answer_text: str, truth_letter: str, letters: str = LETTERS) -> Grade:
     r"""The letter that the answer states.
 
     The first of these that is there: the last `\boxed{...}` if it holds a letter; the last "answer is (B)", "Answer: B"

@@ -59,8 +59,10 @@ def mbpp(spec: Mbpp) -> Task:
     questions = []
     for number, problem in enumerate(problems, 1):
         text, tests = problem.get("text", problem.get("prompt")), problem.get("test_list")
-        if not isinstance(text, str) or not isinstance(tests, list):
-            raise ArgumentError(f"data {spec.data} entry {number} must be an object with text or prompt, and test_list")
+        if not isinstance(text, str) or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
+            raise ArgumentError(
+                f"data {spec.data} entry {number} must be an object with text or prompt, and test_list (of texts)"
+            )
         if spec.chat:
             prompt = MBPP_INSTRUCTION.format(text=text, tests="\n".join(tests))
         else:

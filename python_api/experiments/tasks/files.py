@@ -28,6 +28,12 @@ def read_entries(path: str | Path, fields: tuple[str, ...] = ()) -> tuple[str, l
     if not entries:
         raise ArgumentError(f"data {path} holds nothing")
     for number, entry in enumerate(entries, 1):
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(
+                f"data {path} entry {number} holds half of a surrogate pair, which is no text"
+            ) from None
         missing = [key for key in fields if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
         if missing or not isinstance(entry, dict):
             raise ArgumentError(f"data {path} entry {number} must be an object with {', '.join(fields)} (text)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from power_kernels.api.experiments.schema import LmEval
 from power_kernels.api.experiments.tasks.files import asked
-from power_kernels.api.experiments.tasks.own_file import INSTRUCTIONS
+from power_kernels.api.experiments.tasks.own_file import INSTRUCTIONS, check_letter
 from power_kernels.api.experiments.tasks.task import Question, Task
 from power_kernels.errors import ArgumentError
 
@@ -139,6 +139,8 @@ def _document(spec: LmEval, instance) -> dict:
         return {"number": instance.metadata[1], "sha256": _sha256(doc)}
     if spec.grader in ("math", "choice"):
         answer = _field(spec, doc, "answer", _ANSWERS)
+        if spec.grader == "choice":
+            check_letter(f"a document of {spec.task}", answer.strip("() "))
         # GSM8K gives its reasoning before; GPQA puts the letter into brackets.
         return {"answer": answer.strip("() ") if spec.grader == "choice" else answer.rpartition("####")[2].strip()}
     return doc

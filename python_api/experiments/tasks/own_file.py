@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from power_kernels.api.experiments.grading.choice import LETTERS
 from power_kernels.api.experiments.schema import AlpacaEval, File
 from power_kernels.api.experiments.tasks.files import asked, read_entries
 from power_kernels.api.experiments.tasks.task import Question, Task
@@ -31,8 +32,14 @@ def own_file(spec: File) -> Task:
     questions = []
     for number, entry in enumerate(entries, 1):
         text, messages = entry.get("prompt"), entry.get("messages")
-        if (text is None) == (messages is None) or not (text or messages):
-            raise ArgumentError(f"data {spec.data} entry {number} must hold one of prompt (text) and messages (a chat)")
+        sound = isinstance(text, str) if messages is None else text is None and _is_chat(messages, ends_in_text=words)
+        if not sound or not (text or messages):
+            raise ArgumentError(
+                f"data {spec.data} entry {number} must hold one of prompt (text) and messages (a list of objects with "
+                f"role and content{', the last of which is text' if words else ''})"
+            )
+        if spec.grader == "choice":
+            check_letter(f"data {spec.data} entry {number}", entry["answer"])
         if messages is None:
             prompt = asked(text + words, spec.chat)
         elif not words:
@@ -50,6 +57,22 @@ def own_file(spec: File) -> Task:
         limit=spec.limit,
         facts={"kind": spec.kind, "chat": spec.chat, "instruct": spec.instruct, "data_sha256": sha256},
     )
+
+
+def check_letter(where: str, answer: str) -> None:
+    """Raises ArgumentError."""
+    if len(answer) != 1 or answer not in LETTERS:
+        raise ArgumentError(
+            f"{where} has the answer {answer!r}; of grader choice it must be one of {', '.join(LETTERS)}"
+        )
+
+
+def _is_chat(messages, ends_in_text) -> bool:
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages
+    ):
+        return False
+    return not ends_in_text or (bool(messages) and isinstance(messages[-1]["content"], str))
 
 
 def alpaca_eval(spec: AlpacaEval) -> Task:

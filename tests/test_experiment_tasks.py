@@ -137,6 +137,32 @@ BAD_FILES = [
     ),
     ({"kind": "file", "grader": "exact"}, [{"answer": "a"}], "entry 1 must hold one of prompt (text) and messages"),
     ({"kind": "file", "grader": "exact"}, [], "holds nothing"),
+    ({"kind": "file", "grader": "exact"}, [{"prompt": 5, "answer": "a"}], "entry 1 must hold one of prompt (text)"),
+    ({"kind": "file", "grader": "exact"}, [{"prompt": "q", "messages": [], "answer": "a"}], "entry 1 must hold one of"),
+    ({"kind": "file", "grader": "exact"}, [{"messages": "q", "answer": "a"}], "entry 1 must hold one of prompt (text)"),
+    ({"kind": "file", "grader": "exact"}, [{"messages": ["q"], "answer": "a"}], "entry 1 must hold one of prompt"),
+    ({"kind": "file", "grader": "exact"}, [{"messages": [{"role": "user"}], "answer": "a"}], "entry 1 must hold one"),
+    (
+        {"kind": "file", "grader": "math", "instruct": True},
+        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "answer": "a"}],
+        "with role and content, the last of which is text)",
+    ),
+    (
+        {"kind": "file", "grader": "choice"},
+        [{"prompt": "q", "answer": "E"}],
+        "has the answer 'E'; of grader choice it must",
+    ),
+    (
+        {"kind": "file", "grader": "choice"},
+        [{"prompt": "q", "answer": "AB"}],
+        "has the answer 'AB'; of grader choice it",
+    ),
+    ({"kind": "file", "grader": "exact"}, [{"prompt": "q", "answer": "a", "id": "\ud800"}], "entry 1 holds half of a"),
+    (
+        {"kind": "mbpp"},
+        [{"text": "t", "test_list": [3]}],
+        "entry 1 must be an object with text or prompt, and test_list",
+    ),
     ({"kind": "mbpp"}, [{"text": "t"}], "entry 1 must be an object with text or prompt, and test_list"),
     ({"kind": "humaneval"}, [{**PROBLEM, "test": 3}], "entry 1 must be an object with task_id, prompt"),
     ({"kind": "alpaca-eval"}, ["text"], "entry 1 must be an object with instruction (text)"),
@@ -455,7 +481,8 @@ def test_a_task_s_scores_are_those_of_its_own_filters(lm_eval_folder):
 
 def record(prompt, chain, logp, tokens, parsed):
     grades = {"g": {"parsed": parsed, "correct": parsed == "a", "reason": "passed" if parsed == "a" else "wrong"}}
-    return {"prompt_id": prompt, "chain_id": chain, "answer_logp": logp, "answer_tokens": tokens, "grades": grades}
+    place = {"prompt_id": prompt, "chain_id": chain, "finish": "length"}
+    return {**place, "answer_logp": logp, "answer_tokens": tokens, "grades": grades}
 
 
 def arm(entry):
@@ -475,6 +502,29 @@ def test_best_of_n_takes_the_likeliest_and_majority_the_most_frequent():
     assert chains({"kind": "best-of-n"}) == [(0, 1), (1, 3)]
     assert chains({"kind": "best-of-n", "by": "logp-per-token"}) == [(0, 2), (1, 3)]
     assert chains({"kind": "majority"}) == [(0, 0), (1, 2)]
+
+
+def test_an_answer_that_stopped_at_bad_logits_is_taken_only_where_all_are_such():
+    """The shorter it is the likelier it looks."""
+    records = [{**record(0, 0, -1.0, 2, "a"), "finish": "fault"}, record(0, 1, -9.0, 9, "b")]
+    records += [{**record(1, k, -1.0 - k, 2, "a"), "finish": "fault"} for k in range(2)]
+    for kind in ("best-of-n", "majority"):
+        took = table.taken(arm({"kind": kind}), records, "g")
+        assert [(r["prompt_id"], r["chain_id"]) for r in took] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("errors", [None, 0.25])
+def test_an_error_that_nobody_knows_is_not_shown_as_none(errors):
+    """Of one question."""
+    row = {"task": "t", "arm": "a", "seeds": [0], "questions": 1, "answer_logp": -1.0, "answer_tokens": 2}
+    row |= {"forwarded": 3, "seconds": 0.1, "acceptance": None}
+    row["grades"] = {"g": {"value": 1.0, "standard_error": errors, "read": 1.0}}
+    compared = {"task": "t", "arm": "a", "against": "b", "questions": 1, "seeds": 1, "difference": 1.0}
+    compared |= {"standard_error": errors, "only_first": 1, "only_second": 0, "p": 0.3}
+    text = table.markdown({"rows": [row], "comparisons": [compared]})
+    shown = "" if errors is None else " \u00b1 0.250"
+    assert f"| 1.000{shown} |" in text
+    assert f"| +1.000{shown} |" in text
 
 
 def test_answers_to_alpaca_eval_are_written_in_its_format(lm_eval_folder, tmp_path):

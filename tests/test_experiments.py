@@ -17,7 +17,7 @@ import torch
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.driver.stop import before_stop
-from power_kernels.api.experiments import schema
+from power_kernels.api.experiments import schema, table
 from tests.commands import EOS, VOCAB, command, environment, free_port, joined, markov_model, records, save, start
 from tests.test_stop_strings import letters_tokenizer
 from tests.tiny_models import llama
@@ -225,6 +225,77 @@ def test_two_processes_draw_what_one_draws_one_of_them_killed_on_the_way(folder,
     assert everything(out) == everything(undisturbed)
 
 
+def test_grades_and_dry_runs_are_of_the_folder_s_own_questions(folder, undisturbed, tmp_path, capsys):
+    """Other questions of the same name would be graded by other truths."""
+    out, others = tmp_path / "run", tmp_path / "others.jsonl"
+    shutil.copytree(undisturbed, out)
+    before = everything(out)
+    others.write_text("".join(json.dumps({**problem, "test": "x"}) + "\n" for problem in PROBLEMS[:2]))
+    task = ["--task", f'humaneval:data={others},max_new_tokens={LENGTH},stop=[" w3"," w9 w1"]']
+    for more in (["--grade", "--allow-code-execution"], ["--dry-run"], []):
+        assert main(arguments(folder, out, *task, *more)) == 2
+        assert "holds another task humaneval: questions is 2 and was 4" in capsys.readouterr().err
+    assert everything(out) == before
+    assert not (out / "grades").exists()
+    assert main(arguments(folder, tmp_path / "nothing", "--grade", "--allow-code-execution")) == 2
+    assert f"--out {tmp_path / 'nothing'} holds no run to --grade" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("records/humaneval/plain/seed-4.jsonl", "nonsense\n", "seed-4.jsonl line 1 is not a record of power-kernels"),
+        ("records/humaneval/plain/seed-4.jsonl", "[3]\n", "seed-4.jsonl line 1 is not a record of power-kernels"),
+        ("grades/humaneval/plain/seed-4.jsonl", "{", "seed-4.jsonl does not hold grades of power-kernels"),
+        ("grades/humaneval/plain/seed-4.jsonl", '{"a": 1}\n', "seed-4.jsonl does not hold grades of power-kernels"),
+        ("config.json", "[1]", "holds a config.json that is a list"),
+    ],
+)
+def test_a_file_of_something_else_in_the_folder_is_named(folder, undisturbed, tmp_path, file, content, message, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    (out / file).write_text(content)
+    assert main(arguments(folder, out, "--grade", "--allow-code-execution")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_of_n_answers_that_are_not_all_there_none_is_taken(folder, undisturbed, tmp_path):
+    """The best of fewer is another arm."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    path = out / "records" / "humaneval" / "best-of-n" / "seed-5.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert main(arguments(folder, out, "--grade", "--allow-code-execution")) == 0
+    rows = {row["arm"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
+    assert (rows["best-of-n"]["answers"], rows["plain"]["answers"]) == (7, 8)
+
+
+def test_arms_meet_on_the_seeds_and_places_that_both_have():
+    """First differs from second with seed 1 alone, where second has one answer more with seed 0."""
+    first = {0: {(0, 0): 1.0, (1, 0): 1.0}, 1: {(0, 0): 0.0, (1, 0): 1.0}}
+    second = {0: {(0, 0): 1.0, (0, 1): 1.0, (1, 0): 0.0}, 1: {(0, 0): 0.0, (0, 1): 1.0, (1, 0): 0.0}, 2: {(0, 0): 1.0}}
+    arms = schema.experiment({**GOOD, "arms": ["greedy", "plain"]}).arms
+    (found,) = table._comparisons({("t", "greedy"): (arms[0], first), ("t", "plain"): (arms[1], second)})
+    assert (found["questions"], found["seeds"], found["only_first"], found["only_second"]) == (2, 2, 2, 0)
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_no_half_a_file(folder, undisturbed, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    table_before = (out / "table.json").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("power_kernels.api.experiments.records.os.fsync", full)
+    assert main(arguments(folder, out, "--grade", "--allow-code-execution")) == 2
+    assert "cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert (out / "table.json").read_bytes() == table_before
+    assert not list(out.rglob("*.tmp-*"))
+
+
 # -- what is refused, before a model is loaded
 
 GOOD = {"model": "m", "tasks": ["humaneval"], "arms": ["plain"]}
@@ -261,6 +332,7 @@ REFUSED = [
     ({"dtype": "int8"}, "dtype is 'int8'; allowed: 'auto', "),
     ({"modle": "m"}, "modle is not known; allowed: model, device, "),
     ({"model": 3}, "model is 3; it must be text"),
+    ({"arms": ["plain", {"kind": "majority", "of": "plain", "n": "equal(plain)"}]}, "its own arm, which is one answer"),
 ]
 
 
@@ -295,6 +367,31 @@ def test_flags_are_refused_before_a_model_is_loaded(folder, tmp_path, flags, mes
     said = capsys.readouterr().err
     assert message in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("arms: [plain]\narms: [greedy]", "arms"),
+        ("arms:\n  - {kind: power, alpha: 4, block_size: 40, alpha: 2}", "alpha"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text, key, capsys):
+    """YAML's loaders keep the last one and say nothing."""
+    (tmp_path / "twice.yaml").write_text(f"model: m\n{text}\n")
+    assert main(["eval", str(tmp_path / "twice.yaml"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert f"{key} is there twice" in said
+    assert "twice.yaml" in said
+
+
+def test_a_tokenizer_that_the_law_s_stop_strings_cannot_be_had_with_is_refused_before_weights(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(folder, out, "--arm", "plain")) == 2
+    said = capsys.readouterr().err
+    assert "stop is given with a tokenizer whose decoder is" in said
+    assert "[1/" not in said
+    assert not out.exists()
 
 
 STOP = ["Za", *map(chr, range(ord("I"), ord("Y")))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from power_kernels.api.experiments.jobs import Job, Options
 from power_kernels.api.experiments.records import RunFolder
-from power_kernels.api.experiments.schema import Arm, Experiment, selects
+from power_kernels.api.experiments.schema import Arm, Experiment
 from power_kernels.errors import ArgumentError
 
 
@@ -54,14 +54,10 @@ class Account:
 
     def wanted(self, job: Job) -> int | None:
         """Answers of a job; None where their number follows from records that are not there."""
-        arm, n = job.arm, 0
-        if not selects(arm):
-            n = arm.draws
-        elif arm.equal_to is None:
-            n = arm.n
-        else:
+        n = self.folder.answers(job.arm, job.task.name)
+        if n is None:
             try:
-                n = self.folder.resolved(job.task.name, arm.label) or self.equal(arm, job.task.name)
+                n = self.equal(job.arm, job.task.name)
             except ArgumentError:
                 return None
         return n * len(job.asked(self.options))

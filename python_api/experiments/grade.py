@@ -78,7 +78,6 @@ def _grade_job(folder: RunFolder, job: Job, scorer, pool: ThreadPoolExecutor) ->
 
     lines = list(pool.map(graded, records))
     path = grades_path(folder, task.name, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     right = sum(line["grades"][task.graders[0]]["correct"] for line in lines)
     print(f"{job.name}: {right} of {len(lines)} answers are right ({task.graders[0]})", file=sys.stderr)
@@ -89,12 +88,19 @@ def grades_path(folder: RunFolder, task: str, arm: str, seed: int) -> Path:
 
 
 def read_grades(folder: RunFolder, task: str, arm: str, seed: int) -> list[dict]:
-    """Of a whole file; none where nothing was graded."""
+    """Of a whole file; none where nothing was graded. Raises ArgumentError."""
+    path = grades_path(folder, task, arm, seed)
     try:
-        text = grades_path(folder, task, arm, seed).read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for line in lines:
+            line["prompt_id"], line["chain_id"], line["grades"]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.split("\n") if line]
+    except (ValueError, KeyError, TypeError):
+        raise ArgumentError(
+            f"--out {path} does not hold grades of power-kernels; remove it, and --grade makes it anew"
+        ) from None
+    return lines
 
 
 def grade(grader: str, question: Question, answer: str, scorer=None) -> Grade:

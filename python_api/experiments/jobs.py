@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from power_kernels.api.experiments.schema import Arm, Experiment, selects
+from power_kernels.api.experiments.schema import Arm, Experiment, counts
 from power_kernels.api.experiments.tasks.task import Task
 
 
@@ -53,7 +53,7 @@ def jobs_of(experiment: Experiment, tasks: list[Task], options: Options) -> list
         of_seed = [arm for arm in arms if arm.seeds is None or number < arm.seeds]
         jobs += [Job(task, arm, seed) for task in tasks for arm in of_seed]
     if options.pilot:  # which is what they are counted by
-        jobs = [job for job in jobs if not (selects(job.arm) and job.arm.equal_to)]
-    waits = [bool(selects(job.arm) and job.arm.equal_to) for job in jobs]
+        jobs = [job for job in jobs if not counts(job.arm)]
+    waits = [counts(job.arm) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda i: (waits[i], models.index(experiment.model_of(jobs[i].arm)), i))
     return [jobs[i] for i in order]

@@ -7,15 +7,14 @@ import json
 from power_kernels.api.experiments.jobs import Job
 from power_kernels.api.experiments.records import RunFolder, model_label, write_whole
 from power_kernels.api.experiments.schema import Experiment
-from power_kernels.api.experiments.table import taken
+from power_kernels.api.experiments.table import counted_records, taken
 
 
 def write(folder: RunFolder, experiment: Experiment, jobs: list[Job]) -> list[str]:
     """One file for each job whose task nobody grades here. Returns their paths."""
     written = []
     for job in jobs:
-        records = folder.read(job.task.name, job.arm.label, job.seed)
-        if job.task.graders or not records:
+        if job.task.graders or not (records := counted_records(folder, job)):
             continue
         generator = f"{model_label(experiment.model_of(job.arm))}-{job.arm.label}"
         outputs = [
@@ -23,7 +22,6 @@ def write(folder: RunFolder, experiment: Experiment, jobs: list[Job]) -> list[st
             for record in taken(job.arm, records, None)
         ]
         path = folder.path / "outputs" / job.task.name / job.arm.label / f"seed-{job.seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
         written.append(str(path))
     return written

@@ -6,7 +6,8 @@
     RUN/outputs/<task>/<arm>/seed-<seed>.json        for a judge elsewhere, in alpaca_eval's format
     RUN/table.md, table.json                         what came out (`table.py`)
 
-A folder may grow: arms, tasks, seeds and questions may be added to it. What is there must be as it was.
+A folder may grow: arms, tasks, seeds and, by a task's limit, questions may be added to it. What is there must be as it
+was.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,7 @@ from power_kernels.api.driver.results import PowerResult
 from power_kernels.api.driver.stop import before_stop
 from power_kernels.api.driver.text import answer_text
 from power_kernels.api.experiments.jobs import Job
-from power_kernels.api.experiments.schema import Arm, Experiment
+from power_kernels.api.experiments.schema import Arm, Experiment, counts, selects
 from power_kernels.api.experiments.tasks.task import Task
 from power_kernels.errors import ArgumentError
 
@@ -48,51 +49,69 @@ class RunFolder:
         return self.path / "records" / task / arm / f"seed-{seed}.jsonl"
 
     def read(self, task: str, arm: str, seed: int) -> list[dict]:
-        """The records that are there, in the order of prompts and chains, those of parts among them."""
+        """The records that are there, in the order of prompts and chains, those of parts among them. Raises
+        ArgumentError for what is none."""
         path = self.records(task, arm, seed)
         found = {}
         for file in (path, *sorted(path.parent.glob(f"{path.name}.part-*"))):
             if file.exists():
-                for _, _, line in whole_lines(file):
-                    line = json.loads(line)
-                    found.setdefault((line["prompt_id"], line["chain_id"]), line)
+                for number, _, line in whole_lines(file):
+                    try:
+                        line = json.loads(line)
+                        found.setdefault((line["prompt_id"], line["chain_id"]), line)
+                    except (ValueError, KeyError, TypeError):
+                        raise ArgumentError(
+                            f"--out {file} line {number} is not a record of power-kernels; take the line out, or name "
+                            "another folder"
+                        ) from None
         return [line for _, line in sorted(found.items())]
 
     def config(self) -> dict:
         """Empty where there is none. Raises ArgumentError."""
         try:
-            return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise ArgumentError(f"--out {self.path} holds a config.json that cannot be read: {error}") from None
+        if not isinstance(found, dict):
+            raise ArgumentError(f"--out {self.path} holds a config.json that is a {type(found).__name__}, no run's")
+        return found
+
+    def check(self, experiment: Experiment, tasks: list[Task]) -> None:
+        """Raises ArgumentError where config.json says something else of an arm or a task. Of models it is not asked:
+        their digests take minutes."""
+        self._take(self.config(), _told(experiment, tasks))
 
     def add(self, experiment: Experiment, tasks: list[Task], models: dict[str, dict]) -> None:
         """Take these into config.json. Raises ArgumentError where it says something else of one of them."""
         labels = [model_label(name) for name in models]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ArgumentError(f"two models are called {twice[0]}; records tell them apart by their folders' names")
-        told = {
-            "arms": {arm.label: arm_told(experiment, arm) for arm in experiment.arms},
-            "tasks": {task.name: task.recorded() for task in tasks},
-            "models": {model_label(name): identity for name, identity in models.items()},
-        }
+        told = _told(experiment, tasks)
+        told["models"] = {model_label(name): identity for name, identity in models.items()}
         with self._changed() as config:
-            for key, entries in told.items():
-                known = config.setdefault(key, {})
-                for name, entry in entries.items():
-                    if known.setdefault(name, entry) != entry:
-                        raise ArgumentError(
-                            f"--out {self.path} holds another {key[:-1]} {name}: {_difference(known[name], entry)}; "
-                            "give it another name, or name another folder"
-                        )
+            self._take(config, told)
             config["seeds"] = sorted({*config.get("seeds", []), *experiment.seeds})
             if (here := versions()) not in config.setdefault("versions", []):
                 config["versions"].append(here)
 
-    def resolved(self, task: str, arm: str) -> int | None:
-        """How many answers `equal(...)` came to."""
-        return self.config().get("resolved", {}).get(task, {}).get(arm)
+    def _take(self, config: dict, told: dict[str, dict[str, dict]]) -> None:
+        """Raises ArgumentError for an entry that is there and says something else."""
+        for key, entries in told.items():
+            known = config.setdefault(key, {})
+            for name, entry in entries.items():
+                if known.setdefault(name, entry) != entry:
+                    raise ArgumentError(
+                        f"--out {self.path} holds another {key[:-1]} {name}: {_difference(known[name], entry)}; "
+                        "give it another name, or name another folder"
+                    )
+
+    def answers(self, arm: Arm, task: str) -> int | None:
+        """To each question with each seed; None where `equal(...)` has not been counted yet."""
+        if not selects(arm):
+            return arm.draws
+        return self.config().get("resolved", {}).get(task, {}).get(arm.label) if counts(arm) else arm.n
 
     def resolve(self, task: str, arm: str, n: int) -> None:
         with self._changed() as config:
@@ -117,13 +136,27 @@ class RunFolder:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A file that at every moment is the old one or the new one."""
+    """A file that at every moment is the old one or the new one. Raises ArgumentError where it cannot be written."""
     new = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise ArgumentError(f"--out {path} cannot be written: {error}") from None
+
+
+def _told(experiment: Experiment, tasks: list[Task]) -> dict[str, dict[str, dict]]:
+    """Arms and tasks as config.json has them."""
+    return {
+        "arms": {arm.label: arm_told(experiment, arm) for arm in experiment.arms},
+        "tasks": {task.name: task.recorded() for task in tasks},
+    }
 
 
 def arm_told(experiment: Experiment, arm: Arm) -> dict:

@@ -17,11 +17,12 @@ from power_kernels.api.commands.generate import INCOMPLETE, INTERRUPTED
 from power_kernels.api.commands.load import load_sampler, load_tokenizer, revision
 from power_kernels.api.driver.distributed import RankLostError, Ranks, join
 from power_kernels.api.driver.horizons import context_message
+from power_kernels.api.driver.stop import token_bytes
 from power_kernels.api.experiments import grade, outputs, table
 from power_kernels.api.experiments.account import Account
 from power_kernels.api.experiments.jobs import Job, Options, jobs_of
 from power_kernels.api.experiments.records import Recorder, RunFolder, model_identity
-from power_kernels.api.experiments.schema import Experiment, selects
+from power_kernels.api.experiments.schema import Experiment, counts
 from power_kernels.api.experiments.tasks import load_task
 from power_kernels.api.experiments.tasks.task import Task
 from power_kernels.errors import ArgumentError
@@ -38,6 +39,9 @@ def run(experiment: Experiment, options: Options) -> int:
         if name not in [arm.label for arm in experiment.arms]:
             raise ArgumentError(f"--only {name} is no arm; allowed: {', '.join(arm.label for arm in experiment.arms)}")
     folder = RunFolder(options.out)
+    if options.grade and not folder.config():
+        raise ArgumentError(f"--out {options.out} holds no run to --grade: it has no config.json")
+    folder.check(experiment, tasks)
     jobs = jobs_of(experiment, tasks, options)
     if options.dry_run:
         print(Account(folder, experiment, jobs, options).table())
@@ -108,7 +112,7 @@ class _Run:
 
     def run(self, tasks: list[Task]) -> int:
         for name in dict.fromkeys(self.experiment.model_of(job.arm) for job in self.jobs):
-            load_tokenizer(name)  # what can be refused early is: weights may take minutes
+            self._check_tokenizer(name)  # what can be refused early is: weights may take minutes
             identity = model_identity(name, revision(name)) if self.ranks.rank == 0 else None
             self.identities[name] = self.ranks.broadcast(identity)
         if self.ranks.rank == 0:
@@ -122,6 +126,13 @@ class _Run:
             if of_job == INTERRUPTED or drawing.failed:
                 break
         return status
+
+    def _check_tokenizer(self, name: str) -> None:
+        """Raises ArgumentError for one that the stop strings of an arm cannot be had with."""
+        tokenizer, _ = load_tokenizer(name)
+        of_model = (job for job in self.jobs if self.experiment.model_of(job.arm) == name)
+        if any(job.task.stop and self.experiment.drawing_arm(job.arm).stop == "law" for job in of_model):
+            token_bytes(tokenizer, len(tokenizer))
 
     def _drawing(self, job: Job) -> Drawing:
         task, arm, name = job.task, self.experiment.drawing_arm(job.arm), self.experiment.model_of(job.arm)
@@ -155,13 +166,11 @@ class _Run:
     def _answers(self, job: Job) -> int:
         """To each question. What another arm's cost comes to is settled once for the whole run."""
         task, arm = job.task.name, job.arm
-        if not selects(arm):
-            return arm.draws
-        if arm.equal_to is None:
-            return arm.n
+        if not counts(arm):
+            return self.folder.answers(arm, task)
         n = None
         if self.ranks.rank == 0:
-            n = self.folder.resolved(task, arm.label)
+            n = self.folder.answers(arm, task)
             if n is None:
                 n = self.account.equal(arm, task)
                 self.folder.resolve(task, arm.label, n)

@@ -16,7 +16,7 @@ from power_kernels.api.experiments import statistics
 from power_kernels.api.experiments.grade import read_grades
 from power_kernels.api.experiments.jobs import Job
 from power_kernels.api.experiments.records import RunFolder, write_whole
-from power_kernels.api.experiments.schema import Arm, BestOfN, LowTemperature, Majority, Plain
+from power_kernels.api.experiments.schema import Arm, BestOfN, LowTemperature, Plain, selects
 
 BY: dict[str, Callable[[dict], float]] = {
     "logp": lambda record: record["answer_logp"],
@@ -25,27 +25,39 @@ BY: dict[str, Callable[[dict], float]] = {
 
 
 def graded_records(folder: RunFolder, job: Job) -> list[dict]:
-    """The records of a job, with "grades" by grader where there are any (of this answer, or they do not count)."""
+    """The records of a job that count (`counted_records`), with "grades" by grader where there are any."""
     grades = {
         (line["prompt_id"], line["chain_id"]): line["grades"]
         for line in read_grades(folder, job.task.name, job.arm.label, job.seed)
     }
-    asked = job.task.asked
-    records = [record for record in folder.read(job.task.name, job.arm.label, job.seed) if record["prompt_id"] in asked]
+    records = counted_records(folder, job)
     return [{**record, "grades": grades.get((record["prompt_id"], record["chain_id"]), {})} for record in records]
 
 
+def counted_records(folder: RunFolder, job: Job) -> list[dict]:
+    """The records of the questions that are asked; of an arm that selects, of those that have all their answers: the
+    best of fewer is another arm."""
+    asked = job.task.asked
+    records = [record for record in folder.read(job.task.name, job.arm.label, job.seed) if record["prompt_id"] in asked]
+    if not selects(job.arm):
+        return records
+    there, n = Counter(record["prompt_id"] for record in records), folder.answers(job.arm, job.task.name)
+    return [record for record in records if there[record["prompt_id"]] == n]
+
+
 def taken(arm: Arm, records: list[dict], grader: str | None) -> list[dict]:
-    """Of the answers to each question those that count: all, but for an arm that selects. grader: whose reading of the
-    answers a majority is of."""
-    if not isinstance(arm, BestOfN | Majority):
+    """Of the answers to each question those that count: all, but for an arm that selects. It takes one that stopped at
+    bad logits, which is the likelier the earlier it did, only where all are such. grader: whose reading of the answers
+    a majority is of."""
+    if not selects(arm):
         return records
     by_question: dict[int, list[dict]] = {}
     for record in records:
         by_question.setdefault(record["prompt_id"], []).append(record)
+    of_each = [[a for a in answers if a["finish"] != "fault"] or answers for answers in by_question.values()]
     if isinstance(arm, BestOfN):
-        return [max(answers, key=BY[arm.by]) for answers in by_question.values()]
-    return [_majority(answers, grader) for answers in by_question.values()]
+        return [max(answers, key=BY[arm.by]) for answers in of_each]
+    return [_majority(answers, grader) for answers in of_each]
 
 
 def _majority(answers: list[dict], grader: str | None) -> dict:
@@ -78,7 +90,7 @@ def contents(folder: RunFolder, jobs: list[Job]) -> dict:
                 row["grades"][grader] = _grades(counted, grader)
         if row["grades"] and next(iter(row["grades"])) == graders[0]:
             verdicts[task, label] = arm, _by_question(counted, graders[0])
-            row["pass_at_k"] = _pass_at_k(verdicts[task, label][1])
+            row["pass_at_k"] = _pass_at_k([list(of.values()) for of in verdicts[task, label][1].values()])
         rows.append(row)
     return {"rows": rows, "comparisons": _comparisons(verdicts)}
 
@@ -97,17 +109,22 @@ def _cost(counted: list[dict], everything: list[dict]) -> dict:
     }
 
 
-def _by_question(counted: list[dict], grader: str) -> dict[int, list[float]]:
-    """The verdicts on each question, in the order of seeds and chains."""
-    found: dict[int, list[float]] = {}
+Verdicts = dict[int, dict[tuple[int, int], float]]
+
+
+def _by_question(counted: list[dict], grader: str) -> Verdicts:
+    """The verdicts on each question, by seed and by place among the answers with that seed."""
+    found: Verdicts = {}
     for record in counted:
-        found.setdefault(record["prompt_id"], []).append(float(record["grades"][grader]["correct"]))
+        of = found.setdefault(record["prompt_id"], {})
+        place = sum(seed == record["seed"] for seed, _ in of)
+        of[record["seed"], place] = float(record["grades"][grader]["correct"])
     return found
 
 
 def _grades(counted: list[dict], grader: str) -> dict:
     """Questions that not all seeds have come to count with those that have."""
-    verdicts = list(_by_question(counted, grader).values())
+    verdicts = [list(of.values()) for of in _by_question(counted, grader).values()]
     width = min(map(len, verdicts))
     if width == max(map(len, verdicts)):
         estimate = statistics.accuracy(np.array(verdicts))
@@ -118,28 +135,32 @@ def _grades(counted: list[dict], grader: str) -> dict:
     return {**_told(estimate), "reasons": dict(sorted(reasons.items())), "read": 1 - unread / len(counted)}
 
 
-def _pass_at_k(verdicts: dict[int, list[float]]) -> dict[str, dict]:
+def _pass_at_k(verdicts: list[list[float]]) -> dict[str, dict]:
     """For k = 1, 2, 4, ... and all, where there are several answers to each question."""
-    width = min(map(len, verdicts.values()))
+    width = min(map(len, verdicts))
     if width < 2:
         return {}
-    correct = np.array([values[:width] for values in verdicts.values()])
+    correct = np.array([values[:width] for values in verdicts])
     powers = [2**i for i in range(width.bit_length()) if 2**i < width]
     return {str(k): _told(statistics.pass_at_k(correct, k)) for k in (*powers, width)}
 
 
-def _comparisons(verdicts: dict[tuple[str, str], tuple[Arm, dict[int, list[float]]]]) -> list[dict]:
+def _comparisons(verdicts: dict[tuple[str, str], tuple[Arm, Verdicts]]) -> list[dict]:
     found = []
     for (task, label), (_, of_arm) in verdicts.items():
         for (task2, label2), (other, of_other) in verdicts.items():
             if task != task2 or label == label2 or not isinstance(other, Plain | LowTemperature):
                 continue
-            both = sorted(of_arm.keys() & of_other.keys())
+            both = {i: sorted(of_arm[i].keys() & of_other[i].keys()) for i in sorted(of_arm.keys() & of_other.keys())}
+            both = {i: places for i, places in both.items() if places}
             told = any(c["task"] == task and (c["arm"], c["against"]) == (label2, label) for c in found)
             if not both or told:
                 continue
-            width = min(min(len(of[i]) for i in both) for of in (of_arm, of_other))
-            first, second = (np.array([of[i][:width] for i in both]) for of in (of_arm, of_other))
+            width = min(map(len, both.values()))
+            first, second = (
+                np.array([[of[i][place] for place in places[:width]] for i, places in both.items()])
+                for of in (of_arm, of_other)
+            )
             compared = _told(statistics.mcnemar(first, second))
             found.append({"task": task, "arm": label, "against": label2, **compared})
     return found
@@ -172,8 +193,8 @@ def markdown(found: dict) -> str:
                 row["arm"],
                 str(len(row["seeds"])),
                 str(row["questions"]),
-                _with_error(graded[0]) if graded else "-",
-                _with_error(graded[1]) if len(graded) > 1 else "-",
+                _accuracy(graded[0]) if graded else "-",
+                _accuracy(graded[1]) if len(graded) > 1 else "-",
                 f"{graded[0]['read']:.3f}" if graded else "-",
                 f"{row['answer_logp']:.1f}",
                 f"{row['answer_tokens']:.0f}",
@@ -186,7 +207,7 @@ def markdown(found: dict) -> str:
     if found["comparisons"]:
         lines = [("task", "arm", "against", "questions", "seeds", "difference", "only it", "only the other", "p")]
         for c in found["comparisons"]:
-            difference = f"{c['difference']:+.3f} ± {c['standard_error'] or 0:.3f}"
+            difference = _with_error(f"{c['difference']:+.3f}", c["standard_error"])
             only = (str(c["only_first"]), str(c["only_second"]))
             place = (c["task"], c["arm"], c["against"], str(c["questions"]), str(c["seeds"]))
             lines.append((*place, difference, *only, f"{c['p']:.3g}"))
@@ -200,6 +221,10 @@ def _markdown_table(lines: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _with_error(graded: dict) -> str:
-    error = graded["standard_error"]
-    return f"{graded['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+def _accuracy(graded: dict) -> str:
+    return _with_error(f"{graded['value']:.3f}", graded["standard_error"])
+
+
+def _with_error(value: str, error: float | None) -> str:
+    """error: None where one question says nothing of it."""
+    return value if error is None else f"{value} ± {error:.3f}"

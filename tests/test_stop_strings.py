@@ -304,3 +304,16 @@ def test_the_command_line_takes_stop_strings_and_a_length_bonus(model, tmp_path,
     # Another length term is another run.
     assert cli.main([*arguments, *stops, "--length-bonus", "0.3", "--num-chains", "4"]) == 2
     assert "was drawn with another" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_is_no_line_break_and_refuses_a_tokenizer_before_weights(model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    letters_tokenizer().save_pretrained(folder)
+    arguments = ["generate", "--model", str(folder), "--prompt", "&'", "--quiet", "--max-new-tokens", "2"]
+    assert cli.main([*arguments, "--stop", "\\n", "--stop", "\n"]) == 0
+    assert capsys.readouterr().err.count("holds a backslash and a letter") == 1
+    (folder / "model.safetensors").unlink()
+    word_tokenizer().save_pretrained(folder)
+    assert cli.main([*arguments, "--stop", "w1"]) == 2
+    assert "stop is given with a tokenizer whose decoder is" in capsys.readouterr().err

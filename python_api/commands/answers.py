@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from power_kernels.api.commands.drawing import Drawing, answer_digests, ends_of_answers, prompt_rows
@@ -12,6 +13,7 @@ from power_kernels.api.commands.output_file import record
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.distributed import RankLostError, Ranks, join
 from power_kernels.api.driver.horizons import context_message
+from power_kernels.api.driver.stop import token_bytes
 
 
 def run(arguments: argparse.Namespace, config: PowerConfig, prompts: list[dict]) -> int:
@@ -37,6 +39,13 @@ def _drawing(arguments: argparse.Namespace, config: PowerConfig, prompts: list[d
     rows = prompt_rows(prompts, tokenizer, arguments.chat, first_says)
     if message := context_message(dict(enumerate(map(len, rows))), config.max_new_tokens, context):
         first_says(message)
+    if config.stop:
+        token_bytes(tokenizer, len(tokenizer))  # refuses a tokenizer that stop strings cannot be had with
+    for string in config.stop:
+        if re.search(r"\\[nrt]", string):
+            first_says(
+                f"--stop {string} holds a backslash and a letter, no line break or tab; $'\\n' in a shell is one"
+            )
     sampler = load_sampler(arguments, ranks, tokenizer)
     eos = [] if arguments.ignore_eos else ends_of_answers(sampler, prompts, arguments.chat, first_says)
     digests = answer_digests(

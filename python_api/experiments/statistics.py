@@ -115,7 +115,7 @@ def estimate(values: np.ndarray, seeds: int, level: float = 0.95, seed_error: fl
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not ((values >= 0) & (values <= 1)).all():
-        raise ArgumentError(f"values must be [questions] between 0 and 1, not {values.shape}")
+        raise ArgumentError(f"values is {values.shape}; it must be [questions], not empty, each between 0 and 1")
     count, mean = len(values), float(values.mean())
     if count == 1:
         return Estimate(mean, float("nan"), 0.0, 1.0, seed_error, 1, seeds)

@@ -280,6 +280,22 @@ def test_generate_without_the_tokenizer_of_its_stop_strings_says_what_to_pass(mo
         model.generate(IDS, custom_generate=power_sample, stop_strings="x", max_new_tokens=4, **CONFIG)
 
 
+def test_tokens_that_a_tokenizer_gets_later_stop_later_answers(model):
+    """97 tokens of the model, the last six of which have no names at first."""
+    tokenizer, late = letters_tokenizer(91), range(91, 97)
+    sampler = PowerSampler(model, tokenizer)
+    config = PowerConfig(max_new_tokens=24, stop="late", **CONFIG)
+
+    def drawn():
+        return sampler.generate(IDS, config, num_chains=20, seed=3)
+
+    assert sum(token in late for r in drawn() for token in r.tokens[:-1]) >= 5
+    tokenizer.add_tokens([f"late{i}" for i in late])
+    after = drawn()
+    assert not any(token in late for r in after for token in r.tokens[:-1])
+    assert any(r.finish == "stop" and r.tokens[-1] in late for r in after)
+
+
 def test_lanes_early_rejection_and_prefix_leave_answers_with_stop_strings_as_they_are(model, expected):
     for how in (dict(lanes=3), dict(early_rejection=False), dict(free_prefix=False, lanes=2)):
         config = PowerConfig(max_new_tokens=24, stop=STOP, **CONFIG, **how)

@@ -222,7 +222,7 @@ class PowerSampler:
             raise ArgumentTypeError(
                 f"stop is {list(config.stop)} and there is no tokenizer; pass PowerSampler(model, tokenizer)"
             )
-        if self._stop is None or self._stop.strings != config.stop:
+        if self._stop is None or not self._stop.fit(self.tokenizer, config.stop):
             self._stop = StopStrings.of(self.tokenizer, config.stop, self.engine.vocab_size)
         return self._stop
 

@@ -18,11 +18,14 @@ _TRIED = 4096  # tokens that are decoded to see that their bytes are right
 @dataclass(frozen=True)
 class StopStrings:
     """strings: those of the config. token_bytes: the bytes that each token adds for them. table: what `mh_advance`
-    takes as stop_next, int16 [S, V]."""
+    takes as stop_next, int16 [S, V]. tokenizer, tokens, special: whose they are, and what it held at the time."""
 
     strings: tuple[str, ...]
     token_bytes: list[bytes]
     table: np.ndarray
+    tokenizer: object
+    tokens: int
+    special: tuple[int, ...]
 
     @staticmethod
     def of(tokenizer, strings: Sequence[str], vocab_size: int) -> StopStrings:
@@ -37,7 +40,13 @@ class StopStrings:
             index = tokenizer.get_vocab().get(string, vocab_size)
             if index < vocab_size and not found[index]:
                 found[index] = string.encode()
-        return StopStrings(tuple(strings), found, stop_automaton([string.encode() for string in strings], found))
+        table = stop_automaton([string.encode() for string in strings], found)
+        return StopStrings(tuple(strings), found, table, tokenizer, *_extent(tokenizer))
+
+    def fit(self, tokenizer, strings: tuple[str, ...]) -> bool:
+        """Whether these are the strings, and the tokenizer is the one of then and has got no tokens since."""
+        same = tokenizer is self.tokenizer and strings == self.strings
+        return same and _extent(tokenizer) == (self.tokens, self.special)
 
     def before(self, tokenizer, prompt: list[int], tokens: list[int]) -> str:
         """The text of an answer whose last token completes a string, up to where that string begins.
@@ -60,6 +69,10 @@ class StopStrings:
             size += len(pieces[kept])
             kept += 1
         return answer_text(tokenizer, prompt, tokens[:kept]) + pieces[kept][: begins - size].decode(errors="replace")
+
+
+def _extent(tokenizer) -> tuple[int, tuple[int, ...]]:
+    return len(tokenizer), tuple(tokenizer.all_special_ids)
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

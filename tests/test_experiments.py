@@ -332,6 +332,9 @@ REFUSED = [
     ({"dtype": "int8"}, "dtype is 'int8'; allowed: 'auto', "),
     ({"modle": "m"}, "modle is not known; allowed: model, device, "),
     ({"model": 3}, "model is 3; it must be text"),
+    ({"threads": float("inf")}, "threads is inf; it must be an integer"),
+    ({"arms": [{"kind": "plain", "name": "\ud800"}]}, "arms[0].name is '\\ud800'; it holds half of a surrogate pair"),
+    ({"arms": [{"kind": "plain", 3: 4}]}, "arms[0][3] is 3; keys must be text"),
     ({"arms": ["plain", {"kind": "majority", "of": "plain", "n": "equal(plain)"}]}, "its own arm, which is one answer"),
 ]
 

@@ -161,8 +161,11 @@ def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tu
         first, second: [questions], such as the means of an arm and a curve's values at its cost (`Curve.values_at`).
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape or not len(first):
-        raise ArgumentError(f"first is {first.shape} and second is {second.shape}; they must be [questions]")
+    sound = first.ndim == 1 and first.shape == second.shape and len(first) > 0
+    if not sound or not np.isfinite(first - second).all():
+        raise ArgumentError(
+            f"first is {first.shape} and second is {second.shape}; they must be [questions], not empty, of finite numbers"
+        )
     return _difference(first - second, level)
 
 

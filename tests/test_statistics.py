@@ -274,7 +274,7 @@ def test_many_seeds_do_not_overflow():
         (lambda: statistics.majority_curve([["a"]], [[1, 0]], [[1, 1]]), "answers must be"),
         (lambda: statistics.majority_curve([["a", "a"]], [[1, 0]], [[1, 1]]), "both right and wrong"),
         (lambda: statistics.difference([1.0], [1.0, 2.0]), r"must be \[questions\]"),
-        (lambda: statistics.difference([np.nan, 1.0], [0.0, 1.0]), r"must be \[questions\].*of finite numbers"),
+        (lambda: statistics.difference([np.nan, 1.0], [0.0, 1.0]), r"must be \[questions\] of finite numbers"),
     ],
 )
 def test_tables_without_meaning_are_refused(call, message):

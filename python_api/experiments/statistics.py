@@ -164,7 +164,7 @@ def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tu
     sound = first.ndim == 1 and first.shape == second.shape and len(first) > 0
     if not sound or not np.isfinite(first - second).all():
         raise ArgumentError(
-            f"first is {first.shape} and second is {second.shape}; they must be [questions], not empty, of finite numbers"
+            f"first is {first.shape} and second is {second.shape}; they must be [questions] of finite numbers"
         )
     return _difference(first - second, level)
 

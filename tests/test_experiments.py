@@ -17,7 +17,9 @@ import torch
 from power_kernels.api.commands.cli import main
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.api.driver.stop import before_stop
+from power_kernels.api.experiments import records as run_records
 from power_kernels.api.experiments import schema, table
+from power_kernels.api.experiments.records import RunFolder
 from tests.commands import EOS, VOCAB, command, environment, free_port, joined, markov_model, records, save, start
 from tests.test_stop_strings import letters_tokenizer
 from tests.tiny_models import llama
@@ -259,6 +261,34 @@ def test_a_file_of_something_else_in_the_folder_is_named(folder, undisturbed, tm
     (out / file).write_text(content)
     assert main(arguments(folder, out, "--grade", "--allow-code-execution")) == 2
     assert message in capsys.readouterr().err
+
+
+def test_records_are_found_while_another_run_takes_over_parts(undisturbed, tmp_path, monkeypatch):
+    """Just before its part is read, and just before the file is."""
+    lines = (undisturbed / "records" / "humaneval" / "mh" / "seed-4.jsonl").read_text().splitlines(keepends=True)
+    path = RunFolder(tmp_path).records("humaneval", "mh", 4)
+    path.parent.mkdir(parents=True)
+    whole_lines = run_records.whole_lines
+
+    def moved_before(name):
+        path.write_text("".join(lines[:2]))
+        part = path.with_name(f"{path.name}.part-1")
+        part.write_text("".join(lines[2:]))
+
+        def read(file):
+            if file.name == name and part.exists():
+                path.write_text("".join(lines))
+                part.unlink()
+            return whole_lines(file)
+
+        monkeypatch.setattr(run_records, "whole_lines", read)
+        return [
+            json.dumps(record, ensure_ascii=False) + "\n" for record in RunFolder(tmp_path).read("humaneval", "mh", 4)
+        ]
+
+    assert len(lines) == 4
+    assert moved_before(f"{path.name}.part-1") == lines
+    assert moved_before(path.name) == lines
 
 
 def test_of_n_answers_that_are_not_all_there_none_is_taken(folder, undisturbed, tmp_path):

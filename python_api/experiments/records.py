@@ -53,12 +53,13 @@ class RunFolder:
         ArgumentError for what is none."""
         path = self.records(task, arm, seed)
         found = {}
-        for file in (path, *sorted(path.parent.glob(f"{path.name}.part-*"))):
-            if file.exists():
+        # The parts first: another run may take them over meanwhile, and what is not there any more is in the file then.
+        for file in (*sorted(path.parent.glob(f"{path.name}.part-*")), path):
+            with suppress(FileNotFoundError):
                 for number, _, line in whole_lines(file):
                     try:
                         line = json.loads(line)
-                        found.setdefault((line["prompt_id"], line["chain_id"]), line)
+                        found[line["prompt_id"], line["chain_id"]] = line
                     except (ValueError, KeyError, TypeError):
                         raise ArgumentError(
                             f"--out {file} line {number} is not a record of power-kernels; take the line out, or name "

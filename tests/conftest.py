@@ -40,7 +40,10 @@ HOST_FILES = {
     "test_prefix_memory": "prefixes are remembered on a CPU only",
     "test_docs": "the text",
     "test_ptx": "the compiled kernels, executed on the CPU",
+    "test_reproduce": "the text",
+    "test_run_plots": "pictures",
     "test_statistics": "arrays of verdicts",
+    "test_stop_law": "the reference, on the host whatever the device",
     "test_tensor_parallel": "processes on the CPU",
     "test_triton_compile": "compiles for every target without a device",
 }

@@ -16,6 +16,7 @@ from power_kernels.api import PowerConfig, PowerSampler, power_sample
 from power_kernels.api.commands import cli
 from power_kernels.api.driver.stop import StopStrings, before_stop, token_bytes
 from power_kernels.errors import ArgumentError, ArgumentTypeError
+from tests.devices import DEVICE
 from tests.test_user_inputs import byte_tokenizer, llama_tokenizer, word_tokenizer
 from tests.tiny_models import llama
 from tests.toys import ToyEngine, straddling_toy
@@ -234,7 +235,7 @@ def model():
 
 
 STOP = [chr(33 + i) for i in range(40, 60)]  # a fifth of the tokens
-IDS = torch.tensor([[5, 6, 7, 8]])
+IDS = torch.tensor([[5, 6, 7, 8]], device=DEVICE)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ HOST_FILES = {
     "test_cpp_kernels": "the C++ kernels serve CPU tensors",
     "test_cpu_linear": "linear layers on a CPU",
     "test_demo": "three short answers of a tiny model on the CPU",
+    "test_diagnostics": "what chains left behind",
     "test_distributed": "processes that meet over gloo, each on the CPU",
     "test_gpu_check": "the command that starts this run",
     "test_interrupts": "commands in processes of their own, on the CPU",

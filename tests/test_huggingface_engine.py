@@ -811,3 +811,12 @@ def test_nothing_in_a_step_waits_for_a_device(family, attention):
         drawn = engine.step(state.first(2))
         assert drawn.token.shape == (4,)
     engine.move(1, 0)
+
+
+def test_a_model_whose_own_logits_are_not_finite_is_refused_for_that():
+    """And not for how it decodes."""
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM gives logits that are not finite, by itself"):
+        HuggingFaceEngine(model)

@@ -103,6 +103,11 @@ def _compare(engine, got: list[tuple[list[int], torch.Tensor]], max_length: int)
     worst = errors[-1] if dtype in (torch.float32, torch.float64) else errors[len(errors) // 2]
     tolerance = _TOLERANCE[dtype]
     if not engine._agreed(worst) <= tolerance:
+        if not all(logits.isfinite().all() for logits in plain.values()):
+            raise UnsupportedModelError(
+                f"{type(engine.model).__name__} gives logits that are not finite, by itself, too: its weights are "
+                f"broken, or {dtype} is too narrow for it"
+            )
         _refuse_rows_that_depend_on_others(engine, tolerance)
         raise UnsupportedModelError(
             f"{type(engine.model).__name__} decodes differently through the ragged cache than by itself: "

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -213,6 +214,7 @@ class Recorder:
 
     def __call__(self, result: PowerResult, digest: str, seconds: float) -> dict:
         """`text` is what was drawn, `answer` what is graded of it: answer_tokens of the tokens, which have answer_logp.
+        The token that completes a stop string is one of them, whether it was in the law or the text is cut at it.
         log_weight: the sum of the weights. cost: seconds are those since the answer before, of all that ran at once."""
         job, prompt = self.job, self.rows[result.prompt_id]
         question = job.task.questions[result.prompt_id].id
@@ -220,9 +222,12 @@ class Recorder:
         answer = before_stop(result.text, self.stop)
         length = len(result.tokens)
         if len(answer) < len(result.text):
-            length = shortest(
-                length, lambda n: len(answer_text(self.tokenizer, prompt, result.tokens[:n])), len(answer)
-            )
+
+            def stopped(n: int) -> bool:
+                text = answer_text(self.tokenizer, prompt, result.tokens[:n])
+                return any(string in text for string in self.stop)
+
+            length = bisect_left(range(length), True, key=stopped)
         line = record(result, asked, digest)
         cost = line.pop("cost")
         return {
@@ -233,15 +238,3 @@ class Recorder:
             "answer_logp": round(float(np.sum(result.token_logp[:length])), 4),
             "cost": {**cost, "seconds": round(seconds, 3)},
         }
-
-
-def shortest(most: int, size, wanted: int) -> int:
-    """The least n up to `most` with size(n) >= wanted; size does not fall."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if size(middle) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -158,7 +158,8 @@ def test_torchrun_ends_the_ranks_when_one_is_killed_and_the_run_goes_on(folder, 
     os.kill(worker(torchrun.pid, rank=1), signal.SIGKILL)
     printed, _ = torchrun.communicate(timeout=1200)
     assert torchrun.returncode == 1, printed
-    assert "interrupted: " in printed  # rank 0, by torchrun's SIGTERM
+    # Rank 0 by torchrun's SIGTERM, or, where it has drawn its share already, since the other is gone.
+    assert "interrupted: " in printed or "run the same command again" in printed, printed
     assert 1 <= len(finished(out)) < 8
     again = start(command, arguments(folder, out, *longer), log=log)
     assert [joined(alone), joined(again)] == [0, 0], log.read_text()

@@ -42,6 +42,10 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+# The demo's model, which is big for a test, and one of 32 words in its place.
+PACKAGED = "python -m power_kernels.api.commands.packaged_model"
+TINY = "python -m tests.commands build/tests-tiny-model"
+
 # Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
 # then prints.
 TESTED = {
@@ -76,7 +80,7 @@ TESTED = {
         ("answers", "useful"),
     ),
     'power-kernels doctor --model "$(python -m power_kernels.api.commands.packaged_model)"': (
-        'power-kernels doctor --threads 1 --model "$(python -m power_kernels.api.commands.packaged_model)"',
+        f'power-kernels doctor --threads 1 --model "$({TINY})"',
         ("attention", "lanes"),
     ),
     "python -m power_kernels.api.commands.paged_demo": (
@@ -85,7 +89,7 @@ TESTED = {
     ),
     "power-kernels eval --demo": (
         # Records of an older model or other arms would be refused.
-        "rm -rf build/tests-eval-demo; power-kernels eval --demo --out build/tests-eval-demo --pilot 3",
+        "rm -rf build/tests-eval-demo; power-kernels eval --demo --out build/tests-eval-demo --pilot 2",
         ("| demo | plain |", "| demo | power |", "against"),
     ),
     "power-kernels eval bench/experiments/humaneval.yaml --out build/humaneval --dry-run": (

@@ -137,7 +137,10 @@ def test_the_command_runs(command):
 
 
 def test_the_generate_blocks_run():
-    one, diagnosed, several = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
+    blocks = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
+    chat = '--chat --prompt "Name three colours."'
+    assert all(PACKAGED in text and chat in text for text in blocks)
+    one, diagnosed, several = [text.replace(PACKAGED, TINY).replace(chat, '--prompt "w5 w6"') for text in blocks]
     done = run(one)
     assert done.returncode == 0, done.stderr
     assert "tokens forwarded" in done.stdout

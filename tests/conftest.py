@@ -21,6 +21,7 @@ HOST_FILES = {
     "test_bench_results": "small benchmarks on the CPU, and what is made of their results",
     "test_bench_suites": "byte formulas, and opponents compared on the CPU",
     "test_cli": "the command line takes its model to no device",
+    "test_committed_experiment": "records and a table",
     "test_config": "numbers and their checks",
     "test_cpp_kernels": "the C++ kernels serve CPU tensors",
     "test_cpu_linear": "linear layers on a CPU",

@@ -307,6 +307,14 @@ metadata: {{version: 1.0}}
 WORDS = [("w5 w6", "w7"), ("w7", "w9"), ("w8 w9", "w1"), ("w4", "w19"), ("w10", "w24"), ("w11", "w12")]
 
 
+def evaluation(folder, out) -> list[str]:
+    """`power-kernels eval` of the model in a folder, without its tasks and arms."""
+    return [
+        *("eval", "--model", str(folder / "model"), "--device", "cpu", "--out", str(out)),
+        *("--quiet", "--no-plots"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def lm_eval_folder(tmp_path_factory):
     """Tasks in lm-eval's format on a local file, and a model."""
@@ -370,17 +378,7 @@ def test_lm_eval_runs_our_model_and_its_scores_are_those_of_our_own_run(lm_eval_
     )
     assert isinstance(lm_eval.api.registry.get_model("power_kernels"), type(lm_eval_model.PowerKernelsLM))
     out = tmp_path / "run"
-    command = [
-        "eval",
-        "--model",
-        str(lm_eval_folder / "model"),
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        "--quiet",
-        "--no-plots",
-    ]
+    command = evaluation(lm_eval_folder, out)
     command += ["--task", f"words=lm-eval:task=tiny_words,include_path={lm_eval_folder}", "--seeds", "3"]
     assert main([*command, "--arm", f"power:stop=text,{told}"]) == 0
     answers = [
@@ -531,17 +529,7 @@ def test_answers_to_alpaca_eval_are_written_in_its_format(lm_eval_folder, tmp_pa
     data = tmp_path / "alpaca.json"
     data.write_text(json.dumps([{"instruction": "w5 w6", "dataset": "helpful"}, {"instruction": "w7"}]))
     out = tmp_path / "run"
-    command = [
-        "eval",
-        "--model",
-        str(lm_eval_folder / "model"),
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        "--quiet",
-        "--no-plots",
-    ]
+    command = evaluation(lm_eval_folder, out)
     assert (
         main([*command, "--task", f"alpaca-eval:data={data},chat=false,max_new_tokens=8", "--arm", "plain:stop=none"])
         == 0
@@ -557,17 +545,7 @@ def test_code_is_not_run_unless_it_is_allowed(lm_eval_folder, tmp_path, capsys):
     data = tmp_path / "problems.jsonl.gz"
     data.write_bytes(gzip.compress(json.dumps(PROBLEM).encode() + b"\n"))
     out = tmp_path / "run"
-    command = [
-        "eval",
-        "--model",
-        str(lm_eval_folder / "model"),
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        "--quiet",
-        "--no-plots",
-    ]
+    command = evaluation(lm_eval_folder, out)
     command += ["--task", f"humaneval:data={data},max_new_tokens=4", "--arm", "plain:stop=text"]
     assert main(command) == 0
     assert "not graded, since that would run what the model wrote" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def grade_humaneval(
         problem: HumanEval's fields; `prompt`, `test` and `entry_point` are read.
         completion: what follows the prompt. One of white space alone is no answer.
     """
-    program = f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+    program = _checked(problem, f"{problem['prompt']}{completion}")
     return _graded(completion, program, timeout, memory_bytes, allow_code_execution)
 
 
@@ -90,7 +90,7 @@ def grade_humaneval_chat(
     before = problem["prompt"]
     if block is not None and (stub := _definition(name).search(before)) and _definition(name).search(block):
         before = before[: stub.start()]
-    program = f"{before}{block}\n{problem['test']}\ncheck({name})"
+    program = _checked(problem, f"{before}{block}")
     return _graded(block, program, timeout, memory_bytes, allow_code_execution)
 
 
@@ -109,7 +109,7 @@ def grade_humaneval_published(
         response: prompt + completion, as one text.
     """
     body = published_body(response, problem["entry_point"])
-    program = f"{problem['prompt']}{body}\n{problem['test']}\ncheck({problem['entry_point']})"
+    program = _checked(problem, f"{problem['prompt']}{body}")
     return _graded(body, program, timeout, memory_bytes, allow_code_execution)
 
 
@@ -131,6 +131,11 @@ def grade_mbpp(
     setup = [problem.get("test_setup_code") or "", *(problem.get("test_imports") or [])]
     program = "\n".join([*setup, code or "", *problem["test_list"]])
     return _graded(code, program, timeout, memory_bytes, allow_code_execution)
+
+
+def _checked(problem: dict, code: str) -> str:
+    """The program that HumanEval runs: the code, the problem's test, and the call of it."""
+    return f"{code}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
 def _graded(answer: str | None, program: str, timeout: float, memory_bytes: int, allowed: bool) -> Grade:

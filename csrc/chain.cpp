@@ -1,5 +1,5 @@
 // The chain (DESIGN sections 3, 5.4 and 5.5): mh_accept, for stacks that keep their own chains, and mh_advance, one
-// decode step of the whole law for every lane. power_kernels/reference/chain.py is the specification; the arithmetic here
+// decode step of the whole law for every lane, or several in a row. power_kernels/reference/chain.py is the specification; the arithmetic here
 // is the same float64 operations in the same order, so that the two agree bit for bit.
 
 #include "rng.h"
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -197,6 +198,7 @@ struct State {
   const float* sampled_weight;
   const int32_t* sampled_status;
   const float* sampled_entropy;
+  int64_t draws;     // a lane: columns of what was sampled
   int64_t lanes;     // per chain
   int64_t width;     // of the token rows: max_new_tokens + 1
   int64_t z_width;   // of the rows of cumz: as many, or none
@@ -204,10 +206,13 @@ struct State {
   int64_t serials;   // of the rows by serial
 };
 
+constexpr int32_t NO_EPOCH = -1;
+
 // One chain of one launch: what one Triton program does.
 class Advance {
  public:
-  Advance(const State& s, const Law& law, int64_t chain)
+  // epochs: room for one number a lane of the chain.
+  Advance(const State& s, const Law& law, int64_t chain, int32_t* epochs)
       : s_(s),
         law_(law),
         c_(chain),
@@ -222,24 +227,45 @@ class Advance {
         stop_state_(s.stop_state + chain * s.a_width),
         outcome_(s.outcome + chain * s.serials),
         left_(s.left + chain * s.serials),
-        forwarded_(s.forwarded + chain * s.serials) {}
+        forwarded_(s.forwarded + chain * s.serials),
+        epochs_(epochs) {}
 
   void run() {
-    set_range(s_.commit_range + c_ * 4, c_, 0, 0, 0);
-    for (int64_t lane = first_; lane < end_; ++lane) set_range(s_.open_range + lane * 4, lane, c_, 0, 0);
-    if (mode() == Mode::EXTEND_ || mode() == Mode::PROPOSE_) {
-      for (int64_t lane = first_; lane < end_; ++lane) {
-        if (status(lane) == LaneStatus::RUNNING_ &&
-            s_.sampled_status[lane] != static_cast<int32_t>(Status::PENDING_))
-          receive(lane);
-      }
-      resolve();
-    }
-    schedule();
+    for (int64_t lane = first_; lane < end_; ++lane) epochs_[lane - first_] = lane_field(lane, LaneField::EPOCH_);
+    int64_t turn = 0;
+    while (turn < s_.draws && take_turn(turn)) ++turn;
+    // The turns that nobody has a draw for would change nothing else.
+    if (turn + 1 < s_.draws) clear_ranges();
     for (int64_t lane = first_; lane < end_; ++lane) emit(lane);
   }
 
  private:
+  // The next draw of each lane that has one, and all that follows from them. Returns whether a lane had one.
+  bool take_turn(int64_t turn) {
+    bool any = false;
+    clear_ranges();
+    if (mode() == Mode::EXTEND_ || mode() == Mode::PROPOSE_) {
+      for (int64_t lane = first_; lane < end_; ++lane) {
+        if (!has_draw(lane, turn)) continue;
+        receive(lane, lane * s_.draws + turn);
+        any = true;
+      }
+      resolve();
+    }
+    schedule();
+    return any;
+  }
+
+  // A lane's draws are those of what it ran when the launch began: once it runs something else, or has none this time,
+  // the rest of its row is void.
+  bool has_draw(int64_t lane, int64_t turn) {
+    int32_t& epoch = epochs_[lane - first_];
+    const bool has = status(lane) == LaneStatus::RUNNING_ && lane_field(lane, LaneField::EPOCH_) == epoch &&
+                     s_.sampled_status[lane * s_.draws + turn] != static_cast<int32_t>(Status::PENDING_);
+    if (!has) epoch = NO_EPOCH;
+    return has;
+  }
+
   // -- accessors
 
   int32_t& field(ChainField f) { return field_[static_cast<int32_t>(f)]; }
@@ -257,6 +283,10 @@ class Advance {
     range[2] = static_cast<int32_t>(start);
     range[3] = static_cast<int32_t>(stop);
   }
+  void clear_ranges() {
+    set_range(s_.commit_range + c_ * 4, c_, 0, 0, 0);
+    for (int64_t lane = first_; lane < end_; ++lane) set_range(s_.open_range + lane * 4, lane, c_, 0, 0);
+  }
   bool is_eos(int64_t token) const { return std::find(s_.eos, s_.eos + s_.eos_count, token) != s_.eos + s_.eos_count; }
   // Where a closed answer must end: the horizon, or the current length in the published code.
   int32_t cap() {
@@ -269,9 +299,9 @@ class Advance {
                     seed_);
   }
 
-  // -- 1. the sampled token of one running lane
+  // -- 1. a sampled token of one running lane: entry `draw` of what was sampled
 
-  void receive(int64_t lane) {
+  void receive(int64_t lane, int64_t draw) {
     const bool extending = mode() == Mode::EXTEND_;
     const int32_t serial = lane_field(lane, LaneField::SERIAL_);
     const int32_t div = lane_field(lane, LaneField::DIVERGENCE_);
@@ -289,10 +319,10 @@ class Advance {
       }
       return;
     }
-    const int64_t token = s_.sampled_token[lane];
-    const float logq = s_.sampled_logq[lane], weight = s_.sampled_weight[lane];
-    const float h = law_.cut == Cut::DIVERGENCE_ENTROPY_ ? s_.sampled_entropy[lane] : 1.0f;
-    Status sampled = static_cast<Status>(s_.sampled_status[lane]);
+    const int64_t token = s_.sampled_token[draw];
+    const float logq = s_.sampled_logq[draw], weight = s_.sampled_weight[draw];
+    const float h = law_.cut == Cut::DIVERGENCE_ENTROPY_ ? s_.sampled_entropy[draw] : 1.0f;
+    Status sampled = static_cast<Status>(s_.sampled_status[draw]);
     if (sampled == Status::OK_) {  // numbers that would poison the chain, whoever made them
       if (std::isnan(weight) || std::isnan(logq) || std::isnan(h)) {
         sampled = Status::NAN_;
@@ -562,6 +592,7 @@ class Advance {
   int8_t* const outcome_;
   int32_t* const left_;
   int32_t* const forwarded_;
+  int32_t* const epochs_;  // by lane: the EPOCH that its draws belong to
 };
 
 template <typename T>
@@ -579,8 +610,13 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
                 Tensor sampled_token, Tensor sampled_logq, Tensor sampled_weight, Tensor sampled_status,
                 Tensor sampled_entropy, int64_t max_new_tokens, int64_t block_size, int64_t mcmc_steps,
                 int64_t final_steps, bool early_rejection, bool free_prefix, bool karan_du, bool stops, int64_t cut) {
-  const int64_t chains = field.size(0);
-  STD_TORCH_CHECK(chains > 0 && lane_field.size(0) % chains == 0, "every chain must have as many lanes");
+  const int64_t chains = field.size(0), rows = lane_field.size(0);
+  STD_TORCH_CHECK(chains > 0 && rows >= chains && rows % chains == 0, "every chain must have as many lanes");
+  const int64_t draws = sampled_status.numel() / rows;
+  STD_TORCH_CHECK(draws > 0 && sampled_status.numel() % rows == 0, "every lane must have as many draws, at least one");
+  for (const Tensor* column : {&sampled_token, &sampled_logq, &sampled_weight}) {
+    STD_TORCH_CHECK(column->numel() == rows * draws, "what was sampled must have one shape");
+  }
   STD_TORCH_CHECK(seed.numel() == 1 || seed.numel() == chains, "seed must have shape [1] or [chains]");
   const State state{
       data<int32_t>(field),
@@ -620,7 +656,8 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
       data<const float>(sampled_weight),
       data<const int32_t>(sampled_status),
       data<const float>(sampled_entropy),
-      lane_field.size(0) / chains,
+      draws,
+      rows / chains,
       token.size(1),
       cumz.size(1),
       stop_state.size(1),
@@ -629,7 +666,8 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
   const Law law{max_new_tokens, block_size,  mcmc_steps, final_steps,
                 early_rejection, free_prefix, karan_du,  stops, static_cast<Cut>(cut)};
   torch::stable::parallel_for(0, chains, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t chain = begin; chain < end; ++chain) Advance(state, law, chain).run();
+    std::vector<int32_t> epochs(state.lanes);
+    for (int64_t chain = begin; chain < end; ++chain) Advance(state, law, chain, epochs.data()).run();
   });
 }
 

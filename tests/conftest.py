@@ -44,6 +44,7 @@ HOST_FILES = {
     "test_ptx": "the compiled kernels, executed on the CPU",
     "test_reproduce": "the text",
     "test_run_plots": "pictures",
+    "test_runs": "what runs of draws go to is on the CPU",
     "test_statistics": "arrays of verdicts",
     "test_stop_law": "the reference, on the host whatever the device",
     "test_tensor_parallel": "processes on the CPU",

@@ -118,7 +118,7 @@ def mh_advance(
     sampled_entropy: torch.Tensor | None = None,
     stop_next: torch.Tensor | None = None,
 ) -> None:
-    """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5).
+    """One decode step of the whole law of DESIGN section 3 for every lane of every chain, in one launch (5.5); or K.
 
     state: `ChainState` of C chains with P lanes each, updated in place: what was sampled is appended, proposals are
     rejected early, committed or kept waiting, the next cuts are drawn and walked, stages end and begin; then what
@@ -129,12 +129,19 @@ def mh_advance(
     sampled_token int64, sampled_logq and sampled_weight float32, sampled_status int32, all [C*P], as `sample_tokens`
     returned them for what was written last; Status.PENDING leaves a lane as it is. sampled_entropy: float32 [C*P],
     nats, of the same rows, for the cut law "divergence-entropy"; the others do not read it, and None will do.
+    Runs: the samples may all be [C*P, K] instead, row l being the next K draws of lane l, one after the other, with
+    Status.PENDING behind the last one that is there. A lane takes them as long as its LaneField.EPOCH is what it was
+    when the call began; the rest is void, whatever it holds: the lane runs something else, or nothing. What comes of it
+    is what comes of K calls with a column each, in which lanes whose EPOCH has changed, or that had no draw the time
+    before, are PENDING. (So the KV ranges are those of the last column only: who keeps rows of keys and values gives
+    one draw at a time.) A chain costs as many steps as its longest run has draws.
     stop_next: int16 [S, V], for a law with stops: the stop strings' automaton (3.1), which begins in state 0. Entry
     [s, v], in [-1, S), is its state after token v in state s, -1 where v completes a stop string (`stop_automaton`). A
     token outside [0, V) is a fault (Status.BAD_TOKEN).
     A bad status stops its chain (Mode.FAULT) when, and only when, the serial chain would have reached it; so does a
     status OK with a weight, logq or entropy that is NaN (as Status.NAN) or a weight or entropy of +inf (as
-    Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises ArgumentError for more than 16 lanes a chain.
+    Status.POS_INF). Errors: as `sample_tokens`; the triton backend raises ArgumentError for more than 16 lanes a chain,
+    and for runs of more than one draw.
 
     The tensors of the state, length_term, seed, eos and stop_next are checked when one of them, or the law, is another
     than in the last call with this `ChainState`: put new tensors into its fields, and do not resize or retype those
@@ -151,7 +158,7 @@ def mh_advance(
         if not compiling:
             state.checked = checked
     like = state.field
-    rows = (state.lane_field.shape[0],)
+    drawn = _drawn_shape(sampled_token, state.lane_field.shape[0])
     if sampled_entropy is None:
         if law.needs_entropy:
             raise ArgumentTypeError(
@@ -159,18 +166,30 @@ def mh_advance(
             )
         sampled_entropy = checked.no_entropy
     else:
-        check_vectors(like, sampled_entropy=(sampled_entropy, torch.float32, rows))
+        check_vectors(like, sampled_entropy=(sampled_entropy, torch.float32, drawn))
     check_vectors(
         like,
-        sampled_token=(sampled_token, torch.int64, rows),
-        sampled_logq=(sampled_logq, torch.float32, rows),
-        sampled_weight=(sampled_weight, torch.float32, rows),
-        sampled_status=(sampled_status, torch.int32, rows),
+        sampled_token=(sampled_token, torch.int64, drawn),
+        sampled_logq=(sampled_logq, torch.float32, drawn),
+        sampled_weight=(sampled_weight, torch.float32, drawn),
+        sampled_status=(sampled_status, torch.int32, drawn),
     )
     run(
         "mh_advance", like.device, *run_tensors[:-1], checked.no_stops if stop_next is None else stop_next,
         sampled_token, sampled_logq, sampled_weight, sampled_status, sampled_entropy, *checked.constants,
     )  # fmt: skip
+
+
+def _drawn_shape(sampled_token, rows: int) -> tuple[int, ...]:
+    """Of everything that was sampled: [rows], or [rows, K] where sampled_token has two dimensions."""
+    if not isinstance(sampled_token, torch.Tensor) or sampled_token.dim() != 2:
+        return (rows,)
+    given, draws = sampled_token.shape
+    if given != rows or draws < 1:
+        raise ArgumentError(
+            f"sampled_token has shape {[given, draws]}; it must be [{rows}], or [{rows}, K] for runs of K >= 1 draws"
+        )
+    return rows, draws
 
 
 class _CheckedRun(NamedTuple):
@@ -187,7 +206,7 @@ def _check_run(state: ChainState, law: Law, tensors: tuple[torch.Tensor | None, 
     check_tensor("field", state.field, shape=(None, CHAIN_FIELDS))
     check_tensor("lane_field", state.lane_field, shape=(None, LANE_FIELDS))
     chains, rows = state.chains, state.lane_field.shape[0]
-    if chains < 1 or rows % chains:
+    if not 1 <= chains <= rows or rows % chains:
         raise ArgumentError(f"state has {rows} lanes for {chains} chains; every chain must have as many")
     width = law.max_new_tokens + 1
     per_chain, per_lane, by_serial = (chains, width), (rows, width), (chains, law.max_steps + 1)

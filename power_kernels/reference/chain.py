@@ -50,7 +50,7 @@ def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, l
 
 
 def mh_advance(*args) -> None:
-    """One decode step of the law of section 3 for every lane. See `power_kernels.mh_advance`.
+    """One decode step of the law of section 3 for every lane, or several. See `power_kernels.mh_advance`.
 
     Takes the tensors of `ChainState` in order, length_term, seed, eos, stop_next, the sampled (token, logq, weight,
     status, entropy), and `Law.constants()`.
@@ -59,7 +59,10 @@ def mh_advance(*args) -> None:
     state = ChainState(*args[:n_state])
     length_term, seed, eos, stop_next, token, logq, weight, status, entropy = args[n_state : n_state + 9]
     law = Law.of_constants(*args[n_state + 9 :])
-    h = entropy.cpu().numpy() if law.needs_entropy else np.ones(len(status), np.float32)
+    if not law.needs_entropy:
+        entropy = torch.ones_like(weight)
+    rows = state.lane_field.shape[0]
+    sampled = [column.cpu().reshape(rows, -1).numpy() for column in (token, logq, weight, status, entropy)]
     host = ChainState(*(t.cpu() for t in state.tensors()))
     advance = _Advance(
         host,
@@ -68,7 +71,7 @@ def mh_advance(*args) -> None:
         seed.tolist() * (host.chains if len(seed) == 1 else 1),
         frozenset(eos.tolist()),
         stop_next.cpu().numpy(),
-        (token.tolist(), logq.cpu().numpy(), weight.cpu().numpy(), status.tolist(), h),
+        sampled,
     )
     for chain in range(host.chains):
         advance.chain(chain)
@@ -100,17 +103,40 @@ class _Advance:
         self.field = self.s["field"][c]
         self.first = c * self.lanes
         self.mine = range(self.first, self.first + self.lanes)
-        self.s["commit_range"][c] = (c, 0, 0, 0)
-        for lane in self.mine:
-            self.s["open_range"][lane] = (lane, c, 0, 0)
-        if self.field[CF.MODE] in (Mode.EXTEND, Mode.PROPOSE):
-            for lane in self.mine:
-                if self.lane(lane, LF.STATUS) == LaneStatus.RUNNING and self.sampled[3][lane] != Status.PENDING:
-                    self.receive(lane)
-            self.resolve()
-        self.schedule()
+        self.takers = {lane: self.lane(lane, LF.EPOCH) for lane in self.mine}
+        draws = self.sampled[0].shape[1]
+        for turn in range(draws):
+            if not self.turn(turn):  # nor will any later one have a draw: they would only clear the ranges
+                if turn + 1 < draws:
+                    self.clear_ranges()
+                break
         for lane in self.mine:
             self.emit(lane)
+
+    def turn(self, turn: int) -> bool:
+        """The next draw of each lane that has one, and all that follows from them. Returns whether a lane had one."""
+        self.clear_ranges()
+        received = []
+        if self.field[CF.MODE] in (Mode.EXTEND, Mode.PROPOSE):
+            for lane in self.mine:
+                if self.has_draw(lane, turn):
+                    self.receive(lane, *(column[lane, turn] for column in self.sampled))
+                    received.append(lane)
+            self.resolve()
+        self.schedule()
+        return bool(received)
+
+    def has_draw(self, lane: int, turn: int) -> bool:
+        """A lane's draws are those of what it ran when the launch began: once it runs something else, or has none this
+        time, the rest of its row is void."""
+        has = (
+            self.lane(lane, LF.STATUS) == LaneStatus.RUNNING
+            and self.takers.get(lane) == self.lane(lane, LF.EPOCH)
+            and self.sampled[3][lane, turn] != Status.PENDING
+        )
+        if not has:
+            self.takers.pop(lane, None)
+        return has
 
     # -- small accessors
 
@@ -129,11 +155,15 @@ class _Advance:
     def add_cost(self, column: Cost, tokens: int) -> None:
         self.s["cost"][self.c, column] += tokens
 
-    # -- 1. the sampled token of one running lane
+    def clear_ranges(self) -> None:
+        self.s["commit_range"][self.c] = (self.c, 0, 0, 0)
+        for lane in self.mine:
+            self.s["open_range"][lane] = (lane, self.c, 0, 0)
 
-    def receive(self, lane: int) -> None:
+    # -- 1. a sampled token of one running lane
+
+    def receive(self, lane: int, token, logq, weight, status, h) -> None:
         law, c = self.law, self.c
-        token, logq, weight, status, h = (column[lane] for column in self.sampled)
         extending = self.field[CF.MODE] == Mode.EXTEND
         serial, div, pos = (self.lane(lane, f) for f in (LF.SERIAL, LF.DIVERGENCE, LF.POSITION))
         self.add_cost(Cost.EXTENSION if extending else Cost.PROPOSAL, 1)

@@ -1051,16 +1051,21 @@ def mh_advance(*args) -> None:
 
     Takes the tensors of `ChainState` in order, length_term f64 [H + 2], seed i64 [1] or [C], eos i64 [E], stop_next i16
     [S, V] or any, the sampled token i64, logq f32, weight f32, status i32 [C*P], entropy f32 [C*P] or any, and
-    `Law.constants()`. Raises ArgumentError for more than MAX_LANES lanes a chain.
+    `Law.constants()`. Raises ArgumentError for more than MAX_LANES lanes a chain, and for runs of several draws.
     """
     n_state = len(ChainState.__dataclass_fields__)
     tensors, law = args[: n_state + 9], args[n_state + 9 :]
     state = ChainState(*tensors[:n_state])
-    _length_term, seed, eos, stop_next, *_sampled = tensors[n_state:]
+    _length_term, seed, eos, stop_next, sampled_token, *_sampled = tensors[n_state:]
     if state.chains == 0:
         return
     if state.lanes > MAX_LANES:
         raise ArgumentError(f"state has {state.lanes} lanes a chain; backend 'triton' runs at most {MAX_LANES}")
+    rows = state.lane_field.shape[0]
+    if sampled_token.numel() != rows:
+        raise ArgumentError(
+            f"sampled_token has shape {list(sampled_token.shape)}; backend 'triton' takes one draw a lane, [{rows}]"
+        )
     launch(
         _mh_advance_kernel,
         (state.chains,),

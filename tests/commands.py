@@ -187,7 +187,3 @@ MOMENTS = {
     "when the new file is in place": _after_the_new_file,
     "when the first part is gone": _after_the_first_part_is_gone,
 }
-
-
-if __name__ == "__main__":  # a model for a shell: its folder, made and printed
-    print(save(markov_model(), Path(sys.argv[1])))

@@ -14,6 +14,7 @@ import pytest
 import power_kernels
 import power_kernels.api
 from power_kernels.api import PowerResult
+from tests.commands import markov_model, save
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -42,9 +43,9 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-ec", command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-# The demo's model, which is big for a test, and one of 32 words in its place.
-PACKAGED = "python -m power_kernels.api.commands.packaged_model"
-TINY = "python -m tests.commands build/tests-tiny-model"
+# What names the demo's model, which is big for a test, and the folder of one of 32 words in its place.
+PACKAGED = "$(python -m power_kernels.api.commands.packaged_model)"
+TINY = "build/tests-tiny-model"
 
 # Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
 # then prints.
@@ -80,7 +81,7 @@ TESTED = {
         ("answers", "useful"),
     ),
     'power-kernels doctor --model "$(python -m power_kernels.api.commands.packaged_model)"': (
-        f'power-kernels doctor --threads 1 --model "$({TINY})"',
+        f"power-kernels doctor --threads 1 --model {TINY}",
         ("attention", "lanes"),
     ),
     "python -m power_kernels.api.commands.paged_demo": (
@@ -127,6 +128,12 @@ def test_every_command_is_tested():
     assert {kind for _, kind, _ in BLOCKS} <= {"bash", "python", "yaml"}  # test_experiments.py reads the last
 
 
+@pytest.fixture(scope="module")
+def _tiny_model():
+    save(markov_model(), ROOT / TINY)
+
+
+@pytest.mark.usefixtures("_tiny_model")
 @pytest.mark.parametrize("command", TESTED)
 def test_the_command_runs(command):
     tested_as, printed = TESTED[command]
@@ -136,6 +143,7 @@ def test_the_command_runs(command):
         assert needed in done.stdout, done.stdout
 
 
+@pytest.mark.usefixtures("_tiny_model")
 def test_the_generate_blocks_run():
     blocks = [text for _, kind, text in BLOCKS if kind == "bash" and "MODEL" in text]
     chat = '--chat --prompt "Name three colours."'

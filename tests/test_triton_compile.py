@@ -63,12 +63,13 @@ def test_every_configuration_compiles_for_every_target(report):
         names = [r["name"] for r in on(report, target)]
         assert len(set(names)) == len(names)
         kernels = Counter(name.split()[0] for name in names)
-        # dtypes, load widths and entropy; dtypes, load widths and widths over tiles; dtypes and widths; lanes; units
-        for kernel, many in dict(mass=12, finish=12, score=6, mh_accept=1, mh_advance=3, kv_copy=7).items():
-            assert kernels[kernel] == many, (target, kernel)
-        # dtypes and load widths; widths over tiles
-        for kernel, many in dict(head_sample=6, head_score=6, head_finish=2, head_given=2).items():
-            assert kernels[kernel] == many, (target, kernel)
+        dtypes = 3 if target == "sm_80" else 2  # float16 is compiled for one target; `make kernels-report` has all
+        # load widths and entropy; load widths and widths over tiles; widths; load widths
+        of_dtypes = dict(mass=4, finish=4, score=2, head_sample=2, head_score=2)
+        # lanes; units; widths over tiles
+        others = dict(mh_accept=1, mh_advance=3, kv_copy=7, head_finish=2, head_given=2)
+        expected = {**{kernel: dtypes * many for kernel, many in of_dtypes.items()}, **others}
+        assert {kernel: kernels[kernel] for kernel in expected} == expected, target
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(report):
@@ -78,12 +79,12 @@ def test_nothing_spills_and_nothing_lies_in_local_memory(report):
 
 def test_logits_and_caches_come_in_16_byte_loads(report):
     wanted = [r for r in on(report, *NVIDIA) if r["wide"]]
-    # masses (3 dtypes, entropy or not), finishers (3 dtypes, 2 widths) and caches (3 widths) on three targets
-    assert len(wanted) >= 3 * (6 + 6 + 3)
+    # masses (entropy or not) and finishers (2 widths) of 3, 2 and 2 dtypes, caches (3 widths) on three targets
+    assert len(wanted) >= 7 * (2 + 2) + 3 * 3
     assert [(r["target"], r["name"], r["loads"]) for r in wanted if not r["loads"].get("128")] == []
     # A wave of 64 has half as many entries a thread to read; the finishers' tiles have 4 warps, so 8 bytes a thread.
     streaming = [r for r in on(report, "gfx942") if r["wide"] and r["name"].startswith(("mass", "kv_copy"))]
-    assert len(streaming) == 6 + 3
+    assert len(streaming) == 4 + 3
     assert [(r["name"], r["loads"]) for r in streaming if not r["loads"].get("128")] == []
 
 
@@ -100,7 +101,7 @@ def test_an_integer_beta_costs_one_exponential_a_logit(report):
     the branch that integers up to 16 do not take, and two for the entry of the argmax's thread that each thread reads
     again: 66. A power that took an exponential of its own would show as more."""
     masses = [r for r in on(report, *NVIDIA) if r["name"].startswith("mass")]
-    assert len(masses) == 3 * 12
+    assert len(masses) == (3 + 2 + 2) * 4
     assert {r["ex2"] for r in masses} == {32 + 32 + 2}
 
 

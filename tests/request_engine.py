@@ -6,7 +6,8 @@ requests know nothing of ranges, positions or other lanes, and some are not read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,13 @@ Logits = Callable[[tuple[int, ...], tuple[int, ...]], np.ndarray]  # (prompt, to
 
 @dataclass
 class Request:
-    """prompt, tokens: what the next token is drawn after. name: what it was opened as."""
+    """prompt, tokens: what the next token is drawn after. name: what it was opened as. weight: their W, if it is
+    summed."""
 
     prompt: tuple[int, ...]
     tokens: list[int]
     name: object
+    weight: float | None = None
 
 
 class RequestKeeper:
@@ -87,25 +90,30 @@ class RequestKeeper:
         logq, weight, entropy = (torch.full((rows,), float("nan")) for _ in range(3))
         status = torch.full((rows,), Status.PENDING, dtype=torch.int32)
         if ready:
-            asked = [self.live[lane] for lane in ready]
-            logits = np.stack([self.logits(request.prompt, tuple(request.tokens)) for request in asked])
-            drawn = pk.sample_tokens(
-                torch.from_numpy(logits.astype(np.float32)).to(self.device),
-                torch.full((len(ready),), self.alpha, device=self.device),
-                torch.full((len(ready),), self.beta, device=self.device),
-                self.seed,
-                torch.tensor([counter[lane] for lane in ready], dtype=torch.int32, device=self.device),
-                torch.tensor([exclude[lane] for lane in ready], device=self.device),
-                return_entropy=self.entropy,
-            )
+            drawn = self.draw(ready, counter, exclude)
             token[ready], logq[ready], weight[ready] = drawn.token.cpu(), drawn.logq.cpu(), drawn.weight.cpu()
             status[ready] = drawn.status.cpu()
             if self.entropy:
                 entropy[ready] = drawn.entropy.cpu()
-            for request, new in zip(asked, drawn.token.tolist(), strict=True):
-                request.tokens.append(new)
         parts = [part.to(self.device) for part in (token, logq, weight, status)]
         return Sampled(*parts, entropy=entropy.to(self.device) if self.entropy else None)
+
+    def draw(self, lanes: list[int], counter: dict[int, Sequence[int]], exclude: dict[int, int]) -> pk.SampleOutput:
+        """The next token of each of these lanes' requests, which is appended to it."""
+        asked = [self.live[lane] for lane in lanes]
+        logits = np.stack([self.logits(request.prompt, tuple(request.tokens)) for request in asked])
+        drawn = pk.sample_tokens(
+            torch.from_numpy(logits.astype(np.float32)).to(self.device),
+            torch.full((len(lanes),), self.alpha, device=self.device),
+            torch.full((len(lanes),), self.beta, device=self.device),
+            self.seed,
+            torch.tensor([counter[lane] for lane in lanes], dtype=torch.int32, device=self.device),
+            torch.tensor([exclude[lane] for lane in lanes], device=self.device),
+            return_entropy=self.entropy,
+        )
+        for request, new in zip(asked, drawn.token.tolist(), strict=True):
+            request.tokens.append(new)
+        return drawn
 
 
 class ToldEngine(RequestKeeper):
@@ -139,13 +147,89 @@ class ToldEngine(RequestKeeper):
             self.live[one.lane] = Request(self.prompts[one.lane // self.lanes], list(one.tokens), one)
 
     def step(self, state: pk.ChainState) -> Sampled:
+        return self.answer(state.chains * state.lanes, *self.arguments(self.live))
+
+    def arguments(self, lanes: Iterable[int]) -> tuple[dict[int, Sequence[int]], dict[int, int]]:
+        """counter and exclude of the next draw of each lane's request."""
         counter, exclude = {}, {}
-        for lane, request in self.live.items():
+        for lane in lanes:
+            request = self.live[lane]
             position = len(request.tokens)
             assert position < request.name.horizon, "more is asked than was said"
             counter[lane] = request.name.counter(position)
             exclude[lane] = request.name.exclude if position == len(request.name.tokens) else -1
-        return self.answer(state.chains * state.lanes, counter, exclude)
+        return counter, exclude
+
+
+class AheadEngine(ToldEngine):
+    """Draws each request by itself, up to some length or its end, and hands over what it has drawn: runs.
+
+    A request ends at its horizon, at an EOS token, or where `Opened` says that its chain will reject it, as a serving
+    stack ends it in the process that samples. resumed: requests that were asked for more after they had ended.
+    rejected, closed, faulted: requests that ended so before their horizon. longest: draws of a run.
+    """
+
+    def __init__(self, *args, longest: int = 6, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.device = torch.device("cpu")
+        self.longest = longest
+        self.resumed = self.rejected = self.closed = self.faulted = 0
+
+    def begin(self, **kwargs) -> None:
+        super().begin(**kwargs)
+        self.done: set[int] = set()  # numbers of the requests that have ended
+
+    def step(self, state: pk.ChainState) -> Sampled:
+        left = {
+            lane: int(self.random.integers(1, self.longest + 1))
+            for lane in sorted(self.live)
+            if self.random.random() >= self.late
+        }
+        self.pauses += len(self.live) - len(left)
+        self.resumed += sum(self.live[lane].name.request in self.done for lane in left)
+        runs: list[tuple[list[int], pk.SampleOutput]] = []  # the k-th draws of the lanes that have one
+        while left:
+            lanes = list(left)
+            drawn = self.draw(lanes, *self.arguments(lanes))
+            runs.append((lanes, drawn))
+            self.answered += len(lanes)
+            for i, lane in enumerate(lanes):
+                left[lane] -= 1
+                if self.ends(self.live[lane], drawn, i) or left[lane] == 0:
+                    del left[lane]
+        return self.packed(state.chains * state.lanes, runs)
+
+    def ends(self, request: Request, drawn: pk.SampleOutput, i: int) -> bool:
+        """Whether its last token, draw i of these, ends a request."""
+        opened, n = request.name, len(request.tokens)
+        request.weight = (opened.cumw if request.weight is None else request.weight) + float(drawn.weight[i])
+        closed, faulted = request.tokens[-1] in self.eos_token_ids, int(drawn.status[i]) != Status.OK
+        rejected = request.weight + self.most(opened, n) < opened.theta
+        ends = faulted or closed or rejected or n == opened.horizon
+        if ends:
+            self.done.add(opened.request)
+            self.faulted += faulted
+            self.closed += closed and n < opened.horizon
+            self.rejected += rejected and not closed and n < opened.horizon
+        return ends
+
+    @staticmethod
+    def most(opened: Opened, n: int) -> float:
+        """What the length may yet add to the weight of a request of n tokens, at most."""
+        ends_at = (n if opened.ends_early else opened.horizon), opened.horizon
+        return max(opened.length_bonus * m - math.log(m) for m in ends_at)
+
+    def packed(self, rows: int, runs: list[tuple[list[int], pk.SampleOutput]]) -> Sampled:
+        shape = rows, max(len(runs), 1)
+        token = torch.full(shape, -1)
+        logq, weight, entropy = (torch.full(shape, float("nan")) for _ in range(3))
+        status = torch.full(shape, Status.PENDING, dtype=torch.int32)
+        for k, (lanes, drawn) in enumerate(runs):
+            token[lanes, k], logq[lanes, k], weight[lanes, k] = drawn.token, drawn.logq, drawn.weight
+            status[lanes, k] = drawn.status
+            if self.entropy:
+                entropy[lanes, k] = drawn.entropy
+        return Sampled(token, logq, weight, status, entropy=entropy if self.entropy else None)
 
 
 class LookingEngine(RequestKeeper):

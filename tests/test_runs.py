@@ -7,8 +7,10 @@ of what it must have seen.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -16,13 +18,34 @@ import torch
 
 import power_kernels as pk
 from power_kernels import reference
-from power_kernels.api import Sampled
+from power_kernels.api import PowerConfig, PowerSampler, Sampled
+from power_kernels.api.driver.engine import Opened
+from power_kernels.api.driver.requests import RequestLog
+from power_kernels.api.driver.run import RunReport
 from power_kernels.errors import ArgumentError
 from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Outcome, Status
 from tests.devices import host_only
 from tests.op_helpers import serving, stop_table
-from tests.test_chain_identity import LAWS, assert_same_state, copied, made_up, poisoned
+from tests.request_engine import AheadEngine
+from tests.test_chain_identity import (
+    CASES,
+    LAWS,
+    PROMPTS,
+    SEED,
+    FaultToy,
+    Results,
+    assert_identical,
+    assert_same_state,
+    copied,
+    count,
+    drive,
+    made_up,
+    one_lane,
+    poisoned,
+    voided_tokens,
+)
+from tests.toys import Toy, ToyEngine
 
 VOCAB = 6
 LONGEST = 9  # draws of a run: two more than an answer has tokens
@@ -214,3 +237,145 @@ def test_a_run_passes_opcheck():
     none = torch.empty(0), torch.empty(0, 0, dtype=torch.int16)
     arguments = *state.tensors(), *common, none[1], *drawn([[3, 4]] * 2), none[0], *law.constants()
     torch.library.opcheck(torch.ops.power_kernels.mh_advance.default, arguments)
+
+
+# ---- whole chains, by an engine that works ahead
+
+
+def ahead(toy: Toy) -> AheadEngine:
+    """toy: whose answers end where it does not know: it draws on from anything behind a stop string."""
+    zeros = np.zeros(toy.vocab)
+    return AheadEngine(lambda prompt, tokens: toy.table.get(tokens, zeros), toy.vocab, eos=toy.eos)
+
+
+def drawn_by(
+    engine: AheadEngine, toy: Toy, config: PowerConfig, slots: int, chains: int = 16
+) -> tuple[Results, RunReport]:
+    sampler = PowerSampler(engine, toy.tokenizer())
+    results = sampler.generate(
+        list(PROMPTS.values()), config, num_chains=chains // 2, seed=SEED, prompt_ids=list(PROMPTS), max_chains=slots
+    )
+    return {(r.prompt_id, r.chain_id): r for r in results}, sampler.last_run
+
+
+@dataclass
+class Ahead:
+    """What the chains below did, at least. rejected, closed: requests that the engine ended by itself. void: draws that
+    it handed over and no lane took."""
+
+    chains: int = 0
+    accepted: int = 0
+    unchanged: int = 0
+    voided: int = 0
+    rejected: int = 0
+    closed: int = 0
+    void: int = 0
+
+
+EXECUTIONS = {
+    "one lane": (dict(), Ahead(352, 1200, 800, 0, 110, 280, 180)),
+    "four lanes": (dict(lanes=4), Ahead(352, 1200, 800, 1400, 120, 370, 450)),
+    "three lanes, prefix forwarded": (dict(lanes=3, free=False), Ahead(352, 1200, 800, 1750, 180, 560, 2300)),
+    "two lanes, no early rejection": (dict(lanes=2, early=False), Ahead(352, 1200, 800, 750, 0, 330, 250)),
+}
+
+
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_an_engine_that_works_ahead_draws_the_chains_of_one_that_keeps_rows(name):
+    """16 chains of each law of `test_chain_identity`, in five slots, bitwise. The least that they must do: above."""
+    how, least = EXECUTIONS[name]
+    seen = Ahead()
+    for law, case in CASES.items():
+        toy = case.toy()
+        engine = ahead(toy)
+        results, report = drawn_by(engine, toy, case.make(**how), 5)
+        want = one_lane(law, chains=16)
+        assert_identical(results, want)
+        alone = one_lane(law, how.get("early", True), how.get("free", True), chains=16)
+        taken = sum(r.cost.extension + r.cost.proposal for r in results.values())
+        assert report.drawn == report.useful_lane_steps == taken
+        assert report.lane_steps == report.row_steps == engine.answered >= taken
+        assert engine.resumed == 0, f"{law}: the engine ended what its chain let go on"
+        seen.chains += len(results)
+        seen.accepted += count(results, Outcome.ACCEPTED)
+        seen.unchanged += count(results, Outcome.UNCHANGED)
+        seen.voided += voided_tokens(results, alone)
+        seen.rejected += engine.rejected
+        seen.closed += engine.closed
+        seen.void += engine.answered - taken
+        if law == "no end" and name == "one lane":  # the only test that asks for nothing but what the chain's asks
+            assert engine.answered == taken, "the engine ended later than its chain"
+            assert engine.rejected >= 10
+    assert all(getattr(seen, f.name) >= getattr(least, f.name) for f in fields(seen)), seen
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_bad_logits_in_a_run_stop_the_chains_that_reach_them(lanes):
+    """32 chains, at least 6 of which end so, and 10 do not."""
+    toy = FaultToy()
+    config = PowerConfig(alpha=2.0, temperature=0.8, max_new_tokens=5, block_size=3, mcmc_steps=4)
+    rows = drive(ToyEngine(toy), replace(config, lanes=1), chains=32)
+    engine = ahead(toy)
+    results, _ = drawn_by(engine, toy, replace(config, lanes=lanes), 5, chains=32)
+    assert_identical(results, rows)
+    ended = sum(r.finish == "fault" for r in results.values())
+    assert 6 <= ended <= 22
+    assert engine.faulted >= ended
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("cut", ["uniform", "divergence"])
+def test_a_request_is_told_its_weight_and_below_what_it_is_rejected(cut, early):
+    """Of an extension, of a proposal, and of one that was moved in the middle."""
+    horizon, logq = 7, -3.0
+    law = Law(horizon, horizon, 20, early_rejection=early, cut=cut, length_bonus=0.25)
+    common = torch.from_numpy(reference.length_table(law)), torch.tensor([2]), torch.empty(0, dtype=torch.int64)
+    state, log = ChainState.allocate(2, 1, law), RequestLog(2, law, ends_early=False)
+    state.admit(1, [5, 6], chain_id=3, prompt_id=4)
+
+    def step(weights: list[float]) -> Opened:
+        run = torch.full((2, max(len(weights), 1)), Status.PENDING, dtype=torch.int32)
+        run[1, : len(weights)] = Status.OK
+        weight = torch.zeros(run.shape)
+        weight[1, : len(weights)] = torch.tensor(weights)
+        pk.mh_advance(state, law, *common, torch.ones_like(run).long(), torch.full(run.shape, logq), weight, run)
+        (opened,), _ = log.news(state)
+        return opened
+
+    extension = step([])
+    assert (extension.cumw, extension.theta, extension.length_bonus, extension.ends_early) == (
+        0,
+        -math.inf,
+        0.25,
+        False,
+    )
+    weights = [-0.5 - t / 8 for t in range(horizon)]
+    proposal = step(weights)
+    n = len(proposal.tokens)
+    assert 0 < n < horizon - 1
+    assert proposal.cumw == sum(weights[:n])
+
+    def lowest(tokens: int) -> float:
+        """F(x) + log(1 - u), and for log n the most that it can be: exact but for the slack."""
+        theta = float(state.lane_theta[1])
+        return theta + (math.log(-math.expm1(logq) * tokens / horizon) if law.diverges else 0.0)
+
+    def assert_just_below(theta: float, bound: float) -> None:
+        assert early or theta == -math.inf
+        assert not early or 0 < bound - theta <= 2e-9 * (1 + abs(bound))
+
+    assert_just_below(proposal.theta, lowest(n))
+    pk.mh_advance(
+        state, law, *common, torch.full((2,), 2), torch.full((2,), logq), torch.full((2,), -0.125),
+        torch.tensor([Status.PENDING, Status.OK], dtype=torch.int32),
+    )  # fmt: skip
+    assert log.news(state) == ([], [])
+    log.forget([0, 1], 1)
+    bound = lowest(n + 1)
+    state.move(1, 0)
+    state.retire(1)
+    (moved,), ended = log.news(state)
+    assert not ended
+    assert (moved.lane, moved.tokens) == (0, [*proposal.tokens, 2])
+    assert moved.cumw == proposal.cumw - 0.125
+    assert_just_below(moved.theta, bound)

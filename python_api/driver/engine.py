@@ -32,7 +32,9 @@ again with the SERIAL and the DIVERGENCE that it had, and with nothing to copy.
 
 A lane may have no token yet: it answers PENDING and is asked again. So an engine may wait for some requests and not for
 others, prefill long ones in pieces, and let requests run ahead of what is asked: what a request draws depends on its
-own tokens and on random numbers that are known when it opens, never on the steps in between.
+own tokens and on random numbers that are known when it opens, never on the steps in between. What has run ahead may be
+handed over at once, as a run of draws (`Sampled`), and a request may even be drawn to its end without a word between:
+`Opened` says what ends it, a rejection included.
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ class Sampled:
     token int64 [L]; logq float32 [L] and weight float32 [L] in nats (DESIGN section 2); status int32 [L], a
     `power_kernels.Status`: PENDING for a lane that has no sample this time, whose other entries are then
     ignored. entropy: float32 [L] in nats, of softmax(logits), where the run asked for it; else None.
+
+    Runs, of an engine that keeps requests and whose `device` is the CPU: all are [L, K], a lane's next draws in order,
+    PENDING behind the last. Those behind the place where the chain goes another way are ignored.
     """
 
     token: torch.Tensor
@@ -121,11 +126,11 @@ class Engine(Protocol):
     def step(self, state: ChainState) -> Sampled:
         """Sample every lane that runs of the `state.chains` first slots, or answer PENDING for it.
 
-        Rows: feed `state.input_id` at `state.position`. Requests: the next token of each. Draws are those of
-        `power_kernels.sample_tokens` with `state.counter` and `state.exclude`, which `Opened` gives as well. A lane
-        that answers PENDING is asked for the same token again, at once: where no lane has one, wait for the first that
-        does. What is answered for lanes that do not run is ignored. Rows may feed them whatever the state holds for
-        them, since nothing at or beyond VALID is trusted.
+        Rows: feed `state.input_id` at `state.position`. Requests: the next token of each, or runs, all that they have
+        drawn since they were asked. Draws are those of `power_kernels.sample_tokens` with `state.counter` and
+        `state.exclude`, which `Opened` gives as well. A lane that answers PENDING is asked for the same token again, at
+        once: where no lane has one, wait for the first that does. What is answered for lanes that do not run is
+        ignored. Rows may feed them whatever the state holds for them, since nothing at or beyond VALID is trusted.
         """
         ...
 
@@ -158,6 +163,14 @@ class Opened(NamedTuple):
     slot lane // P. horizon: no token at or beyond this position of the answer will be asked for. serial, chain_id,
     prompt_id: words of its random numbers (DESIGN section 4). exclude: the token that may not be drawn next, that is at
     position len(tokens) and at no later one; -1 for none.
+
+    What follows is for engines that end a request by themselves, and the others need not look at it. cumw: W of the
+    tokens, the sum of their weights in nats. With n tokens and C the running float64 sum of cumw and the weights drawn
+    since, the chain rejects a request, at this token or an earlier one, if
+        C + max(term(m), term(horizon)) < theta,   term(n) = length_bonus n - log n,
+    m being n where ends_early says that an EOS token or a stop string may end an answer before the horizon, else
+    horizon. It then takes nothing more of it. theta is -inf where it never does so early. (It lies a little below the
+    chain's own, so that no rounding ends what the chain lets go on.)
     """
 
     lane: int
@@ -168,6 +181,10 @@ class Opened(NamedTuple):
     chain_id: int
     prompt_id: int
     exclude: int
+    cumw: float
+    theta: float
+    length_bonus: float
+    ends_early: bool
 
     def counter(self, position: int) -> tuple[int, int, int, int]:
         """What `power_kernels.sample_tokens` takes as the counter of the token at a position of the answer."""
@@ -178,6 +195,10 @@ class Opened(NamedTuple):
 @runtime_checkable
 class RequestEngine(Engine, Protocol):
     """An engine that keeps a request for each lane that runs, and is told when they end and begin.
+
+    It may stop drawing for a request by itself, where `Opened` says that the chain will reject it or where an EOS token
+    has come. What it hands over are the tokens that it drew, with their own weights. Where the lane goes on all the
+    same, it is asked for more of the same request, which goes on from the tokens that it has.
 
     Where the state is on a device this costs a copy a step, which the host waits for: it needs the tokens.
     """
@@ -253,8 +274,8 @@ class SizedEngine(Engine, Protocol):
 class StepReport:
     """What a call of `step` cost. Only the accounts of a run depend on it.
 
-    fed: lanes that went through the model. recalled: those that were sampled without, from an earlier forward pass of
-    the same prefix. forward_seconds: of the host, in the model and its head.
+    fed: lanes that went through the model, tokens where a lane was fed several. recalled: those that were sampled
+    without, from an earlier forward pass of the same prefix. forward_seconds: of the host, in the model and its head.
     """
 
     fed: int

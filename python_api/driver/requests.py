@@ -6,51 +6,54 @@ those that run under another EPOCH, or do not run, have ended; those that run an
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 from power_kernels.api.driver.engine import Ended, Opened
 from power_kernels.api.driver.host import on_host
-from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus
+from power_kernels.law import Law
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode
 
 _NONE = -1  # the EPOCH of a lane that has no request
 
+# What theta is lowered by, of 1 + |theta|: where an engine's test rounds otherwise than the chain's, it must let go on
+# what the chain would let go on.
+_SLACK = 1e-9
+
+
+class _Host(NamedTuple):
+    """What `news` reads of a state, as arrays."""
+
+    field: np.ndarray
+    lane_field: np.ndarray
+    token: np.ndarray
+    cumw: np.ndarray
+    cumz: np.ndarray
+    lane_theta: np.ndarray
+
 
 class RequestLog:
-    """The requests of one run that its engine holds. rows: lanes of all slots."""
+    """The requests of one run that its engine holds.
 
-    def __init__(self, rows: int):
+    rows: lanes of all slots. ends_early: whether an EOS token or a stop string may end an answer.
+    """
+
+    def __init__(self, rows: int, law: Law, *, ends_early: bool):
+        self._law, self._ends_early = law, ends_early
         self._epoch = np.full(rows, _NONE, np.int64)  # of the request that the engine holds for each lane
         self._request = np.zeros(rows, np.int64)  # and its number
         self._opened = 0
 
     def news(self, state: ChainState) -> tuple[list[Opened], list[Ended]]:
         """What the engine must be told before it steps on this state, that of the first slots."""
-        field, lane_field, token = on_host([state.field, state.lane_field, state.token])
-        runs = lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
-        now, held = np.where(runs, lane_field[:, LaneField.EPOCH], _NONE), self._epoch[: len(runs)]
+        host = _Host(*on_host([getattr(state, name) for name in _Host._fields]))
+        runs = host.lane_field[:, LaneField.STATUS] == LaneStatus.RUNNING
+        now, held = np.where(runs, host.lane_field[:, LaneField.EPOCH], _NONE), self._epoch[: len(runs)]
         changed = now != held
         ended = self._ended(changed & (held != _NONE))
-        opened = []
-        for lane in np.flatnonzero(changed & runs).tolist():
-            chain, of_lane = lane // state.lanes, lane_field[lane].tolist()
-            position, divergence = of_lane[LaneField.POSITION], of_lane[LaneField.DIVERGENCE]
-            tokens = token[chain, : min(position, divergence)].tolist()
-            if position > divergence:  # it was moved in the middle
-                tokens += state.lane_token[lane, divergence:position].tolist()
-            self._request[lane] = self._opened
-            self._opened += 1
-            opened.append(
-                Opened(
-                    lane,
-                    self._opened - 1,
-                    tokens,
-                    horizon=int(field[chain, ChainField.HORIZON]),
-                    serial=of_lane[LaneField.SERIAL],
-                    chain_id=int(field[chain, ChainField.CHAIN_ID]),
-                    prompt_id=int(field[chain, ChainField.PROMPT_ID]),
-                    exclude=of_lane[LaneField.EXCLUDE] if position == divergence else -1,
-                )
-            )
+        opened = [self._open(state, host, lane) for lane in np.flatnonzero(changed & runs).tolist()]
         held[:] = now
         return opened, ended
 
@@ -66,3 +69,36 @@ class RequestLog:
 
     def _ended(self, lanes: np.ndarray) -> list[Ended]:
         return [Ended(lane, int(self._request[lane])) for lane in np.flatnonzero(lanes).tolist()]
+
+    def _open(self, state: ChainState, host: _Host, lane: int) -> Opened:
+        chain = lane // state.lanes
+        of_chain, of_lane = host.field[chain].tolist(), host.lane_field[lane].tolist()
+        position, divergence = of_lane[LaneField.POSITION], of_lane[LaneField.DIVERGENCE]
+        tokens = host.token[chain, : min(position, divergence)].tolist()
+        own = position > divergence  # it was moved in the middle
+        if own:
+            tokens += state.lane_token[lane, divergence:position].tolist()
+        horizon, theta = of_chain[ChainField.HORIZON], -math.inf
+        if self._law.early_rejection and of_chain[ChainField.MODE] == Mode.PROPOSE:
+            theta = float(host.lane_theta[lane])
+            if self._law.diverges:
+                z = float(state.lane_cumz[lane, position] if own else host.cumz[chain, position])
+                # The chain's test has log Z in the place of log n. Z only grows, and log n is at most log horizon.
+                theta += (math.log(z) if z > 0 else -math.inf) - math.log(horizon)
+            theta -= _SLACK * (1 + abs(theta))
+        self._request[lane] = self._opened
+        self._opened += 1
+        return Opened(
+            lane,
+            self._opened - 1,
+            tokens,
+            horizon=horizon,
+            serial=of_lane[LaneField.SERIAL],
+            chain_id=of_chain[ChainField.CHAIN_ID],
+            prompt_id=of_chain[ChainField.PROMPT_ID],
+            exclude=of_lane[LaneField.EXCLUDE] if position == divergence else -1,
+            cumw=float(state.lane_cumw[lane, position] if own else host.cumw[chain, position]),
+            theta=theta,
+            length_bonus=float(self._law.length_bonus),
+            ends_early=self._ends_early,
+        )

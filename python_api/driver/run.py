@@ -67,11 +67,12 @@ class RunReport:
 
     slots: chains at once. lanes: of each, as the run was planned; widened: how often its last chains got more lanes.
     captured: whether decode steps are replayed from recordings. decode_steps: how many there were. row_steps: slots
-    times lanes, summed over them. lane_steps: rows that went through the model in them; useful_lane_steps: those that
-    brought an extension or a proposal on, counted when their answer is finished; drawn: the tokens of these, recalled
-    ones too. replays: decode steps that were replayed. restarts: how often the run began anew in less memory. seconds:
-    wall-clock seconds of the host by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch
-    it; where the head and the draw are one operator, "forward" includes both.
+    times lanes, summed over them. lane_steps: rows that went through the model in them. A step that brought runs of
+    draws counts in both as what it brought. useful_lane_steps: those that brought an extension or a proposal on,
+    counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: decode steps that
+    were replayed. restarts: how often the run began anew in less memory. seconds: wall-clock seconds of the host by
+    phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch it; where the head and the draw are
+    one operator, "forward" includes both.
     """
 
     slots: int
@@ -197,7 +198,7 @@ class Run:
             )
             self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
             self.poll = Poll(self.engine.device, plan.slots)
-            self.requests = RequestLog(plan.slots * plan.lanes)
+            self.requests = RequestLog(plan.rows, self.law, ends_early=self.can_end_early)
             self.new_layout()
         except EngineBusyError:
             raise
@@ -217,7 +218,7 @@ class Run:
         """Feed every lane of the active slots once."""
         report, clock = self.report, time.perf_counter
         report.decode_steps += 1
-        report.row_steps += self.plan.rows
+        row_steps = self.plan.rows
         if self.recordings is None:
             state = self.view(len(self.active))
             self.tell(state)
@@ -225,6 +226,8 @@ class Run:
             sampled = self.engine.step(state)
             seconds = forward = clock() - start
             fed = state.chains * state.lanes
+            if sampled.status.dim() == 2:
+                row_steps = fed = int((sampled.status != Status.PENDING).sum())
             if self.reports:
                 reported = self.engine.step_report()
                 fed, forward = reported.fed, reported.forward_seconds
@@ -246,6 +249,7 @@ class Run:
             )
             self.seconds["replay"] += clock() - start
             report.captured = self.capture = self.recordings.work
+        report.row_steps += row_steps
 
     def advance(self, state: ChainState, sampled: Sampled) -> None:
         """Hand the draws to the chains, and move the KV that their decisions ask for.

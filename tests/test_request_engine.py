@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
 from power_kernels.api.driver import host
-from power_kernels.api.driver.engine import RequestEngine
+from power_kernels.api.driver.engine import Ended, Opened, RequestEngine, StepReport
 from power_kernels.law import Law
 from power_kernels.state import ChainState, LaneField, LaneStatus, Outcome, Status
 from tests import tiny_models
@@ -206,6 +207,61 @@ def test_an_engine_that_watches_serial_and_divergence_draws_other_chains():
     got = run(SerialWatchingEngine, "many restarts, two lanes", counts)
     assert counts.restarts >= 70
     assert sum(a != b for a, b in zip(got, expected("many restarts, two lanes"), strict=True)) >= 15
+
+
+class CountingEngine(ToldEngine):
+    """Says of each request that 5 tokens before its first draw went through the model and 3 were known, and of each
+    that ends that 2 were drawn in vain."""
+
+    def begin(self, **kwargs) -> None:
+        super().begin(**kwargs)
+        self.opened: Counter = Counter()  # by (prompt id, chain id)
+        self.ended: Counter = Counter()
+        self.news: list[dict[int, int]] = [{}, {}, {}]
+        self.chain_of: dict[int, tuple[int, int]] = {}
+
+    def requests(self, opened: list[Opened], ended: list[Ended]) -> None:
+        super().requests(opened, ended)
+        prefilled, recomputed, vain = self.news
+        for lane, number in ended:
+            self.ended[self.chain_of[number]] += 1
+            vain[lane] = vain.get(lane, 0) + 2
+        for one in opened:
+            chain = self.chain_of[one.request] = one.prompt_id, one.chain_id
+            where = recomputed if self.opened[chain] else prefilled
+            where[one.lane] = where.get(one.lane, 0) + 5
+            self.opened[chain] += 1
+
+    def move(self, source: int, target: int) -> None:
+        super().move(source, target)
+        for news in self.news:
+            for i in range(self.lanes):
+                news[target * self.lanes + i] = news.pop(source * self.lanes + i, 0)
+
+    def step_report(self) -> StepReport:
+        prefilled, recomputed, vain = self.news
+        self.news = [{}, {}, {}]
+        cached = dict.fromkeys((*prefilled, *recomputed), 3)
+        return StepReport(0, (), 0.0, prefilled=prefilled, recomputed=recomputed, cached=cached, undelivered=vain)
+
+
+def test_what_requests_cost_is_counted_for_the_chains_they_were_of():
+    toy = moving_toy()
+    engine = CountingEngine(lambda prompt, tokens: toy.logits(tokens), toy.vocab, late=0.0)
+    config = PowerConfig(**MOVING, lanes=2)
+    results = PowerSampler(engine).generate(PROMPTS, config, num_chains=6, seed=SEED, max_chains=4)
+    plain = PowerSampler(ToyEngine(toy)).generate(PROMPTS, replace(config, lanes=2), num_chains=6, seed=SEED)
+    assert sum(engine.opened.values()) >= 100
+    for result, other in zip(results, plain, strict=True):
+        chain, cost = (result.prompt_id, result.chain_id), result.cost
+        assert cost.prefill == len(PROMPTS[result.prompt_id]) - 1 + 5
+        assert cost.recomputed == 5 * (engine.opened[chain] - 1)
+        assert cost.cached >= 3
+        in_vain = cost.proposal - other.cost.proposal
+        # What ends with the chain itself is nobody's.
+        assert 2 * engine.ended[chain] - 4 <= in_vain <= 2 * engine.ended[chain]
+        assert cost.voided == other.cost.voided + in_vain
+        assert cost.forwarded == cost.prefill + cost.recomputed + cost.extension + cost.proposal
 
 
 def test_the_engine_of_the_documentation_draws_the_chains_of_one_that_keeps_rows(capsys):

@@ -273,9 +273,9 @@ class Ahead:
 
 
 EXECUTIONS = {
-    "one lane": (dict(), Ahead(352, 1200, 800, 0, 110, 280, 180)),
+    "one lane": (dict(), Ahead(352, 1200, 800, 0, 110, 280, 170)),
     "four lanes": (dict(lanes=4), Ahead(352, 1200, 800, 1400, 120, 370, 450)),
-    "three lanes, prefix forwarded": (dict(lanes=3, free=False), Ahead(352, 1200, 800, 1750, 180, 560, 2300)),
+    "three lanes, prefix forwarded": (dict(lanes=3, free=False), Ahead(352, 1200, 800, 1750, 130, 380, 400)),
     "two lanes, no early rejection": (dict(lanes=2, early=False), Ahead(352, 1200, 800, 750, 0, 330, 250)),
 }
 
@@ -330,7 +330,7 @@ def test_a_request_is_told_its_weight_and_below_what_it_is_rejected(cut, early):
     horizon, logq = 7, -3.0
     law = Law(horizon, horizon, 20, early_rejection=early, cut=cut, length_bonus=0.25)
     common = torch.from_numpy(reference.length_table(law)), torch.tensor([2]), torch.empty(0, dtype=torch.int64)
-    state, log = ChainState.allocate(2, 1, law), RequestLog(2, law, ends_early=False)
+    state, log = ChainState.allocate(2, 1, law), RequestLog(2, law, eos=())
     state.admit(1, [5, 6], chain_id=3, prompt_id=4)
 
     def step(weights: list[float]) -> Opened:

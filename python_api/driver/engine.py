@@ -39,8 +39,8 @@ handed over at once, as a run of draws (`Sampled`), and a request may even be dr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -164,7 +164,8 @@ class Opened(NamedTuple):
     prompt_id: words of its random numbers (DESIGN section 4). exclude: the token that may not be drawn next, that is at
     position len(tokens) and at no later one; -1 for none.
 
-    What follows is for engines that end a request by themselves, and the others need not look at it. cumw: W of the
+    What follows is for engines that end a request by themselves, and the others need not look at it. eos: the tokens
+    that end an answer. stops: whether a stop string may end one, too, which the chain alone can tell. cumw: W of the
     tokens, the sum of their weights in nats. With n tokens and C the running float64 sum of cumw and the weights drawn
     since, the chain rejects a request, at this token or an earlier one, if
         C + max(term(m), term(horizon)) < theta,   term(n) = length_bonus n - log n,
@@ -184,7 +185,12 @@ class Opened(NamedTuple):
     cumw: float
     theta: float
     length_bonus: float
-    ends_early: bool
+    eos: tuple[int, ...]
+    stops: bool
+
+    @property
+    def ends_early(self) -> bool:
+        return bool(self.eos) or self.stops
 
     def counter(self, position: int) -> tuple[int, int, int, int]:
         """What `power_kernels.sample_tokens` takes as the counter of the token at a position of the answer."""
@@ -276,11 +282,19 @@ class StepReport:
 
     fed: lanes that went through the model, tokens where a lane was fed several. recalled: those that were sampled
     without, from an earlier forward pass of the same prefix. forward_seconds: of the host, in the model and its head.
+
+    Tokens by lane, of an engine that keeps requests and learns by its replies what they cost. prefilled: of a chain's
+    prompt, in its first request; recomputed: of prompt and answer, in every later one, both without the token that gave
+    the first draw; cached: those found in a prefix cache. undelivered: drawn for requests that had ended before.
     """
 
     fed: int
     recalled: Sequence[int]
     forward_seconds: float
+    prefilled: Mapping[int, int] = field(default_factory=dict)
+    recomputed: Mapping[int, int] = field(default_factory=dict)
+    cached: Mapping[int, int] = field(default_factory=dict)
+    undelivered: Mapping[int, int] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ those that run under another EPOCH, or do not run, have ended; those that run an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +38,11 @@ class _Host(NamedTuple):
 class RequestLog:
     """The requests of one run that its engine holds.
 
-    rows: lanes of all slots. ends_early: whether an EOS token or a stop string may end an answer.
+    rows: lanes of all slots. eos: the tokens that end an answer.
     """
 
-    def __init__(self, rows: int, law: Law, *, ends_early: bool):
-        self._law, self._ends_early = law, ends_early
+    def __init__(self, rows: int, law: Law, *, eos: Iterable[int]):
+        self._law, self._eos = law, tuple(sorted(eos))
         self._epoch = np.full(rows, _NONE, np.int64)  # of the request that the engine holds for each lane
         self._request = np.zeros(rows, np.int64)  # and its number
         self._opened = 0
@@ -78,8 +79,12 @@ class RequestLog:
         own = position > divergence  # it was moved in the middle
         if own:
             tokens += state.lane_token[lane, divergence:position].tolist()
-        horizon, theta = of_chain[ChainField.HORIZON], -math.inf
-        if self._law.early_rejection and of_chain[ChainField.MODE] == Mode.PROPOSE:
+        proposal = of_chain[ChainField.MODE] == Mode.PROPOSE
+        capped = self._law.karan_du and proposal
+        horizon, theta = of_chain[ChainField.LENGTH if capped else ChainField.HORIZON], -math.inf
+        if position < divergence:  # a forwarded prefix: the chain's token takes the place of each one drawn
+            horizon = position + 1
+        elif self._law.early_rejection and proposal:
             theta = float(host.lane_theta[lane])
             if self._law.diverges:
                 z = float(state.lane_cumz[lane, position] if own else host.cumz[chain, position])
@@ -100,5 +105,6 @@ class RequestLog:
             cumw=float(state.lane_cumw[lane, position] if own else host.cumw[chain, position]),
             theta=theta,
             length_bonus=float(self._law.length_bonus),
-            ends_early=self._ends_early,
+            eos=self._eos,
+            stops=self._law.stops,
         )

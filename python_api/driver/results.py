@@ -24,9 +24,10 @@ class TokenAccount:
     prefill: of the prompt. extension: growing the answer. proposal: Metropolis-Hastings proposals, of which accepted
     went into proposals that changed the answer, voided into prefetched ones that such a change made void (or that a
     fault stopped), and rejected into the others. recalled: those of extension and proposal that the engine knew from an
-    earlier forward pass of the same prefix, and did not forward again. saved_prefix: positions a proposal kept without
-    a forward pass. saved_early: positions left when a proposal was rejected early; None when answers can end early,
-    since nobody knows how long it would have become.
+    earlier forward pass of the same prefix, and did not forward again. recomputed: prompt and answer forwarded again by
+    the requests of a serving stack, as far as its prefix cache did not have them; cached: what it had. saved_prefix:
+    positions a proposal kept without a forward pass. saved_early: positions left when a proposal was rejected early;
+    None when answers can end early, since nobody knows how long it would have become.
     """
 
     prefill: int
@@ -38,10 +39,12 @@ class TokenAccount:
     saved_prefix: int
     saved_early: int | None
     answer: int
+    recomputed: int = 0
+    cached: int = 0
 
     @property
     def forwarded(self) -> int:
-        return self.prefill + self.extension + self.proposal - self.recalled
+        return self.prefill + self.recomputed + self.extension + self.proposal - self.recalled
 
     @property
     def rejected(self) -> int:
@@ -51,6 +54,18 @@ class TokenAccount:
     def ratio(self) -> float:
         """Tokens forwarded per token of the answer."""
         return self.forwarded / max(self.answer, 1)
+
+
+@dataclass
+class Counts:
+    """Tokens of one chain that the driver counts, and not `mh_advance`: see `TokenAccount`. undelivered: drawn for
+    proposals that had ended before they came."""
+
+    prefill: int = 0
+    recalled: int = 0
+    recomputed: int = 0
+    cached: int = 0
+    undelivered: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,13 +132,12 @@ def read_results(
     can_end_early: bool,
     eos: Collection[int],
     stop: StopStrings | None,
-    prefill: Sequence[int],
-    recalled: Sequence[int],
+    counts: Sequence[Counts],
     tokenizer,
     prompts: Mapping[int, list[int]],
 ) -> list[PowerResult]:
     """The results of chains that have stopped. alpha: as float32 holds it. eos, stop: the tokens and
-    the strings that end an answer. prefill, recalled: tokens of each. prompts: token ids by prompt id."""
+    the strings that end an answer. counts: of each. prompts: token ids by prompt id."""
     rows = _on_host(state, slots)
     return [
         _result(
@@ -133,8 +147,7 @@ def read_results(
             can_end_early=can_end_early,
             eos=eos,
             stop=stop,
-            prefill=prefill[i],
-            recalled=recalled[i],
+            counts=counts[i],
             tokenizer=tokenizer,
             prompts=prompts,
         )
@@ -155,7 +168,7 @@ def _on_host(state: ChainState, slots: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def _result(
-    rows: dict[str, np.ndarray], *, alpha, law: Law, can_end_early, eos, stop, prefill: int, recalled: int,
+    rows: dict[str, np.ndarray], *, alpha, law: Law, can_end_early, eos, stop, counts: Counts,
     tokenizer, prompts,
 ) -> PowerResult:  # fmt: skip
     """rows: the chain's, by the name of their tensor."""
@@ -192,15 +205,17 @@ def _result(
         finish=finish,
         status=status,
         cost=TokenAccount(
-            prefill=prefill,
+            prefill=counts.prefill,
             extension=cost[Cost.EXTENSION],
-            proposal=cost[Cost.PROPOSAL],
+            proposal=cost[Cost.PROPOSAL] + counts.undelivered,
             accepted=sum(n for n, o in zip(forwarded, outcomes, strict=True) if o is Outcome.ACCEPTED),
-            voided=cost[Cost.PROPOSAL] - sum(forwarded),
-            recalled=recalled,
+            voided=cost[Cost.PROPOSAL] + counts.undelivered - sum(forwarded),
+            recalled=counts.recalled,
             saved_prefix=cost[Cost.SAVED_PREFIX],
             saved_early=None if can_end_early else cost[Cost.SAVED_EARLY],
             answer=n,
+            recomputed=counts.recomputed,
+            cached=counts.cached,
         ),
     )
 

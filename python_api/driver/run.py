@@ -29,13 +29,14 @@ from power_kernels.api.driver.engine import (
     ReportingEngine,
     RequestEngine,
     Sampled,
+    StepReport,
     WideningEngine,
 )
 from power_kernels.api.driver.host import on_host
 from power_kernels.api.driver.planning import Plan
 from power_kernels.api.driver.poll import Poll
 from power_kernels.api.driver.requests import RequestLog
-from power_kernels.api.driver.results import PowerResult, read_results
+from power_kernels.api.driver.results import Counts, PowerResult, read_results
 from power_kernels.api.driver.stop import StopStrings
 from power_kernels.law import Law
 from power_kernels.rng import as_int64
@@ -51,14 +52,6 @@ class Job:
     prompt: list[int]
     prompt_id: int
     chain_id: int
-
-
-@dataclass
-class _Account:
-    """Tokens of the chain in an active slot that the driver counts, not `mh_advance`. See `TokenAccount`."""
-
-    prefill: int
-    recalled: int = 0
 
 
 @dataclass
@@ -149,7 +142,7 @@ class Run:
         self.stop = stop
         self.stop_next = None if stop is None else torch.from_numpy(stop.table).to(device)
         self.capture = capture
-        self.active: list[_Account] = []  # of the chain in each active slot
+        self.active: list[Counts] = []  # of the chain in each active slot
 
     def results(self, bar) -> Iterator[PowerResult]:
         """Each result as soon as its chain has stopped. bar: a ProgressBar or None."""
@@ -198,7 +191,7 @@ class Run:
             )
             self.state = ChainState.allocate(plan.slots, plan.lanes, self.law, self.engine.device)
             self.poll = Poll(self.engine.device, plan.slots)
-            self.requests = RequestLog(plan.rows, self.law, ends_early=self.can_end_early)
+            self.requests = RequestLog(plan.rows, self.law, eos=self.eos_ids)
             self.new_layout()
         except EngineBusyError:
             raise
@@ -231,8 +224,7 @@ class Run:
             if self.reports:
                 reported = self.engine.step_report()
                 fed, forward = reported.fed, reported.forward_seconds
-                for lane in reported.recalled:
-                    self.active[lane // state.lanes].recalled += 1
+                self.count(reported)
             self.seconds["forward"] += forward
             self.seconds["sample"] += seconds - forward
             report.lane_steps += fed
@@ -250,6 +242,21 @@ class Run:
             self.seconds["replay"] += clock() - start
             report.captured = self.capture = self.recordings.work
         report.row_steps += row_steps
+
+    def count(self, reported: StepReport) -> None:
+        """What a step cost, to the chains it was for."""
+        for lane in reported.recalled:
+            self.active[lane // self.state.lanes].recalled += 1
+        for name, by_lane in (
+            ("prefill", reported.prefilled),
+            ("recomputed", reported.recomputed),
+            ("cached", reported.cached),
+            ("undelivered", reported.undelivered),
+        ):
+            for lane, tokens in by_lane.items():
+                slot = lane // self.state.lanes
+                if slot < len(self.active):  # else its chain has gone
+                    setattr(self.active[slot], name, getattr(self.active[slot], name) + tokens)
 
     def advance(self, state: ChainState, sampled: Sampled) -> None:
         """Hand the draws to the chains, and move the KV that their decisions ask for.
@@ -303,7 +310,7 @@ class Run:
                 slots, [j.prompt for j in jobs], [j.chain_id for j in jobs], [j.prompt_id for j in jobs]
             )
             for slot, tokens in zip(slots, prefilled, strict=True):
-                self.active[slot : slot + 1] = [_Account(prefill=tokens)]
+                self.active[slot : slot + 1] = [Counts(prefill=tokens)]
                 self.poll.changed(slot)
             state = self.view(len(self.active))
             self.advance(state, self.nothing_sampled(state))  # opens the new chains, leaves the others as they are
@@ -369,8 +376,7 @@ class Run:
             can_end_early=self.can_end_early,
             eos=self.eos_ids,
             stop=self.stop,
-            prefill=[self.active[slot].prefill for slot in slots],
-            recalled=[self.active[slot].recalled for slot in slots],
+            counts=[self.active[slot] for slot in slots],
             tokenizer=self.tokenizer,
             prompts=self.prompts,
         )

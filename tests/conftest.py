@@ -42,6 +42,7 @@ HOST_FILES = {
     "test_prefix_memory": "prefixes are remembered on a CPU only",
     "test_docs": "the text",
     "test_ptx": "the compiled kernels, executed on the CPU",
+    "test_proposals": "dicts and their checks",
     "test_reproduce": "the text",
     "test_run_plots": "pictures",
     "test_runs": "what runs of draws go to is on the CPU",

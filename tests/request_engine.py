@@ -202,9 +202,8 @@ class AheadEngine(ToldEngine):
     def ends(self, request: Request, drawn: pk.SampleOutput, i: int) -> bool:
         """Whether its last token, draw i of these, ends a request."""
         opened, n = request.name, len(request.tokens)
-        request.weight = (opened.cumw if request.weight is None else request.weight) + float(drawn.weight[i])
         closed, faulted = request.tokens[-1] in self.eos_token_ids, int(drawn.status[i]) != Status.OK
-        rejected = request.weight + self.most(opened, n) < opened.theta
+        rejected = self.rejects(request, float(drawn.weight[i]), i)
         ends = faulted or closed or rejected or n == opened.horizon
         if ends:
             self.done.add(opened.request)
@@ -213,11 +212,13 @@ class AheadEngine(ToldEngine):
             self.rejected += rejected and not closed and n < opened.horizon
         return ends
 
-    @staticmethod
-    def most(opened: Opened, n: int) -> float:
-        """What the length may yet add to the weight of a request of n tokens, at most."""
+    def rejects(self, request: Request, weight: float, i: int) -> bool:
+        """Whether its chain will reject a request. weight: of its last token, which was draw i of a batch."""
+        opened, n = request.name, len(request.tokens)
+        request.weight = (opened.cumw if request.weight is None else request.weight) + weight
         ends_at = (n if opened.ends_early else opened.horizon), opened.horizon
-        return max(opened.length_bonus * m - math.log(m) for m in ends_at)
+        most = max(opened.length_bonus * m - math.log(m) for m in ends_at)
+        return request.weight + most < opened.theta
 
     def packed(self, rows: int, runs: list[tuple[list[int], pk.SampleOutput]]) -> Sampled:
         shape = rows, max(len(runs), 1)

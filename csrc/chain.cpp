@@ -687,7 +687,9 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_stat
   return "ChainField:" PK_CHAIN_FIELDS(PK_NAME) ";LaneField:" PK_LANE_FIELDS(PK_NAME) ";Mode:" PK_MODES(PK_NAME)
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
       ";Cut:" PK_CUTS(PK_NAME) ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
-      ";tensors:" PK_STATE_TENSORS ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH);
+      ";SlotField:" PK_SLOT_FIELDS(PK_NAME) ";SlotBound:" PK_SLOT_BOUNDS(PK_NAME) ";SlotFlag:" PK_SLOT_FLAGS(PK_NAME)
+      ";tensors:" PK_STATE_TENSORS
+      ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH) "," PK_STRING(PK_SLOT_PITCH);
 #undef PK_NAME
 #undef PK_STRING
 #undef PK_SPELL

@@ -45,7 +45,9 @@ TileMass* mass_pass(const Logits& logits, const Vector<const float>& beta, bool 
     for (int64_t i = begin; i < end;) {
       const int64_t b = i / tiles, first = i - b * tiles;
       const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
-      logits.kernels->mass(logits.row(b), logits.V, first, last, beta[b], entropy, slots + b * tiles);
+      // `combine` does not look at the records of a row whose beta is unsound.
+      if (sound_exponent(beta[b]))
+        logits.kernels->mass(logits.row(b), logits.V, first, last, beta[b], entropy, slots + b * tiles);
       i += last - first;
     }
   });

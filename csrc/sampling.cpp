@@ -11,8 +11,7 @@
 // The finisher rescales the remaining uniform to the picked tile's own float64 total, so that the rounding of the
 // tile masses never piles probability on a tile's last entry.
 
-#include "mass.h"
-#include "rng.h"
+#include "sampling.h"
 
 #include <optional>
 
@@ -70,6 +69,16 @@ int64_t draw_token(const Logits& logits, int64_t b, double row_max, float beta, 
 
 }  // namespace
 
+Draw draw_row(const Logits& logits, int64_t b, float alpha, float beta, const Words& counter, uint64_t seed,
+              int64_t excluded, bool entropy, TileMass* slots) {
+  Draw out{combine(slots, logits.tiles, alpha, beta, entropy), -1, NAN};
+  if (out.row.status == Status::OK_ && excluded >= logits.V) out.row.status = Status::BAD_TOKEN_;
+  if (out.row.status != Status::OK_) return out;
+  out.token = draw_token(logits, b, out.row.max, beta, uniforms(counter, seed).u0, excluded < 0 ? -1 : excluded, slots);
+  out.z = logits.kernels->logit(logits.row(b), out.token);
+  return out;
+}
+
 void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_, Tensor counter_,
                        std::optional<Tensor> exclude_, Tensor workspace, Tensor token_, Tensor logp_, Tensor logq_,
                        Tensor weight_, std::optional<Tensor> entropy_, Tensor status_) {
@@ -92,18 +101,12 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   TileMass* all_slots = mass_pass(logits, beta, out.has_entropy, workspace);
   torch::stable::parallel_for(0, B, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      TileMass* slots = all_slots + b * logits.tiles;
-      RowMass row = combine(slots, logits.tiles, alpha[b], beta[b], out.has_entropy);
-      const int64_t excluded = has_exclude && exclude[b] >= 0 ? exclude[b] : -1;
-      if (row.status == Status::OK_ && excluded >= logits.V) row.status = Status::BAD_TOKEN_;
-      int64_t x = -1;
-      if (row.status == Status::OK_) {
-        Words words;
-        for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
-        x = draw_token(logits, b, row.max, beta[b], uniforms(words, seed[own_seeds ? b : 0]).u0, excluded, slots);
-      }
-      token[b] = x;
-      out.write(b, row, x < 0 ? NAN : logits.kernels->logit(logits.row(b), x), alpha[b], beta[b]);
+      Words words;
+      for (int i = 0; i < 4; ++i) words.w[i] = counter[b * row_stride + i * word_stride];
+      const Draw drawn = draw_row(logits, b, alpha[b], beta[b], words, seed[own_seeds ? b : 0],
+                                  has_exclude ? exclude[b] : -1, out.has_entropy, all_slots + b * logits.tiles);
+      token[b] = drawn.token;
+      out.write(b, drawn.row, drawn.z, alpha[b], beta[b]);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The columns and codes of power_kernels/state.py and block_tables.py, which explain them. `power_kernels_state_layout`
+// The columns and codes of power_kernels/state.py, slots.py and block_tables.py, which explain them. `power_kernels_state_layout`
 // (chain.cpp) spells them out; the Python side looks for that string in the file and does not load one without it.
 #pragma once
 
@@ -21,6 +21,11 @@ namespace power_kernels {
   X(PENDING, -1) X(OK, 0) X(NAN, 1) X(POS_INF, 2) X(NO_MASS, 3) X(BAD_TOKEN, 4) X(BAD_LENGTH, 5)
 #define PK_BLOCK_STATUSES(X) \
   X(OK, 0) X(OUT_OF_BLOCKS, 1) X(BAD_ROW, 2) X(BAD_TOKENS, 3) X(NOT_EMPTY, 4) X(EMPTY, 5)
+#define PK_SLOT_FIELDS(X)                                                                         \
+  X(ACTIVE, 0) X(BASE, 1) X(FIRST, 2) X(EXCLUDE, 3) X(SERIAL, 4) X(CHAIN_ID, 5) X(PROMPT_ID, 6)   \
+  X(HORIZON, 7) X(STOP_TOKEN, 8) X(CAN_END_EARLY, 9) X(SEED, 10)
+#define PK_SLOT_BOUNDS(X) X(THETA, 0) X(LENGTH_BONUS, 1)
+#define PK_SLOT_FLAGS(X) X(REJECTED, 8)
 
 // NAN and FAULT are macros or repeat, hence the trailing underscore.
 #define PK_ENUMERATOR(name, value) name##_ = value,
@@ -33,6 +38,9 @@ enum class Cost : int32_t { PK_COSTS(PK_ENUMERATOR) };
 enum class Cut : int32_t { PK_CUTS(PK_ENUMERATOR) };
 enum class Status : int32_t { PK_STATUSES(PK_ENUMERATOR) };
 enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
+enum class SlotField : int32_t { PK_SLOT_FIELDS(PK_ENUMERATOR) };
+enum class SlotBound : int32_t { PK_SLOT_BOUNDS(PK_ENUMERATOR) };
+enum class SlotFlag : int64_t { PK_SLOT_FLAGS(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR
 
 // The tensors of ChainState, in the order of the arguments of mh_advance.
@@ -43,7 +51,9 @@ enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
 // Row pitches. Macros, so that the layout string can spell them.
 #define PK_CHAIN_PITCH 16
 #define PK_LANE_PITCH 8
+#define PK_SLOT_PITCH 12
 constexpr int64_t CHAIN_FIELDS = PK_CHAIN_PITCH;
 constexpr int64_t LANE_FIELDS = PK_LANE_PITCH;
+constexpr int64_t SLOT_FIELDS = PK_SLOT_PITCH;
 
 }  // namespace power_kernels

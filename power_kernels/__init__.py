@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         AcceptOutput,
         SampleOutput,
         ScoreOutput,
+        SlotOutput,
         backend_for,
         block_table_commit,
         block_table_extend,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         sample_from_hidden,
         sample_from_hidden_out,
         sample_from_shards,
+        sample_slots,
+        sample_slots_out,
         sample_tokens,
         sample_tokens_out,
         score_from_hidden,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         use_backend,
         workspace_size,
     )
+    from power_kernels.slots import SlotField, SlotFlag, SlotTable
     from power_kernels.state import ChainState, Status
     from power_kernels.stop_strings import stop_automaton
 
@@ -61,6 +65,10 @@ __all__ = [
     "Law",
     "SampleOutput",
     "ScoreOutput",
+    "SlotField",
+    "SlotFlag",
+    "SlotOutput",
+    "SlotTable",
     "Status",
     "backend_for",
     "block_table_commit",
@@ -77,6 +85,8 @@ __all__ = [
     "sample_from_hidden",
     "sample_from_hidden_out",
     "sample_from_shards",
+    "sample_slots",
+    "sample_slots_out",
     "sample_tokens",
     "sample_tokens_out",
     "score_from_hidden",
@@ -90,12 +100,13 @@ __all__ = [
     "workspace_size",
 ]
 
-_MODULES = ("block_tables", "errors", "law", "nvtx", "ops", "reference", "rng", "state")
+_MODULES = ("block_tables", "errors", "law", "nvtx", "ops", "reference", "rng", "slots", "state")
 _HOMES = {
     **dict.fromkeys(__all__, "power_kernels.ops"),  # unless it is said to be elsewhere
     **dict.fromkeys(("BlockStatus", "BlockTables"), "power_kernels.block_tables"),
     **dict.fromkeys(("ArgumentError", "ArgumentTypeError", "BackendError"), "power_kernels.errors"),
     **dict.fromkeys(("CUTS", "Law"), "power_kernels.law"),
+    **dict.fromkeys(("SlotField", "SlotFlag", "SlotTable"), "power_kernels.slots"),
     **dict.fromkeys(("ChainState", "Status"), "power_kernels.state"),
     "stop_automaton": "power_kernels.stop_strings",
     **{module: f"power_kernels.{module}" for module in _MODULES},

@@ -83,6 +83,35 @@ def score_from_hidden_outputs(rows=3, vocab=300, entropy=True) -> tuple:
     return (workspace, *columns)
 
 
+def slot_table(slots=4) -> pk.SlotTable:
+    """Slots of which all but the first are active; the proposal of slot 1 cannot be accepted any more."""
+    table = pk.SlotTable.allocate(slots)
+    for column, value in (("ACTIVE", 1), ("BASE", 3), ("FIRST", 2), ("EXCLUDE", 0), ("HORIZON", 9), ("SEED", SEED)):
+        table.field[:, pk.SlotField[column]] = value
+    table.field[:, pk.SlotField.SERIAL] = torch.arange(slots)
+    table.field[0, pk.SlotField.ACTIVE] = 0
+    table.exponent[:] = torch.tensor([4.0, 2.5])
+    table.bound[1:2, 0] = 0.0
+    return table
+
+
+def slot_arguments(rows=3, vocab=300, dtype=torch.float32):
+    """Rows of slots 1, 2, ..., one of them at FIRST, the last still in its prompt."""
+    live = torch.arange(rows) < max(rows - 1, 1)
+    vectors = torch.arange(1, rows + 1), 3 + torch.arange(rows), live
+    return (*slot_table(rows + 1).tensors(), normal_logits(rows, vocab, dtype, seed=vocab), *vectors)
+
+
+def slot_outputs(rows=3, vocab=300) -> tuple:
+    workspace = torch.full((pk.workspace_size(rows, vocab),), NAN)
+    return workspace, torch.full((rows,), -77), torch.full((rows, 3), NAN), torch.full((rows,), -77)
+
+
+def slot_columns(rows: int) -> tuple:
+    """token, values and flags as a stack has them: columns of tensors for its largest batch."""
+    return torch.full((rows, 2), -77)[:, 1], torch.full((rows, 7), NAN)[:, ::3], torch.full((2 * rows,), -77)[::2]
+
+
 def accept_arguments(rows=3, width=7):
     weights = -normal_logits(2 * rows, width).abs()
     lengths = torch.arange(1, rows + 1, dtype=torch.int32)
@@ -163,6 +192,7 @@ ARGUMENTS = {
     "sample_tokens_out": lambda: (*sample_arguments(), *sample_outputs()),
     "score_tokens": lambda: (*score_arguments(), True),
     "score_tokens_out": lambda: (*score_arguments(), *score_outputs()),
+    "sample_slots_out": lambda: (*slot_arguments(), *slot_outputs(), True),
     "sample_from_hidden": lambda: (*sample_from_hidden_arguments(), True),
     "sample_from_hidden_out": lambda: (*sample_from_hidden_arguments(), *sample_from_hidden_outputs()),
     "score_from_hidden": lambda: (*score_from_hidden_arguments(), True),
@@ -188,6 +218,8 @@ def call(name: str, arguments: tuple):
     if name.startswith("block_table_"):
         tables, vectors = pk.BlockTables(*arguments[:7], arguments[-1]), arguments[7:-1]
         return getattr(pk, name)(tables, *vectors)
+    if name == "sample_slots_out":
+        return pk.sample_slots_out(pk.SlotTable(*arguments[:4]), *arguments[4:-1], entropy=arguments[-1])
     if name in ("sample_tokens", "score_tokens"):
         return getattr(pk, name)(*arguments[:-1], return_entropy=arguments[-1])
     if name in ("sample_from_hidden", "score_from_hidden"):
@@ -212,6 +244,12 @@ OTHER_ARGUMENTS = {
     "strided rows": ("score_tokens", lambda: (strided(score_arguments()[0]), *score_arguments()[1:], True)),
     "score, no entropy": ("score_tokens", lambda: (*score_arguments(), False)),
     "score, no rows": ("score_tokens", lambda: (*score_arguments(0), True)),
+    "slots, no entropy": ("sample_slots_out", lambda: (*slot_arguments(1, 1), *slot_outputs(1, 1), False)),
+    "slots, no rows": ("sample_slots_out", lambda: (*slot_arguments(0), *slot_outputs(0), True)),
+    "slots, columns of wider and longer tensors": (
+        "sample_slots_out",
+        lambda: (*slot_arguments(dtype=torch.bfloat16), slot_outputs()[0], *slot_columns(5), True),
+    ),
     "hidden, no exclusion, no entropy": (
         "sample_from_hidden",
         lambda: (*sample_from_hidden_arguments(exclude=False), False),
@@ -305,6 +343,8 @@ def test_public_functions_take_tensors_without_data():
     assert out.token.dtype == torch.int64
     assert pk.sample_tokens(logits, *rest).entropy is None
     assert pk.score_tokens(*(a.to("meta") for a in score_arguments())).logp.shape == (3,)
+    table, rest = pk.SlotTable.allocate(4, "meta"), [a.to("meta") for a in slot_arguments()[4:]]
+    assert [c.shape for c in pk.sample_slots(table, *rest)] == [(3,), (3, 3), (3,)]
     assert pk.mh_accept(*(a.to("meta") for a in accept_arguments())).accept.dtype == torch.bool
     assert pk.kv_copy_ranges(*(a.to("meta") for a in copy_arguments())) is None
 
@@ -342,6 +382,18 @@ def test_score_tokens_out_writes_what_score_tokens_returns(backend, dtype, entro
     assert_same_bits(pk.score_tokens(*arguments, return_entropy=entropy), columns)
 
 
+@pytest.mark.parametrize("entropy", [True, False])
+def test_sample_slots_out_writes_what_sample_slots_returns(backend, entropy):
+    arguments, once = slot_arguments(3, 2100), slot_arguments(3, 2100)
+    workspace, *columns = slot_outputs(3, 2100)
+    table, rest = pk.SlotTable(*arguments[:4]), arguments[4:]
+    assert pk.sample_slots_out(table, *rest, workspace, *columns, entropy=entropy) is None
+    assert columns[2].tolist() == [pk.SlotFlag.REJECTED, 0, 0]
+    assert_same_bits(pk.sample_slots(pk.SlotTable(*once[:4]), *once[4:], entropy=entropy), columns)
+    assert_same_bits(once, arguments)
+    assert not torch.equal(table.cumw, slot_table().cumw), "no sum was advanced"
+
+
 def test_mh_accept_out_writes_what_mh_accept_returns(backend):
     columns = accept_outputs()
     assert pk.mh_accept_out(*accept_arguments(), *columns) is None
@@ -373,8 +425,11 @@ def test_a_workspace_of_exactly_the_promised_size_is_enough_and_its_contents_do_
         pk.sample_tokens_out(*sample_arguments(rows, vocab), guarded[:size], *columns)
         _, *scored = score_outputs(rows, vocab)
         pk.score_tokens_out(*score_arguments(rows, vocab), guarded[:size], *scored)
+        _, *by_slot = slot_outputs(rows, vocab)
+        table, *rest = pk.SlotTable(*slot_arguments(rows, vocab)[:4]), *slot_arguments(rows, vocab)[4:]
+        pk.sample_slots_out(table, *rest, guarded[:size], *by_slot, entropy=True)
         assert (guarded[size:] == 1234.5).all(), "written past its end"
-        results.append([*columns, *scored])
+        results.append([*columns, *scored, *by_slot])
     for other in results[1:]:
         assert_same_bits(results[0], other)
 
@@ -440,6 +495,26 @@ def test_the_out_forms_compile_into_one_graph_and_keep_their_writes():
     want = into_outputs(placed(sample_arguments()), eager)
     assert torch.equal(compiled(placed(sample_arguments()), once), want)
     assert_same_bits(once[1:], eager[1:])
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_sample_slots_compiles_into_one_graph_and_keeps_its_writes(into, monkeypatch):
+    monkeypatch.undo()  # torch.compile cannot trace what poisons new memory
+
+    def step(tensors, arguments, outputs):
+        if into:
+            pk.sample_slots_out(pk.SlotTable(*tensors), *arguments, *outputs, entropy=True)
+            return outputs[1] + 1
+        return pk.sample_slots(pk.SlotTable(*tensors), *arguments, entropy=True)
+
+    torch._dynamo.reset()
+    eager, once = ((placed(slot_arguments()), placed(slot_outputs())) for _ in range(2))
+    want = step(eager[0][:4], eager[0][4:], eager[1])
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(once[0][:4], once[0][4:], once[1])
+    assert_same_bits([got] if into else got, [want] if into else want)
+    assert_same_bits(once[0], eager[0])  # the table's sums
+    assert_same_bits(once[1][1:], eager[1][1:])
+    assert into == bool((once[1][1] != -77).all())
 
 
 def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():

@@ -39,6 +39,8 @@ from tests.test_ops_contract import (
     score_from_hidden_arguments,
     score_from_hidden_outputs,
     score_outputs,
+    slot_arguments,
+    slot_outputs,
 )
 
 ROWS, VOCAB = 3, 300
@@ -62,6 +64,22 @@ HEAD = {
     "bias": (FLOAT, (VOCAB,)),
 }
 ROW_OUTPUTS = {"workspace": (FLOAT, (None,)), **FLOATS, "status": (INT, (ROWS,))}
+SLOTS = {
+    "field": (LONG, (None, 12)),
+    "exponent": (FLOAT, (ROWS + 1, 2)),
+    "bound": (DOUBLE, (ROWS + 1, 2)),
+    "cumw": (DOUBLE, (ROWS + 1,)),
+    "logits": (LOGIT_DTYPES, (None, None)),
+    "slot": (LONG, (ROWS,)),
+    "position": (LONG, (ROWS,)),
+    "live": (torch.bool, (ROWS,)),
+    "workspace": (FLOAT, (None,)),
+    "token": (LONG, (None,)),
+    "values": (FLOAT, (None, 3)),
+    "flags": (LONG, (None,)),
+}
+SLOT_TABLE = ("field", "exponent", "bound", "cumw")
+SLOT_OUTPUTS = ("token", "values", "flags")  # of any number of rows from B on, and of any strides
 ACCEPT = {
     "weights_cur": (FLOAT, (None, None)),
     "weights_prop": (FLOAT, (ROWS, None)),
@@ -119,6 +137,7 @@ SPECIFICATIONS = {
     | {"token": (LONG, (ROWS,))},
     "score_from_hidden": HEAD | {k: v for k, v in SCORE.items() if k != "logits"},
     "score_from_hidden_out": HEAD | {k: v for k, v in SCORE.items() if k != "logits"} | ROW_OUTPUTS,
+    "sample_slots_out": SLOTS,
     "mh_accept": ACCEPT,
     "mh_accept_out": ACCEPT | ACCEPT_OUTPUTS,
     "kv_copy_ranges": COPY,
@@ -141,11 +160,15 @@ SCRATCH = ("sample_from_hidden_out", "logits")  # an output: not the first argum
 
 
 def is_first(name: str, argument: str) -> bool:
-    return argument in FIRST and (name, argument) != SCRATCH
+    return argument in FIRST and (name, argument) not in (SCRATCH, ("sample_slots_out", "field"))
 
 
 def is_matrix(name: str, argument: str) -> bool:
     return argument in MATRICES and (name, argument) != SCRATCH
+
+
+def is_strided(name: str, argument: str) -> bool:
+    return name == "sample_slots_out" and argument in SLOT_OUTPUTS
 
 
 def arguments_of(name: str) -> dict[str, torch.Tensor]:
@@ -181,6 +204,8 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
             if name == "score_from_hidden":
                 return head
             return head | named(ROW_OUTPUTS, score_from_hidden_outputs(ROWS, VOCAB))
+        case "sample_slots_out":
+            return named(SLOTS, (*slot_arguments(ROWS, VOCAB), *slot_outputs(ROWS, VOCAB)))
         case "mh_accept":
             return named(ACCEPT, accept_arguments(ROWS))
         case "mh_accept_out":
@@ -203,6 +228,9 @@ def call(name: str, arguments: dict) -> object:
     if name == "mh_advance":
         state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
         return pk.mh_advance(state, LAW, **{k: v for k, v in arguments.items() if k not in STATE})
+    if name == "sample_slots_out":
+        table = pk.SlotTable(**{k: arguments[k] for k in SLOT_TABLE})
+        return pk.sample_slots_out(table, **{k: v for k, v in arguments.items() if k not in SLOT_TABLE})
     if name in TABLE_VECTORS:
         tables = pk.BlockTables(**{k: arguments[k] for k in TABLES}, block_size=block_tables().block_size)
         return getattr(pk, name)(tables, **{k: arguments[k] for k in TABLE_VECTORS[name]})
@@ -318,7 +346,7 @@ def test_a_size_that_does_not_match_is_refused_with_the_shape_wanted(name, argum
         assert_refused(name, {argument: value}, ArgumentError, *fragments)
 
 
-@cases(lambda name, argument: not is_matrix(name, argument))
+@cases(lambda name, argument: not is_matrix(name, argument) and not is_strided(name, argument))
 def test_a_vector_with_gaps_is_refused_with_its_strides(name, argument):
     tensor = arguments_of(name)[argument]
     if tensor.numel() < 2:
@@ -362,12 +390,35 @@ def test_exponents_that_are_not_finite_and_positive_are_refused_by_row(name, arg
     assert_refused(name, {argument: exponents}, ArgumentError, *fragments)
 
 
-@pytest.mark.parametrize("name", ["sample_tokens_out", "score_tokens_out"])
+@pytest.mark.parametrize("name", ["sample_tokens_out", "score_tokens_out", "sample_slots_out"])
 def test_a_workspace_that_is_too_small_is_refused_with_the_size_needed(name):
     need = pk.workspace_size(ROWS, VOCAB)
     for size in (need - 1, 0):
         fragments = (rf"^workspace has {size} elements", rf"at least {need}\b")
         assert_refused(name, {"workspace": torch.empty(size)}, ArgumentError, *fragments)
+
+
+@pytest.mark.parametrize("argument", SLOT_OUTPUTS)
+def test_outputs_by_slot_that_are_too_short_or_lie_on_themselves_are_refused(argument):
+    whole = arguments_of("sample_slots_out")[argument]
+    fragments = (rf"^{argument} has {ROWS - 1} rows", rf"at least {ROWS}\b")
+    assert_refused("sample_slots_out", {argument: whole[:-1]}, ArgumentError, *fragments)
+    fragments = (rf"^{argument} has strides \[0\b", "share memory")
+    assert_refused("sample_slots_out", {argument: whole[:1].expand(whole.shape)}, ArgumentError, *fragments)
+
+
+def test_a_table_must_be_a_slot_table():
+    arguments = arguments_of("sample_slots_out")
+    rest = [arguments[k] for k in ("logits", "slot", "position", "live")]
+    for table in (None, tuple(arguments[k] for k in SLOT_TABLE)):
+        with pytest.raises(ArgumentTypeError, match=rf"^table is a {type(table).__name__}; it must be a SlotTable"):
+            pk.sample_slots(table, *rest)
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1, 0.0, torch.tensor(True)], ids=str)
+def test_entropy_by_slot_must_be_a_bool(value):
+    fragments = ("^entropy", type(value).__name__, "bool")
+    assert_refused("sample_slots_out", {"entropy": value}, ArgumentTypeError, *fragments)
 
 
 @pytest.mark.parametrize("value", ["yes", None, 1, 0.0, torch.tensor(True)], ids=str)

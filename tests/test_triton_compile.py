@@ -64,8 +64,8 @@ def test_every_configuration_compiles_for_every_target(report):
         assert len(set(names)) == len(names)
         kernels = Counter(name.split()[0] for name in names)
         dtypes = 3 if target == "sm_80" else 2  # float16 is compiled for one target; `make kernels-report` has all
-        # load widths and entropy; load widths and widths over tiles; widths; load widths
-        of_dtypes = dict(mass=4, finish=4, score=2, head_sample=2, head_score=2)
+        # load widths and entropy; load widths and widths over tiles (both by row and by slot); widths; load widths
+        of_dtypes = dict(mass=8, finish=8, score=2, head_sample=2, head_score=2)
         # lanes; units; widths over tiles
         others = dict(mh_accept=1, mh_advance=3, kv_copy=7, head_finish=2, head_given=2)
         expected = {**{kernel: dtypes * many for kernel, many in of_dtypes.items()}, **others}
@@ -79,12 +79,13 @@ def test_nothing_spills_and_nothing_lies_in_local_memory(report):
 
 def test_logits_and_caches_come_in_16_byte_loads(report):
     wanted = [r for r in on(report, *NVIDIA) if r["wide"]]
-    # masses (entropy or not) and finishers (2 widths) of 3, 2 and 2 dtypes, caches (3 widths) on three targets
-    assert len(wanted) >= 7 * (2 + 2) + 3 * 3
+    # masses (entropy or not) and finishers (2 widths), by row and by slot, of 3, 2 and 2 dtypes, caches (3 widths) on
+    # three targets
+    assert len(wanted) >= 7 * 2 * (2 + 2) + 3 * 3
     assert [(r["target"], r["name"], r["loads"]) for r in wanted if not r["loads"].get("128")] == []
     # A wave of 64 has half as many entries a thread to read; the finishers' tiles have 4 warps, so 8 bytes a thread.
     streaming = [r for r in on(report, "gfx942") if r["wide"] and r["name"].startswith(("mass", "kv_copy"))]
-    assert len(streaming) == 4 + 3
+    assert len(streaming) == 2 * 4 + 3
     assert [(r["name"], r["loads"]) for r in streaming if not r["loads"].get("128")] == []
 
 
@@ -101,7 +102,7 @@ def test_an_integer_beta_costs_one_exponential_a_logit(report):
     the branch that integers up to 16 do not take, and two for the entry of the argmax's thread that each thread reads
     again: 66. A power that took an exponential of its own would show as more."""
     masses = [r for r in on(report, *NVIDIA) if r["name"].startswith("mass")]
-    assert len(masses) == (3 + 2 + 2) * 4
+    assert len(masses) == (3 + 2 + 2) * 2 * 4
     assert {r["ex2"] for r in masses} == {32 + 32 + 2}
 
 
@@ -119,10 +120,10 @@ def test_what_the_launchers_ask_for_is_what_is_compiled(requests):
     listed = {key(r) for r in requests if r["kind"] == "listed"}
     asked = {key(r) for r in requests if r["kind"] == "request"}
     assert asked - listed == set()
-    assert len({json.loads(a)["kernel"] for a in asked}) >= 12
+    assert len({json.loads(a)["kernel"] for a in asked}) >= 14
     # Nor is anything listed that nobody asks for.
     kernels = ("_mass_kernel", "_score_kernel", "_mh_accept_kernel", "_mh_advance_kernel", "_kv_copy_kernel")
-    for kernel in (*kernels, "_head_kernel"):
+    for kernel in (*kernels, "_head_kernel", "_slot_mass_kernel", "_slot_finish_kernel"):
         assert {k for k in listed - asked if json.loads(k)["kernel"] == kernel} == set()
 
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 import power_kernels as pk
 from power_kernels.law import Law
 from power_kernels.state import ChainState
-from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring
+from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring, slots
 
 SEEN: set[str] = set()
 
@@ -130,6 +130,12 @@ def logits_launches() -> None:
                         logits, f32, f32, seed, counter, exclude, workspace, i64, f32, f32, f32, entropy, i32
                     )
                     scoring.score_tokens_out(logits, i64, f32, f32, workspace, f32, f32, f32, entropy, i32)
+            table = pk.SlotTable.allocate(1)
+            live, values = i64.bool(), torch.zeros(rows, 3)
+            for entropy in (False, True):
+                slots.sample_slots_out(
+                    *table.tensors(), logits, i64, i64, live, workspace, i64.clone(), values, i64.clone(), entropy
+                )
 
 
 def lm_head_launches() -> None:

@@ -30,6 +30,7 @@ from power_kernels.ops.rows import workspace_size
 from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
 from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
 from power_kernels.ops.shards import sample_from_shards, score_from_shards, shard_record
+from power_kernels.ops.slots import SlotOutput, sample_slots, sample_slots_out
 
 dispatch.load_extension()
 dispatch.choose_from_environment()

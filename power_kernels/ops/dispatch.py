@@ -22,6 +22,7 @@ from power_kernels import reference
 from power_kernels.block_tables import BlockStatus
 from power_kernels.errors import ArgumentError, BackendError
 from power_kernels.law import Cut
+from power_kernels.slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
 from power_kernels.state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
@@ -82,10 +83,23 @@ def _load_extension() -> str | None:
 
 def state_layout() -> str:
     """What Python and C++ must agree on (columns, codes, tensors), as the string that csrc/chain.cpp compiles in."""
-    enums = (ChainField, LaneField, Mode, LaneStatus, Outcome, Cost, Cut, Status, BlockStatus)
+    enums = (
+        ChainField,
+        LaneField,
+        Mode,
+        LaneStatus,
+        Outcome,
+        Cost,
+        Cut,
+        Status,
+        BlockStatus,
+        SlotField,
+        SlotBound,
+        SlotFlag,
+    )
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     tensors = "tensors:" + "".join(f",{name}" for name in ChainState.__dataclass_fields__)
-    return ";".join([*parts, tensors, f"pitch={CHAIN_FIELDS},{LANE_FIELDS}"])
+    return ";".join([*parts, tensors, f"pitch={CHAIN_FIELDS},{LANE_FIELDS},{SLOT_FIELDS}"])
 
 
 @functools.cache

@@ -41,12 +41,18 @@ def check_scoring(like: torch.Tensor, rows: int, tokens, alpha, beta) -> None:
     check_exponents(alpha=alpha, beta=beta)
 
 
+def check_workspace(like: torch.Tensor, workspace, need: int) -> None:
+    """need: elements."""
+    check_vectors(like, workspace=(workspace, torch.float32, (None,)))
+    if workspace.numel() < need:
+        raise ArgumentError(f"workspace has {workspace.numel()} elements; it must have at least {need}")
+
+
 def check_outputs(like: torch.Tensor, need: int, workspace, floats, entropy, status) -> None:
     """like: logits or hidden states, one row a row of the outputs. need: elements of the workspace."""
     rows = (like.shape[0],)
-    check_vectors(like, workspace=(workspace, torch.float32, (None,)), status=(status, torch.int32, rows))
-    if workspace.numel() < need:
-        raise ArgumentError(f"workspace has {workspace.numel()} elements; it must have at least {need}")
+    check_workspace(like, workspace, need)
+    check_vectors(like, status=(status, torch.int32, rows))
     check_vectors(like, **{name: (value, torch.float32, rows) for name, value in floats.items()})
     if entropy is not None:
         check_vectors(like, entropy=(entropy, torch.float32, rows))

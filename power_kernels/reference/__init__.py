@@ -19,6 +19,7 @@ from power_kernels.reference.paged_kv import (
 from power_kernels.reference.rows import TokenQuantities, draw_token, entropy, row_status, token_quantities
 from power_kernels.reference.sampling import sample_tokens_out
 from power_kernels.reference.scoring import score_tokens_out
+from power_kernels.reference.slots import sample_slots_out
 
 __all__ = [
     "Answer",
@@ -38,6 +39,7 @@ __all__ = [
     "mh_advance",
     "row_status",
     "sample_from_hidden_out",
+    "sample_slots_out",
     "sample_tokens_out",
     "score_from_hidden_out",
     "score_tokens_out",

@@ -77,7 +77,7 @@ def logits_configurations(
                         num_warps=warps,
                         # where a tile has as many entries a thread
                         wide="v4" if (width or 1) > 1 and meta["TILE"] >= 32 * warps * width else None,
-                        elements=meta.get("TILE") if name == "mass" else None,
+                        elements=meta.get("TILE") if name.startswith("mass") else None,
                     )
                 )
     return found
@@ -85,9 +85,10 @@ def logits_configurations(
 
 def configurations() -> list[Configuration]:
     """Every shipped configuration of every kernel of this package."""
-    from . import chain, kv_cache, lm_head, paged_kv, sampling, scoring
+    from . import chain, kv_cache, lm_head, paged_kv, sampling, scoring, slots
 
-    return [c for module in (sampling, scoring, lm_head, chain, kv_cache, paged_kv) for c in module.configurations()]
+    modules = (sampling, scoring, slots, lm_head, chain, kv_cache, paged_kv)
+    return [c for module in modules for c in module.configurations()]
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:

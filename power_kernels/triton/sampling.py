@@ -75,7 +75,7 @@ def take(values, index, at):
 
 
 @triton.jit
-def _row_of(logits_ptr, row, stride_row, VEC: tl.constexpr):
+def row_of(logits_ptr, row, stride_row, VEC: tl.constexpr):
     """The row's first entry. With VEC > 1 the launcher has seen that every row begins at a multiple of 16 bytes; Triton
     sees it from the pointer's own alignment and the stride in units of VEC."""
     return logits_ptr + row.to(tl.int64) * stride_row * VEC
@@ -155,6 +155,19 @@ def _tile_record(
     tl.store(record + 2 * tiles, tl.sum(tl.where(others, rb, 0.0) + tl.exp2(dy * beta), 0) + back)
 
 
+@triton.jit
+def tile_records(
+    logits, beta, record, V, tiles, start, each, ENTROPY: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr
+):
+    """Those of tiles [start, start + each) of one row, from logits (its first entry) to record (its first tile's)."""
+    whole = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= _MOST_POWER)
+    power = tl.where(whole, beta, 0.0).to(tl.int32)
+    for tile in range(start, tl.minimum(start + each, tiles)):
+        first = tile * TILE
+        left = tl.multiple_of(V - first, VEC)
+        _tile_record(logits + first, beta, power, record + tile, tiles, left, ENTROPY, TILE, VEC)
+
+
 @triton.jit(
     do_not_specialize=["V", "stride_row", "tiles", "programs", "each"],
     do_not_specialize_on_alignment=["beta_ptr", "work_ptr"],
@@ -179,15 +192,9 @@ def _mass_kernel(
     """
     row = tl.program_id(0) // programs
     start = (tl.program_id(0) % programs) * each
-    logits = _row_of(logits_ptr, row, stride_row, VEC)
+    logits = row_of(logits_ptr, row, stride_row, VEC)
     record = work_ptr + row.to(tl.int64) * (4 * tiles)
-    beta = tl.load(beta_ptr + row)
-    whole = (beta == tl.floor(beta)) & (beta >= 1.0) & (beta <= _MOST_POWER)
-    power = tl.where(whole, beta, 0.0).to(tl.int32)
-    for tile in range(start, tl.minimum(start + each, tiles)):
-        first = tile * TILE
-        left = tl.multiple_of(V - first, VEC)
-        _tile_record(logits + first, beta, power, record + tile, tiles, left, ENTROPY, TILE, VEC)
+    tile_records(logits, tl.load(beta_ptr + row), record, V, tiles, start, each, ENTROPY, TILE, VEC)
 
 
 # ---- rows
@@ -242,11 +249,9 @@ def row_masses(work_ptr, row, tiles, alpha, beta, has_entropy, TILES: tl.constex
 
 
 @triton.jit
-def store_quantities(
-    row, status, z, m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr,
-    has_entropy,
-):  # fmt: skip
-    """logp, logq, weight of the token with logit z (float64) and the row's entropy; NaN where the status is not OK."""
+def quantities(status, z, m, rest_1, rest_b, moment, alpha, beta):
+    """logp, logq, weight of the token with logit z (float64) and the row's entropy, all fp32; NaN where the status is
+    not OK."""
     ok = status == _OK
     gap = z - m.to(tl.float64)
     log_1 = log1p(rest_1)
@@ -256,12 +261,27 @@ def store_quantities(
     weight = tl.where((beta >= 1.0) & (beta <= alpha), tl.minimum(weight, 0.0), weight)
     # A given token may have no mass; none is drawn without.
     weight = tl.where(z == -_INF, -_INF, weight)
-    tl.store(logp_ptr + row, tl.where(ok, logp, _UNDEFINED).to(tl.float32))
-    tl.store(logq_ptr + row, tl.where(ok, beta * gap - log_b, _UNDEFINED).to(tl.float32))
-    tl.store(weight_ptr + row, tl.where(ok, weight, _UNDEFINED).to(tl.float32))
+    entropy = log_1 - moment / (1.0 + rest_1)
+    return (
+        tl.where(ok, logp, _UNDEFINED).to(tl.float32),
+        tl.where(ok, beta * gap - log_b, _UNDEFINED).to(tl.float32),
+        tl.where(ok, weight, _UNDEFINED).to(tl.float32),
+        tl.where(ok, entropy, _UNDEFINED).to(tl.float32),
+    )
+
+
+@triton.jit
+def store_quantities(
+    row, status, z, m, rest_1, rest_b, moment, alpha, beta, logp_ptr, logq_ptr, weight_ptr, entropy_ptr, status_ptr,
+    has_entropy,
+):  # fmt: skip
+    """`quantities` of a row, and its status."""
+    logp, logq, weight, entropy = quantities(status, z, m, rest_1, rest_b, moment, alpha, beta)
+    tl.store(logp_ptr + row, logp)
+    tl.store(logq_ptr + row, logq)
+    tl.store(weight_ptr + row, weight)
     if has_entropy:
-        entropy = log_1 - moment / (1.0 + rest_1)
-        tl.store(entropy_ptr + row, tl.where(ok, entropy, _UNDEFINED).to(tl.float32))
+        tl.store(entropy_ptr + row, entropy)
     tl.store(status_ptr + row, status)
 
 
@@ -269,6 +289,59 @@ def store_quantities(
 def _tile_masses(z, top, beta, TILE: tl.constexpr):
     """exp(beta (z - top)) of one tile for a float64 scan, in the arithmetic of the mass kernel; 0 where z is -inf."""
     return tl.exp2((z - tl.where(top == -_INF, 0.0, top)) * _LOG2E * beta).to(tl.float64)
+
+
+@triton.jit
+def excluded_token(row_ptr, given, status, V):
+    """The row's status, BAD_TOKEN for a token of V or more, and the token to leave out of the draw, -1 for none."""
+    status = tl.where((status == _OK) & (given >= V), _BAD_TOKEN, status)
+    skip = -1
+    if (status == _OK) & (given >= 0):
+        skip = given.to(tl.int32)
+        if tl.load(row_ptr + skip).to(tl.float32) == -_INF:
+            skip = -1
+    return status, skip
+
+
+@triton.jit
+def draw_token(row_ptr, index, top, mass, m, beta32, u, skip, V, tiles, TILE: tl.constexpr, VEC: tl.constexpr):
+    """The token whose part of the CDF holds u, by the tiles of `row_masses`; the row is read again in one or two.
+
+    beta32: fp32. u: float64. skip: a token with mass that may not be drawn, unless nothing else has any, or -1.
+    """
+    beta = beta32.to(tl.float64)
+    if skip >= 0:
+        # Only the excluded token's tile changes; its new maximum keeps what is left from underflowing.
+        z = _read_tile(row_ptr, skip // TILE, V, skip, TILE, VEC)
+        z_top = tl.max(z, 0)
+        here = index == skip // TILE
+        top = tl.where(here, z_top, top)
+        mass = tl.where(here, tl.sum(_tile_masses(z, z_top, beta32, TILE), 0), mass)
+        m_draw = tl.max(top, 0)
+    else:
+        m_draw = m
+    if m_draw == -_INF:
+        x = skip  # nothing else has mass
+    else:
+        scale = tl.where(top == -_INF, 0.0, tl.exp((top - m_draw).to(tl.float64) * beta))
+        mass = mass * scale
+        prefix = tl.cumsum(mass, 0)
+        target = u * take(prefix, index, tiles - 1)
+        tile = tl.min(tl.where((prefix > target) & (mass > 0.0), index, _FAR), 0)
+        if tile == _FAR:  # rounding alone can lead here
+            tile = tl.max(tl.where(mass > 0.0, index, 0), 0)
+        # Of the tile's mass: within the tile the sums below are what counts, so both sides are scaled to them.
+        part = tl.maximum(target - take(prefix, index, tile - 1), 0.0)
+        of = take(mass, index, tile)
+        z = _read_tile(row_ptr, tile, V, skip, TILE, VEC)
+        token = tile * TILE + tl.arange(0, TILE)
+        e = _tile_masses(z, take(top, index, tile), beta32, TILE)
+        cdf = tl.cumsum(e, 0)
+        some = e > 0.0
+        x = tl.min(tl.where((cdf * of > part * tl.sum(e, 0)) & some, token, _FAR), 0)
+        if x == _FAR:
+            x = tl.max(tl.where(some, token, 0), 0)
+    return x
 
 
 @triton.jit(
@@ -304,7 +377,7 @@ def _finish_kernel(
 ):
     """One row: its sums, its draw, its token's quantities."""
     row = tl.program_id(0)
-    row_ptr = _row_of(logits_ptr, row, stride_row, VEC)
+    row_ptr = row_of(logits_ptr, row, stride_row, VEC)
     alpha = tl.load(alpha_ptr + row).to(tl.float64)
     beta32 = tl.load(beta_ptr + row)
     beta = beta32.to(tl.float64)
@@ -314,49 +387,14 @@ def _finish_kernel(
 
     skip = -1
     if has_exclude:
-        given = tl.load(exclude_ptr + row)
-        status = tl.where((status == _OK) & (given >= V), _BAD_TOKEN, status)
-        if (status == _OK) & (given >= 0):
-            skip = given.to(tl.int32)
-            if tl.load(row_ptr + skip).to(tl.float32) == -_INF:
-                skip = -1
+        status, skip = excluded_token(row_ptr, tl.load(exclude_ptr + row), status, V)
 
     x = -1
     if status == _OK:
         c = counter_ptr + row * 4
         seed = tl.load(seed_ptr + row * seed_stride)
         u, _ = uniforms(seed, tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3))
-        if skip >= 0:
-            # Only the excluded token's tile changes; its new maximum keeps what is left from underflowing.
-            z = _read_tile(row_ptr, skip // TILE, V, skip, TILE, VEC)
-            z_top = tl.max(z, 0)
-            here = index == skip // TILE
-            top = tl.where(here, z_top, top)
-            mass = tl.where(here, tl.sum(_tile_masses(z, z_top, beta32, TILE), 0), mass)
-            m_draw = tl.max(top, 0)
-        else:
-            m_draw = m
-        if m_draw == -_INF:
-            x = skip  # nothing else has mass
-        else:
-            scale = tl.where(top == -_INF, 0.0, tl.exp((top - m_draw).to(tl.float64) * beta))
-            mass = mass * scale
-            prefix = tl.cumsum(mass, 0)
-            target = u * take(prefix, index, tiles - 1)
-            tile = tl.min(tl.where((prefix > target) & (mass > 0.0), index, _FAR), 0)
-            if tile == _FAR:  # rounding alone can lead here
-                tile = tl.max(tl.where(mass > 0.0, index, 0), 0)
-            # Of the tile's mass: within the tile the sums below are what counts, so both sides are scaled to them.
-            part = tl.maximum(target - take(prefix, index, tile - 1), 0.0)
-            of = take(mass, index, tile)
-            z = _read_tile(row_ptr, tile, V, skip, TILE, VEC)
-            token = tile * TILE + tl.arange(0, TILE)
-            e = _tile_masses(z, take(top, index, tile), beta32, TILE)
-            cdf = tl.cumsum(e, 0)
-            some = e > 0.0
-            x = tl.min(tl.where((cdf * of > part * tl.sum(e, 0)) & some, token, _FAR), 0)
-            if x == _FAR:
-                x = tl.max(tl.where(some, token, 0), 0)
+        x = draw_token(row_ptr, index, top, mass, m, beta32, u, skip, V, tiles, TILE, VEC)
     z_x = tl.load(row_ptr + tl.maximum(x, 0)).to(tl.float32).to(tl.float64)
     tl.store(token_ptr + row, x.to(tl.int64))
     store_quantities(
@@ -383,6 +421,12 @@ def vector_width(logits: torch.Tensor) -> int:
     return 1 if (logits.data_ptr() | logits.stride(0) * item | logits.shape[1] * item) % 16 else 16 // item
 
 
+def mass_split(rows: int, tiles: int) -> tuple[int, int]:
+    """Programs a row of the mass kernel, and tiles a program."""
+    each = max(1, rows * tiles // _PROGRAMS)
+    return triton.cdiv(tiles, each), each
+
+
 def seed_stride(seed: torch.Tensor) -> int:
     """From a row's seed to the next one's, in a vector of one for all or one a row."""
     return int(seed.shape[0] != 1)
@@ -392,8 +436,7 @@ def mass_out(logits, beta, workspace, *, entropy: bool) -> None:
     """Write the tile records of every row. logits [B, V], beta [B] f32, workspace f32 (>= B * 4 * tiles entries)."""
     rows, vocabulary = logits.shape
     tiles = tile_count(vocabulary)
-    each = max(1, rows * tiles // _PROGRAMS)
-    programs = triton.cdiv(tiles, each)
+    programs, each = mass_split(rows, tiles)
     width = vector_width(logits)
     launch(
         _mass_kernel,

@@ -6,7 +6,6 @@ requests know nothing of ranges, positions or other lanes, and some are not read
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -214,11 +213,9 @@ class AheadEngine(ToldEngine):
 
     def rejects(self, request: Request, weight: float, i: int) -> bool:
         """Whether its chain will reject a request. weight: of its last token, which was draw i of a batch."""
-        opened, n = request.name, len(request.tokens)
+        opened = request.name
         request.weight = (opened.cumw if request.weight is None else request.weight) + weight
-        ends_at = (n if opened.ends_early else opened.horizon), opened.horizon
-        most = max(opened.length_bonus * m - math.log(m) for m in ends_at)
-        return request.weight + most < opened.theta
+        return opened.rejects(len(request.tokens), request.weight)
 
     def packed(self, rows: int, runs: list[tuple[list[int], pk.SampleOutput]]) -> Sampled:
         shape = rows, max(len(runs), 1)

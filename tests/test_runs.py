@@ -379,3 +379,24 @@ def test_a_request_is_told_its_weight_and_below_what_it_is_rejected(cut, early):
     assert (moved.lane, moved.tokens) == (0, [*proposal.tokens, 2])
     assert moved.cumw == proposal.cumw - 0.125
     assert_just_below(moved.theta, bound)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n", "length"),
+    [
+        ({"length_bonus": 0.5}, 2, 9),
+        ({"length_bonus": -0.5}, 2, 2),
+        ({"length_bonus": -0.5, "eos": (), "stops": True}, 2, 2),
+        ({"length_bonus": -0.5, "eos": ()}, 2, 9),
+        ({"length_bonus": 0.0}, 9, 9),
+    ],
+)
+def test_a_request_is_rejected_below_theta_at_the_length_that_suits_it_best(changes, n, length):
+    opened = Opened(
+        lane=0, request=0, tokens=[3], horizon=9, serial=1, chain_id=0, prompt_id=0, exclude=-1, cumw=-1.0, theta=-30.0,
+        length_bonus=0.0, eos=(0,), stops=False,
+    )._replace(**changes)  # fmt: skip
+    bound = -30.0 - (opened.length_bonus * length - math.log(length))
+    assert opened.rejects(n, bound + 1e-8), "half of the slack is 1.55e-8"
+    assert not opened.rejects(n, bound + 2e-8)
+    assert not opened._replace(theta=-math.inf).rejects(n, -1e9)

@@ -39,6 +39,7 @@ handed over at once, as a run of draws (`Sampled`), and a request may even be dr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -156,6 +157,9 @@ class Ended(NamedTuple):
     request: int
 
 
+THETA_SLACK = 1e-9
+
+
 class Opened(NamedTuple):
     """The request of a lane that starts, or starts again.
 
@@ -166,12 +170,9 @@ class Opened(NamedTuple):
 
     What follows is for engines that end a request by themselves, and the others need not look at it. eos: the tokens
     that end an answer. stops: whether a stop string may end one, too, which the chain alone can tell. cumw: W of the
-    tokens, the sum of their weights in nats. With n tokens and C the running float64 sum of cumw and the weights drawn
-    since, the chain rejects a request, at this token or an earlier one, if
-        C + max(term(m), term(horizon)) < theta,   term(n) = length_bonus n - log n,
-    m being n where ends_early says that an EOS token or a stop string may end an answer before the horizon, else
-    horizon. It then takes nothing more of it. theta is -inf where it never does so early. (It lies a little below the
-    chain's own, so that no rounding ends what the chain lets go on.)
+    tokens, the sum of their weights in nats. theta: below what the chain rejects the request, see `rejects`; -inf where
+    it never does so early. (It lies `THETA_SLACK` (1 + |theta|) below the chain's own, so that no rounding ends what
+    the chain lets go on.)
     """
 
     lane: int
@@ -190,7 +191,19 @@ class Opened(NamedTuple):
 
     @property
     def ends_early(self) -> bool:
+        """Whether an EOS token or a stop string may end the answer before the horizon."""
         return bool(self.eos) or self.stops
+
+    def rejects(self, n: int, cumw: float) -> bool:
+        """Whether the chain rejects the request at its n-th token or an earlier one, and takes nothing more of it.
+
+        cumw: W of the n tokens, as the running float64 sum. With term(n) = length_bonus n - log n this is
+            cumw + max(term(m), term(horizon)) < theta,
+        m being n where the answer may end early, else horizon. Whoever asks a device the same, which rounds otherwise,
+        finds it here if it was found there: half of the slack is given away.
+        """
+        most = max(self.length_bonus * m - math.log(m) for m in (n if self.ends_early else self.horizon, self.horizon))
+        return self.theta > -math.inf and cumw + most < self.theta + 0.5 * THETA_SLACK * (1 + abs(self.theta))
 
     def counter(self, position: int) -> tuple[int, int, int, int]:
         """What `power_kernels.sample_tokens` takes as the counter of the token at a position of the answer."""

@@ -12,16 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from power_kernels.api.driver.engine import Ended, Opened
+from power_kernels.api.driver.engine import THETA_SLACK, Ended, Opened
 from power_kernels.api.driver.host import on_host
 from power_kernels.law import Law
 from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode
 
 _NONE = -1  # the EPOCH of a lane that has no request
-
-# What theta is lowered by, of 1 + |theta|: where an engine's test rounds otherwise than the chain's, it must let go on
-# what the chain would let go on.
-_SLACK = 1e-9
 
 
 class _Host(NamedTuple):
@@ -90,7 +86,7 @@ class RequestLog:
                 z = float(state.lane_cumz[lane, position] if own else host.cumz[chain, position])
                 # The chain's test has log Z in the place of log n. Z only grows, and log n is at most log horizon.
                 theta += (math.log(z) if z > 0 else -math.inf) - math.log(horizon)
-            theta -= _SLACK * (1 + abs(theta))
+            theta -= THETA_SLACK * (1 + abs(theta))
         self._request[lane] = self._opened
         self._opened += 1
         return Opened(

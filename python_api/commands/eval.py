@@ -22,6 +22,7 @@ DEMO_OUT = "build/eval-demo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", metavar="EXPERIMENT.yaml", help="model, tasks, arms, seeds; flags go before")
     generate.add_model_arguments(parser, required=False)
+    generate.add_engine_arguments(parser)
     parser.add_argument("--max-chains", type=int, help="the most chains that run at once, in each process")
     parser.add_argument(
         "--task", action="append", metavar="[NAME=]KIND[:KEY=VALUE,...]", help="what is asked; may be repeated"
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from power_kernels.api.experiments import schema
 
     experiment = schema.experiment(_demo(arguments, out) if arguments.demo else _data(arguments, schema))
+    generate.check_engine_arguments(experiment)
     for arm in experiment.arms:
         generate.check_model_folder(experiment.model_of(arm))
 
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _data(arguments: argparse.Namespace, schema) -> dict:
     """The file's entries, or the flags' in their place."""
     data = schema.read_yaml(arguments.file) if arguments.file else {}
-    for key in ("model", "device", "threads", "max_chains", "seeds"):
+    for key in ("model", "device", "threads", "engine", "engine_arg", "max_chains", "seeds"):
         if getattr(arguments, key) is not None:
             data[key] = getattr(arguments, key)
     if arguments.dtype != "auto":
@@ -109,7 +111,18 @@ def _data(arguments: argparse.Namespace, schema) -> dict:
 def _demo(arguments: argparse.Namespace, out: str) -> dict:
     """The demonstration's experiment. Raises ArgumentError where another was given, too, or its model is not to be
     had."""
-    for option in ("file", "model", "device", "threads", "max_chains", "task", "arm", "seeds", "official_harness"):
+    for option in (
+        "file",
+        "model",
+        "device",
+        "threads",
+        "engine",
+        "max_chains",
+        "task",
+        "arm",
+        "seeds",
+        "official_harness",
+    ):
         if getattr(arguments, option) is not None:
             raise ArgumentError(f"--demo is an experiment of its own, and {option} is {getattr(arguments, option)!r}")
     from power_kernels.api.commands import packaged_model

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from power_kernels.api.driver.config import PowerConfig
@@ -19,6 +20,7 @@ from power_kernels.api.driver.launcher import from_environment
 from power_kernels.errors import ArgumentError
 from power_kernels.law import CUTS
 
+ENGINES = ("huggingface", "vllm")
 INCOMPLETE = 1
 INTERRUPTED = 130  # what a shell reports for SIGINT
 
@@ -31,6 +33,47 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     parser.add_argument("--threads", type=int, help="torch threads on the CPU")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What runs the model."""
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="what runs the model (default: huggingface); vllm needs vLLM (docs/vllm.md)"
+    )
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an argument of vllm.LLM, its value in JSON or else a text; may be repeated",
+    )
+
+
+def check_engine_arguments(arguments: argparse.Namespace) -> None:
+    """What can be said of `add_engine_arguments` without the engine. Raises ArgumentError."""
+    if arguments.engine != "vllm":
+        if arguments.engine_arg:
+            raise ArgumentError(f"--engine-arg is {arguments.engine_arg[0]} and --engine is not vllm, which it is for")
+        return
+    for option, value in (("--device", arguments.device), ("--threads", arguments.threads)):
+        if value is not None:
+            raise ArgumentError(
+                f"{option} is {value} with --engine vllm, which has its own ways: CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS"
+            )
+    engine_arguments(arguments.engine_arg or ())
+
+
+def engine_arguments(texts: Iterable[str]) -> dict:
+    """The arguments of `vllm.LLM` that are given as KEY=VALUE. Raises ArgumentError."""
+    given = {}
+    for text in texts:
+        key, is_one, value = text.partition("=")
+        if not is_one or not key.isidentifier() or key in given:
+            raise ArgumentError(f"--engine-arg is {text}; it must be KEY=VALUE, with another KEY each time")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return given
 
 
 def check_model_arguments(arguments: argparse.Namespace) -> None:
@@ -53,6 +96,7 @@ def check_model_folder(name: str | None) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, required=True)
+    add_engine_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     source.add_argument(
@@ -102,6 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # What needs no model is looked at before torch is imported.
     check_model_arguments(arguments)
+    check_engine_arguments(arguments)
     for option, value in (("--num-chains", arguments.num_chains), ("--max-chains", arguments.max_chains)):
         if value is not None and value < 1:
             raise ArgumentError(f"{option} is {value}; it must be at least 1")

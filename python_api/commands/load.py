@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import (
     is_peft_available,
 )
 
+from power_kernels.api.commands.generate import engine_arguments
 from power_kernels.api.driver.distributed import Ranks
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.driver.sampler import PowerSampler
@@ -90,14 +92,46 @@ def _has_tokenizer(name: str) -> bool:
 
 
 def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, tokenizer=None) -> PowerSampler:
-    """The model of `generate.add_model_arguments`, and its tokenizer unless it is there. Raises ArgumentError."""
+    """The model of `generate.add_model_arguments`, in the engine of `generate.add_engine_arguments` where the command
+    has them, and its tokenizer unless it is there. Raises ArgumentError."""
     if tokenizer is None:
         tokenizer, _ = load_tokenizer(arguments.model)
+    if vars(arguments).get("engine") == "vllm":
+        return PowerSampler(_vllm(arguments, ranks or Ranks()), tokenizer)
     model = _load(arguments, _device(arguments.device, ranks or Ranks()))
     try:
         return PowerSampler(model, tokenizer)
     except UnsupportedModelError as error:
         raise ArgumentError(f"--model {arguments.model}: {error}") from error
+
+
+def _vllm(arguments: argparse.Namespace, ranks: Ranks):
+    from power_kernels.api.engines.vllm import UntestedVersionError, VllmEngine
+
+    given = {"dtype": arguments.dtype} | engine_arguments(arguments.engine_arg or ())
+    if ranks.world > 1:
+        _take_own_gpus(given, ranks)
+    try:
+        return VllmEngine(arguments.model, **given)
+    except UntestedVersionError as error:
+        raise ArgumentError(f"--engine is vllm: {error}") from error
+    except Exception as error:  # vLLM refuses what it is given in as many ways as there are
+        raise ArgumentError(f"--model {arguments.model} cannot be loaded by vLLM: {error}") from error
+
+
+def _take_own_gpus(given: dict, ranks: Ranks) -> None:
+    """Each process has vLLM's processes of its own: of the GPUs that are visible it takes as many as they need."""
+    if not torch.cuda.device_count():
+        return
+    wanted = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    mine = names[ranks.local_rank * wanted : (ranks.local_rank + 1) * wanted]
+    if len(mine) < wanted:
+        raise ArgumentError(
+            f"process {ranks.local_rank} of this machine needs {wanted} GPUs of its own, and {len(names)} are visible; "
+            "start fewer processes (--nproc-per-node)"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
 
 
 def _model(name: str, dtype: str, device: str):

@@ -188,7 +188,7 @@ class _Loaded:
     def __init__(self, name: str, experiment: Experiment, ranks: Ranks, say: Callable[[str], None]):
         self.name, self.say = name, say
         tokenizer, self.context = load_tokenizer(name)
-        told = experiment.model_dump(include={"device", "dtype", "threads"})
+        told = experiment.model_dump(include={"device", "dtype", "threads", "engine", "engine_arg"})
         self.sampler = load_sampler(argparse.Namespace(model=name, **told), ranks, tokenizer)
         self.tasks: dict[str, tuple[list[list[int]], list[int] | None]] = {}
 

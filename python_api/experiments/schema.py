@@ -345,12 +345,15 @@ TaskSpec = Annotated[
 
 
 class Experiment(_Strict):
-    """model, device, dtype, threads, max_chains: as `power-kernels generate` has them. seeds: of the random numbers."""
+    """model, device, dtype, threads, engine, engine_arg, max_chains: as `power-kernels generate` has them.
+    seeds: of the random numbers."""
 
     model: str
     device: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     threads: Integer | None = Field(default=None, ge=1)
+    engine: Literal["huggingface", "vllm"] | None = None
+    engine_arg: tuple[str, ...] | None = None
     max_chains: Integer | None = Field(default=None, ge=1)
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     arms: tuple[Arm, ...] = Field(min_length=1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         Engine,
         EngineBusyError,
         Opened,
+        QueueingEngine,
         ReportingEngine,
         RequestEngine,
         Sampled,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
     from power_kernels.api.driver.sampler import GenerationError, GenerationInterrupted, PowerSampler
     from power_kernels.api.engines.huggingface import HuggingFaceEngine
     from power_kernels.api.engines.huggingface.custom_generate import power_sample
+    from power_kernels.api.engines.vllm import VllmEngine
 
 __all__ = [
     "CapturableEngine",
@@ -45,6 +47,7 @@ __all__ = [
     "PowerConfig",
     "PowerResult",
     "PowerSampler",
+    "QueueingEngine",
     "RankLostError",
     "ReportingEngine",
     "RequestEngine",
@@ -55,6 +58,7 @@ __all__ = [
     "StepReport",
     "TokenAccount",
     "UnsupportedModelError",
+    "VllmEngine",
     "WideningEngine",
     "generate_sharded",
     "power_sample",
@@ -69,6 +73,7 @@ _HOMES = {
     "Engine": "power_kernels.api.driver.engine",
     "EngineBusyError": "power_kernels.api.driver.engine",
     "Opened": "power_kernels.api.driver.engine",
+    "QueueingEngine": "power_kernels.api.driver.engine",
     "ReportingEngine": "power_kernels.api.driver.engine",
     "RequestEngine": "power_kernels.api.driver.engine",
     "Sampled": "power_kernels.api.driver.engine",
@@ -85,6 +90,7 @@ _HOMES = {
     "GenerationInterrupted": "power_kernels.api.driver.sampler",
     "PowerSampler": "power_kernels.api.driver.sampler",
     "HuggingFaceEngine": "power_kernels.api.engines.huggingface",
+    "VllmEngine": "power_kernels.api.engines.vllm",
     "power_sample": "power_kernels.api.engines.huggingface.custom_generate",
 }
 __getattr__, __dir__ = on_demand(globals(), _HOMES)

@@ -47,6 +47,11 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess:
 PACKAGED = "$(python -m power_kernels.api.commands.packaged_model)"
 TINY = "build/tests-tiny-model"
 
+VLLM_COMMAND = (
+    "power-kernels generate --engine vllm --model Qwen/Qwen3-0.6B --engine-arg max_model_len=4096 "
+    '--prompt "The capital of France is"'
+)
+
 # Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
 # then prints.
 TESTED = {
@@ -55,6 +60,10 @@ TESTED = {
         ("plain sampling", "low temperature", "power sampling", "nats", "acceptance rate", "tokens forwarded"),
     ),
     "make test": ("make --dry-run test", ("-m pytest", " tests")),  # the command that is running now
+    "make test-vllm": ("make --dry-run test-vllm", ("tests/vllm/run.sh",)),
+    "pip install '.[vllm]'": ("pip install --dry-run --no-deps --no-build-isolation '.[vllm]'", ()),
+    # tests/vllm/commands.py runs it where there is a vLLM, and the snippet of its page.
+    VLLM_COMMAND: ("power-kernels generate --help", ("--engine", "--engine-arg KEY=VALUE")),
     "power-kernels doctor": (
         "power-kernels doctor",
         ("backend of each op", "sample_tokens", "programs that a model wrote", "missing"),
@@ -167,6 +176,7 @@ def test_the_generate_blocks_run():
 def test_python_snippets_run_in_order():
     """Page by page, each page as one program: a later snippet uses what an earlier one made."""
     programs = {page: "\n".join(t for p, kind, t in BLOCKS if kind == "python" and p == page) for page in PAGES}
+    assert len(programs.pop("docs/vllm.md").splitlines()) <= 10  # tests/vllm/commands.py runs it
     programs = {page: text for page, text in programs.items() if text}
     assert {"README.md", "docs/python.md", "docs/engines.md"} <= set(programs)
     code = (

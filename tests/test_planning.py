@@ -144,6 +144,16 @@ def test_an_engine_that_cannot_say_what_it_takes_gets_one_lane(free):
     assert silent(ToyEngine(power_toy()), jobs=50, max_chains=20) == Plan(20, 1)
 
 
+def test_an_engine_that_lets_requests_wait_gets_as_many_chains_as_it_works_on(free):
+    engine = ToyEngine(power_toy())
+    engine.most_requests = 40
+    assert silent(engine, jobs=50) == Plan(40, 1)
+    assert silent(engine, jobs=5) == Plan(5, 1)
+    assert silent(engine, PowerConfig(max_new_tokens=8, lanes=3), jobs=50) == Plan(13, 3)
+    assert silent(engine, PowerConfig(max_new_tokens=8, lanes=64), jobs=50) == Plan(1, 64)
+    assert silent(engine, jobs=50, max_chains=45) == Plan(45, 1)
+
+
 def test_more_lanes_are_worth_less_each(free):
     gains = [lane_gain(p) for p in range(1, 40)]
     assert gains[0] == pytest.approx(1.0)

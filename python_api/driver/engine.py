@@ -289,6 +289,16 @@ class SizedEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class QueueingEngine(Engine, Protocol):
+    """An engine that works on so many requests at once and lets more of them wait.
+
+    most_requests: the driver keeps as many lanes busy where nobody says how many chains are to run.
+    """
+
+    most_requests: int
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What a call of `step` cost. Only the accounts of a run depend on it.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import Engine, SizedEngine, ranks_of
+from power_kernels.api.driver.engine import Engine, QueueingEngine, SizedEngine, ranks_of
 from power_kernels.api.driver.memory import free_bytes, is_out_of_memory
 from power_kernels.errors import ArgumentError
 from power_kernels.state import MAX_LANES
@@ -90,7 +90,9 @@ def plan_run(
     """
     wanted = jobs if max_chains is None else min(jobs, max_chains)
     if not isinstance(engine, SizedEngine):
-        return Plan(wanted if max_chains is not None else min(wanted, _UNSIZED_CHAINS), config.lanes or 1)
+        lanes = config.lanes or 1
+        most = engine.most_requests // lanes if isinstance(engine, QueueingEngine) else _UNSIZED_CHAINS
+        return Plan(wanted if max_chains is not None else min(wanted, max(most, 1)), lanes)
     budget = _budget(engine)
 
     def fits(slots: int, lanes: int) -> bool:

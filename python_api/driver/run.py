@@ -219,12 +219,14 @@ class Run:
             sampled = self.engine.step(state)
             seconds = forward = clock() - start
             fed = state.chains * state.lanes
-            if sampled.status.dim() == 2:
-                row_steps = fed = int((sampled.status != Status.PENDING).sum())
             if self.reports:
                 reported = self.engine.step_report()
                 fed, forward = reported.fed, reported.forward_seconds
                 self.count(reported)
+            elif sampled.status.dim() == 2:
+                fed = int((sampled.status != Status.PENDING).sum())
+            if sampled.status.dim() == 2:
+                row_steps = fed
             self.seconds["forward"] += forward
             self.seconds["sample"] += seconds - forward
             report.lane_steps += fed

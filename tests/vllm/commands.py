@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +64,38 @@ def test_eval_runs_an_arm_on_vllm(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| few | power |" in done.stdout
+
+
+def page(kind: str) -> list[str]:
+    """The blocks of docs/vllm.md."""
+    text = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_ten_lines_of_the_page_run(folder):
+    (text,) = page("python")
+    given = ", ".join(f"{key}={value!r}" for key, value in {**GIVEN, "enforce_eager": True, "dtype": "float32"}.items())
+    for there, here in (
+        ('"Qwen/Qwen3-0.6B"', repr(str(folder))), ("max_model_len=4096", given), ("block_size=64", "block_size=8"),
+        ("The capital of France is", "a0b c2d"), ("Water boils at", "b1c"), ("max_new_tokens=256", "max_new_tokens=16"),
+    ):  # fmt: skip
+        assert text.count(there) == 1, there
+        text = text.replace(there, here)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"-[\d.]+ nats, \d+ of \d+ steps accepted: '", done.stdout)) == 4
+
+
+def test_the_command_of_the_page_runs(folder):
+    (line,) = [line for text in page("bash") for line in text.splitlines() if line.startswith("power-kernels generate")]
+    arguments = shlex.split(line)[1:]
+    at = arguments.index("--engine-arg")
+    arguments[at : at + 2] = ENGINE[2:]
+    arguments[arguments.index("--model") + 1] = str(folder)
+    arguments[arguments.index("--prompt") + 1] = "a0b"
+    done = command(*arguments, "--max-new-tokens", "12", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "tokens forwarded" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,7 @@ def overlapping(folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(asynchronous))
-        made = engines.engine(
-            folder, kv_cache_memory_bytes=engines.blocks(12), max_model_len=256, async_scheduling=True
-        )
+        made = engines.engine(folder, kv_cache_memory_bytes=engines.blocks(9), max_model_len=256, async_scheduling=True)
     yield made
     engines.shut_down(made)
 
@@ -82,7 +80,8 @@ def test_chains_are_the_hugging_face_engine_s(engine, huggingface, config, call)
 
 def test_asynchronous_scheduling_and_preemption_change_no_chain(overlapping, huggingface):
     assert type(engines.scheduler(overlapping)).__name__ == "AsyncScheduler"
-    config, call = replace(CONFIG, lanes=2), dict(prompts=5, eos_token_id=tiny.EOS[:4])
+    config = replace(CONFIG, lanes=2, max_new_tokens=40, block_size=20)
+    call = dict(prompts=5, eos_token_id=tiny.EOS[:4])
     with engines.preemptions(overlapping) as preempted, seen.seen() as rows:
         ours = engines.drawn(overlapping, config, seed=7, **call)
     assert len(preempted) >= 2

@@ -246,16 +246,17 @@ class VllmEngine:
         """The runs that have arrived, as [rows, K]; they are delivered with this."""
         width = max((len(run.token) for run in self._runs.values()), default=1)
         token = np.zeros((rows, width), np.int64)
-        values = np.zeros((rows, width, 3), np.float32)
+        logq, weight, entropy = np.zeros((3, rows, width), np.float32)
         status = np.full((rows, width), Status.PENDING, np.int32)
         for lane, run in self._runs.items():
             count = len(run.token)
-            token[lane, :count], values[lane, :count], status[lane, :count] = run.token, run.values, run.status
+            token[lane, :count], status[lane, :count] = run.token, run.status
+            logq[lane, :count], weight[lane, :count], entropy[lane, :count] = run.values.T
             self._account.drawn += count
         self._runs = {}
-        logq, weight, entropy = (torch.from_numpy(np.ascontiguousarray(values[..., i])) for i in range(3))
         return Sampled(
-            torch.from_numpy(token), logq, weight, torch.from_numpy(status), entropy=entropy if self._entropy else None
+            *map(torch.from_numpy, (token, logq, weight, status)),
+            entropy=torch.from_numpy(entropy) if self._entropy else None,
         )
 
     # -- what it cost

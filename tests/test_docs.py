@@ -52,6 +52,9 @@ VLLM_COMMAND = (
     '--prompt "The capital of France is"'
 )
 
+SERVE_COMMAND = "power-kernels serve Qwen/Qwen3-0.6B --max-model-len 4096 --enable-prompt-tokens-details"
+CURL_COMMAND = next(command for command in COMMANDS if command.startswith("curl "))
+
 # Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
 # then prints.
 TESTED = {
@@ -64,6 +67,9 @@ TESTED = {
     "pip install '.[vllm]'": ("pip install --dry-run --no-deps --no-build-isolation '.[vllm]'", ()),
     # tests/vllm/commands.py runs it where there is a vLLM, and the snippet of its page.
     VLLM_COMMAND: ("power-kernels generate --help", ("--engine", "--engine-arg KEY=VALUE")),
+    # tests/vllm/server.py runs these two, and the snippet of their page.
+    SERVE_COMMAND: ("power-kernels serve --help", ("vllm_xargs", "--help=all")),
+    CURL_COMMAND: ("curl --version", ("curl",)),
     "power-kernels doctor": (
         "power-kernels doctor",
         ("backend of each op", "sample_tokens", "programs that a model wrote", "missing"),
@@ -177,6 +183,7 @@ def test_python_snippets_run_in_order():
     """Page by page, each page as one program: a later snippet uses what an earlier one made."""
     programs = {page: "\n".join(t for p, kind, t in BLOCKS if kind == "python" and p == page) for page in PAGES}
     assert len(programs.pop("docs/vllm.md").splitlines()) <= 10  # tests/vllm/commands.py runs it
+    del programs["docs/serve.md"]  # tests/vllm/server.py runs it
     programs = {page: text for page, text in programs.items() if text}
     assert {"README.md", "docs/python.md", "docs/engines.md"} <= set(programs)
     code = (

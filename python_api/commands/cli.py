@@ -1,4 +1,4 @@
-"""The command line: `power-kernels generate`, `eval`, `diagnose`, `bench` and `doctor`.
+"""The command line: `power-kernels generate`, `eval`, `diagnose`, `serve`, `bench` and `doctor`.
 
 Nothing here imports torch before a command's options have been looked at: help, and the refusal of bad input, are what
 people wait for at a prompt.
@@ -12,7 +12,7 @@ import sys
 
 from power_kernels import __version__
 from power_kernels.api.bench import options as bench_options
-from power_kernels.api.commands import diagnose, generate
+from power_kernels.api.commands import diagnose, generate, serve
 from power_kernels.api.commands import eval as evaluate
 from power_kernels.api.commands.generate import INTERRUPTED
 from power_kernels.errors import ArgumentError, BackendError
@@ -20,8 +20,11 @@ from power_kernels.errors import ArgumentError, BackendError
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 when answers are missing or bad, 2 for bad input, 130 when interrupted."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if serve.wanted(argv):
+            return serve.run(argv[1:])
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (ArgumentError, BackendError) as error:
         print(f"power-kernels: {error}", file=sys.stderr)
@@ -84,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     diagnose.add_arguments(diagnosis)
     diagnosis.set_defaults(run=diagnose.run)
+
+    server = commands.add_parser(
+        "serve",
+        help="vLLM's OpenAI server, with power sampling",
+        description=serve.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_arguments(server)
     return parser
 
 

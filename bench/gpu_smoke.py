@@ -199,6 +199,12 @@ def size_items(device: str) -> list[Item]:
                 return (*make(rows, size, dtype), True)
 
             items.append(Item(case, functools.partial(against_reference, name, arguments, contract, device)))
+
+        def by_slot(dtype=dtype):
+            return (*contract.slot_arguments(8, vocab, dtype), *contract.slot_outputs(8, vocab), True)
+
+        launch = functools.partial(against_reference, "sample_slots_out", by_slot, contract, device)
+        items.append(Item(f"sample_slots_out, {of}, V={vocab}", launch))
     return items
 
 
@@ -323,7 +329,7 @@ GROUPS: dict[str, Callable[[str], list[Item]]] = {
     "device": device_items,
     **{
         f"{family} kernels": functools.partial(operator_items, family)
-        for family in ("sampling", "scoring", "lm_head", "chain", "kv_cache", "paged_kv")
+        for family in ("sampling", "scoring", "slots", "lm_head", "chain", "kv_cache", "paged_kv")
     },
     "real sizes": size_items,
     "long answers": chain_items,

@@ -42,6 +42,10 @@ def small_arguments(device: str) -> dict:
             "sample_tokens_out",
             lambda vocab=vocab: (*contract.sample_arguments(3, vocab), *contract.sample_outputs(3, vocab)),
         )
+        made[f"sample_slots_out, V={vocab}"] = (
+            "sample_slots_out",
+            lambda vocab=vocab: (*contract.slot_arguments(3, vocab), *contract.slot_outputs(3, vocab), True),
+        )
     return {case: (name, make, contract) for case, (name, make) in made.items()}
 
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv
+from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv, slots
 from power_kernels.api.bench.harness import Point
 from power_kernels.api.bench.opponents import add_library
 from power_kernels.api.bench.options import GRIDS, OPS
 from power_kernels.api.bench.run import SUITES
+from power_kernels.slots import SlotField
 from power_kernels.state import Cost
 
 CPU = torch.device("cpu")
@@ -42,6 +43,15 @@ def test_bytes_of_sampling_and_scoring(dtype):
     assert logits.score_bytes(b, v, item) == nbytes(logit, *exponents, token, *results)
     assert lm_head.head_bytes(b, d, v, item, 48, 8) == nbytes(*head, *exponents, seed, counter, token, *results)
     assert lm_head.head_bytes(b, d, v, item, 32) == nbytes(*head, *exponents, token, *results)
+
+
+def test_bytes_of_a_step_by_slot():
+    b, v = 3, 7
+    vectors = [(INT64, b), (INT64, b), (torch.bool, b)]
+    read = [(INT64, b, len(SlotField)), (torch.float32, b, 2), (FLOAT64, b, 2), (FLOAT64, b)]
+    written = [(FLOAT64, b), (INT64, b), (torch.float32, b, 3), (INT64, b)]
+    want = nbytes((torch.bfloat16, b, v), *vectors, *read, *written)
+    assert slots.step_bytes(b, v, 2) == want == 2 * b * v + 173 * b
 
 
 def test_bytes_of_copies():
@@ -120,6 +130,26 @@ def test_contenders_of_sampling_return_the_quantities_of_their_token():
         exact = pk.score_tokens(z, token[:, 0], four[:, 0], four[:, 0])
         for mine, theirs in zip(exact[:3], quantities, strict=True):
             torch.testing.assert_close(mine, theirs[:, 0], rtol=0, atol=1e-4)
+
+
+def test_contenders_of_a_step_by_slot_agree():
+    """The composed step draws, sums and rejects as the operator does, where the bound decides for some rows."""
+    z, rows = logits.normal_logits(6, 1000, torch.float32, CPU), torch.arange(6)
+    tables = [slots.table_of(6, CPU) for _ in range(2)]
+    for table in tables:
+        table.bound[::2, 0] = 0.0
+        table.bound[1, 1] = 0.5
+    arguments = (z, rows, torch.full((6,), slots.BASE + 5), rows < 5)
+    ours = pk.sample_slots(tables[0], *arguments)
+    log_n = torch.arange(slots.HORIZON + 2, dtype=torch.float64).clamp(min=1).log()
+    token, values, flags = slots.composed(tables[1], log_n, *arguments)
+    assert torch.equal(ours.flags, flags)
+    assert flags.tolist() == [8, 0, 8, 0, 8, 0]
+    assert torch.equal(ours.token, token)
+    assert torch.equal(ours.values, values)
+    assert torch.equal(tables[0].cumw, tables[1].cumw)
+    drawn, logp = slots.softmax_step(z, torch.ones(6, 1), race=True)
+    torch.testing.assert_close(logp, z.log_softmax(-1).gather(1, drawn))
 
 
 def test_contenders_of_the_lm_head_agree():

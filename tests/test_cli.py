@@ -578,9 +578,9 @@ def test_the_doctor_names_the_backend_of_every_op(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["ops"]) >= {
-        "sample_tokens", "score_tokens", "sample_from_hidden", "score_from_hidden", "mh_accept", "mh_advance",
-        "kv_copy_ranges", "kv_copy_blocks", "block_table_fork", "block_table_extend", "block_table_commit",
-        "block_table_rollback",
+        "sample_tokens", "score_tokens", "sample_slots", "sample_from_hidden", "score_from_hidden",
+        "mh_accept", "mh_advance", "kv_copy_ranges", "kv_copy_blocks", "block_table_fork",
+        "block_table_extend", "block_table_commit", "block_table_rollback",
     }  # fmt: skip
     assert all(by_device["cpu"] in ("cpp", "reference") for by_device in report["ops"].values())
     assert report["packages"]["torch"]

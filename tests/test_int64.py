@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import power_kernels as pk
-from tests.devices import DEVICE, ON_CUDA
+from tests.devices import DEVICE, ON_CUDA, on_device
 from tests.op_helpers import BACKENDS, assert_same_bits, normal_logits, sample, score, serving
+from tests.test_ops_contract import slot_arguments, slot_outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, inside the interpreter
 
@@ -55,6 +56,16 @@ def test_logits_of_rows_further_apart_than_32_bits_are_read_and_read_again(backe
     far = spread(z, sparse, 2**31 + 16)
     assert_same_bits(sample(far, 4.0, 2.5, exclude=[2095, 3]), sample(z, 4.0, 2.5, exclude=[2095, 3]))
     assert_same_bits(score(far, [2095, 7]), score(z, [2095, 7]))
+
+
+def test_logits_and_outputs_of_slots_further_apart_than_32_bits_are_found(backend, sparse):
+    near, again = ([on_device(a) for a in slot_arguments(2, 2096)] for _ in range(2))
+    want = pk.sample_slots(pk.SlotTable(*near[:4]), *near[4:], entropy=True)
+    workspace, token, values, flags = (on_device(output) for output in slot_outputs(2, 2096))
+    far, values = spread(again[4], sparse, 2**31 + 16), spread(values, sparse, 2**31 + 16)
+    outputs = workspace, token, values, flags
+    pk.sample_slots_out(pk.SlotTable(*again[:4]), far, *again[5:], *outputs, entropy=True)
+    assert_same_bits([token, values, flags], want)
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])

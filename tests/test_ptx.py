@@ -41,16 +41,19 @@ def test_the_executor_finds_what_was_planted_and_nothing_else():
 
 
 def test_every_listed_configuration_runs_free_of_races_under_three_schedules(tmp_path):
-    """The kernels' own tests on compiled code for sm_80; of the heads' tests, which are long, those with few rows."""
+    """The kernels' own tests on compiled code for sm_80; of the heads' tests, which are long, those with few rows,
+    and of those by slot what decides and writes."""
     report = tmp_path / "report.json"
+    heads = "(float64 and (3-33-127 or 17-136-600)) or rows_may_lie or bad_row"
+    slots = "as_the_words_say or not_ours or leaves_rows_behind or last_bit"
     run(
         *("tests/test_triton_kernels.py", "tests/test_paged_kv.py", "tests/test_triton_lm_head.py"),
-        *("tests/test_long_answers.py", "tests/ptx/configurations.py"),
-        *("-k", "not test_triton_lm_head or (float64 and (3-33-127 or 17-136-600)) or rows_may_lie or bad_row"),
+        *("tests/test_long_answers.py", "tests/test_sample_slots.py", "tests/ptx/configurations.py"),
+        *("-k", f"not (test_triton_lm_head or test_sample_slots) or {heads} or {slots}"),
         *("--ptx-schedules", "in order, random often, independent lanes", "--ptx-report", str(report)),
     )
     found = json.loads(report.read_text())
     assert found["findings"] == []
     assert found["configurations_not_run"] == []
-    assert len(found["configurations"]) == 62
+    assert len(found["configurations"]) == 86
     assert len(found["schedules"]) == 3

@@ -398,6 +398,21 @@ def test_the_out_form_writes_any_strides_and_leaves_rows_behind_the_batch(backen
     assert (whole[2] == -77).sum() == 2 * most - 2
 
 
+@host_only
+@pytest.mark.parametrize("entropy", [True, False])
+def test_a_step_is_two_launches_whatever_its_rows_hold(monkeypatch, entropy):
+    from power_kernels.triton import slots
+
+    launches = []
+    monkeypatch.setattr(slots, "launch", lambda kernel, grid, *_, **__: launches.append((kernel.fn.__name__, grid)))
+    table, rows, vocab = table_of(proposals_of_many_kinds(5)), 4, 2100
+    arguments = vectors([0, -1, 3, 4], [5, 5, 5, 5], [True, True, False, True])
+    out = torch.zeros(pk.workspace_size(rows, vocab)), torch.zeros(9).long(), torch.zeros(9, 3), torch.zeros(9).long()
+    with pk.use_backend("triton"):
+        pk.sample_slots_out(table, normal_logits(rows, vocab), *arguments, *out, entropy=entropy)
+    assert launches == [("_slot_mass_kernel", (rows * 3,)), ("_slot_finish_kernel", (rows,))]
+
+
 def test_an_empty_batch_writes_nothing(backend):
     table = table_of([Proposal()])
     before = clone(table)

@@ -155,6 +155,9 @@ def _slot_finish_kernel(
         alpha = tl.load(exponent_ptr + slot * 2).to(tl.float64)
         beta32 = tl.load(exponent_ptr + slot * 2 + 1)
         beta = beta32.to(tl.float64)
+        is_live = tl.load(live_ptr + row)
+        # Read by every thread here, before the barriers of the sums below, and written by one after them.
+        sum_before = tl.load(cumw_ptr + slot, mask=is_live, other=0.0)
         status, index, top, mass, m, rest_1, rest_b, moment = row_masses(
             work_ptr, row, tiles, alpha, beta, has_entropy, TILES
         )
@@ -175,8 +178,8 @@ def _slot_finish_kernel(
         flags = status
         if status == _OK:
             emitted = x.to(tl.int64)
-            if tl.load(live_ptr + row):
-                weight_sum = tl.load(cumw_ptr + slot) + weight.to(tl.float64)
+            if is_live:
+                weight_sum = sum_before + weight.to(tl.float64)
                 tl.store(cumw_ptr + slot, weight_sum)
                 theta = tl.load(bound_ptr + slot * 2 + _THETA)
                 bonus = tl.load(bound_ptr + slot * 2 + _LENGTH_BONUS)

@@ -13,6 +13,7 @@ OPS = (
     "mh_advance",
     "sample_tokens",
     "score_tokens",
+    "sample_slots",
     "sample_from_hidden",
     "score_from_hidden",
     "kv_copy_ranges",

@@ -1,5 +1,6 @@
 """The listed configurations that the package's own tests leave out, since the interpreter is slow or wrong there:
-vocabularies beyond 262,144 entries, every dtype with and without 16-byte loads and entropy, bfloat16 heads.
+vocabularies beyond 262,144 entries, every dtype with and without 16-byte loads and entropy, by row and by slot,
+bfloat16 heads.
 
     python -m pytest -p tests.ptx.plugin tests/ptx/configurations.py
 """
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import power_kernels as pk
+from tests import test_sample_slots as slots
 from tests import test_triton_kernels as kernels
 from tests import test_triton_lm_head as heads
+from tests.op_helpers import assert_same_bits
 from tests.ptx.machine import UNCHECKED
 from tests.test_triton_kernels import sampling
 
@@ -33,6 +37,26 @@ def test_sampling_and_scoring_agree_with_float64_in_every_dtype(dtype, vocabular
     plain = kernels.sample(sampling, logits, 4.0, 2.5, counters, exclude, entropy=False)
     assert all(torch.equal(got[k], plain[k]) for k in plain if plain[k] is not None)
     kernels.check_score(logits, [last] * rows, 4.0, 1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocabulary", "pad"), VOCABULARIES)
+def test_sampling_by_slot_is_sampling_bit_for_bit_in_every_dtype(dtype, vocabulary, pad):
+    """A token is left out of one row of two; the other row is not ours where there are many entries."""
+    few = vocabulary < 10_000
+    kinds = [slots.Proposal(beta=2.0), slots.Proposal(exclude=vocabulary - 1, first=0)]
+    slot, position, live = slots.vectors([1, 0 if few else -1], [4, 6])
+    logits = kernels.make_logits(2, vocabulary, dtype, seed=vocabulary, pad=pad)
+    logits[0, -1] = 30.0  # of the last tile
+    ours = slice(0, 2 if few else 1)
+    with pk.use_backend("triton"):
+        want = slots.sampled(slots.table_of(kinds), logits[ours], slot[ours], position[ours])
+        for entropy in (False, True):
+            got = pk.sample_slots(slots.table_of(kinds), logits, slot, position, live, entropy=entropy)
+            last = want.entropy if entropy else torch.zeros_like(want.entropy)
+            columns = [got.token, *got.values.unbind(1), got.flags.int()]
+            wanted = [want.token, want.logq, want.weight, last, want.status]
+            assert_same_bits([column[ours] for column in columns], wanted)
 
 
 def check_head(hidden, head, **options):

@@ -31,6 +31,7 @@ _SCORED = {"logp_ptr": ALL, "logq_ptr": ALL, "weight_ptr": ALL, "entropy_ptr": A
 OUTPUTS: dict[str, dict[str, bool]] = {
     "_mass_kernel": {"work_ptr": SOME},
     "_finish_kernel": {"token_ptr": ALL, **_SCORED},
+    "_slot_mass_kernel": {"work_ptr": SOME},
     "_score_kernel": _SCORED,
     "_head_kernel": {"work_ptr": SOME, "given_ptr": SOME, "logits_ptr": ALL},
     "_mh_accept_kernel": {"accept_ptr": ALL, "log_ratio_ptr": ALL, "status_ptr": ALL},

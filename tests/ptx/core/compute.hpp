@@ -157,6 +157,7 @@ inline void Executor::compute(Warp& w, const Insn& i, u32 pc, u32 m) {
     case CVT_F32_S32: unary<float, i32>(w, i, m, [](i32 a) { return (float)a; }); break;
     case CVT_F64_S32: unary<double, i32>(w, i, m, [](i32 a) { return (double)a; }); break;
     case CVT_F64_S64: unary<double, i64>(w, i, m, [](i64 a) { return (double)a; }); break;
+    case CVT_F64_U64: unary<double, u64>(w, i, m, [](u64 a) { return (double)a; }); break;
     case CVT_F64_U32: unary<double, u32>(w, i, m, [](u32 a) { return (double)a; }); break;
     case CVT_RZI_S32_F32: {
       bool nan = false;

@@ -671,7 +671,7 @@ void mh_advance(Tensor field, Tensor token, Tensor logq, Tensor cumw, Tensor cum
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) {
+void add_chain(torch::stable::detail::StableLibrary& m) {
   m.impl("mh_accept_out", TORCH_BOX(&mh_accept_out));
   m.impl("mh_advance", TORCH_BOX(&mh_advance));
 }

@@ -72,6 +72,6 @@ void kv_copy_ranges(Tensor dst, Tensor src, Tensor ranges) {
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) { m.impl("kv_copy_ranges", TORCH_BOX(&kv_copy_ranges)); }
+void add_kv_cache(torch::stable::detail::StableLibrary& m) { m.impl("kv_copy_ranges", TORCH_BOX(&kv_copy_ranges)); }
 
 }  // namespace power_kernels

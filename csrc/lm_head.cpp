@@ -199,7 +199,7 @@ void score_from_hidden_out(Tensor hidden, Tensor lm_head, std::optional<Tensor> 
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) {
+void add_lm_head(torch::stable::detail::StableLibrary& m) {
   m.impl("sample_from_hidden_out", TORCH_BOX(&sample_from_hidden_out));
   m.impl("score_from_hidden_out", TORCH_BOX(&score_from_hidden_out));
 }

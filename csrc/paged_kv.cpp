@@ -186,7 +186,7 @@ void block_table_rollback(Tensor block_table, Tensor length, Tensor refcount, Te
 
 void kv_copy_blocks(Tensor pool, Tensor copies) { kv_copy_ranges(pool, pool, copies); }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) {
+void add_paged_kv(torch::stable::detail::StableLibrary& m) {
   m.impl("block_table_fork", TORCH_BOX(&block_table_fork));
   m.impl("block_table_extend", TORCH_BOX(&block_table_extend));
   m.impl("block_table_commit", TORCH_BOX(&block_table_commit));

@@ -111,6 +111,6 @@ void sample_tokens_out(Tensor logits_, Tensor alpha_, Tensor beta_, Tensor seed_
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) { m.impl("sample_tokens_out", TORCH_BOX(&sample_tokens_out)); }
+void add_sampling(torch::stable::detail::StableLibrary& m) { m.impl("sample_tokens_out", TORCH_BOX(&sample_tokens_out)); }
 
 }  // namespace power_kernels

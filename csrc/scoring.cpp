@@ -28,6 +28,6 @@ void score_tokens_out(Tensor logits_, Tensor tokens_, Tensor alpha_, Tensor beta
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) { m.impl("score_tokens_out", TORCH_BOX(&score_tokens_out)); }
+void add_scoring(torch::stable::detail::StableLibrary& m) { m.impl("score_tokens_out", TORCH_BOX(&score_tokens_out)); }
 
 }  // namespace power_kernels

@@ -140,6 +140,6 @@ void sample_slots_out(Tensor field, Tensor exponent, Tensor bound, Tensor cumw, 
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(power_kernels, CPU, m) { m.impl("sample_slots_out", TORCH_BOX(&sample_slots_out)); }
+void add_slots(torch::stable::detail::StableLibrary& m) { m.impl("sample_slots_out", TORCH_BOX(&sample_slots_out)); }
 
 }  // namespace power_kernels

@@ -8,14 +8,14 @@ are registered with torch (`torch.ops.power_kernels`) when one of them is used o
 import sys
 from typing import TYPE_CHECKING
 
-from power_kernels.lazy import on_demand
+from .lazy import on_demand
 
 if TYPE_CHECKING:  # what editors and type checkers read; the table below says the same to Python
-    from power_kernels import nvtx
-    from power_kernels.block_tables import BlockStatus, BlockTables
-    from power_kernels.errors import ArgumentError, ArgumentTypeError, BackendError
-    from power_kernels.law import CUTS, Law
-    from power_kernels.ops import (
+    from . import nvtx
+    from .block_tables import BlockStatus, BlockTables
+    from .errors import ArgumentError, ArgumentTypeError, BackendError
+    from .law import CUTS, Law
+    from .ops import (
         AcceptOutput,
         SampleOutput,
         ScoreOutput,
@@ -47,9 +47,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         use_backend,
         workspace_size,
     )
-    from power_kernels.slots import SlotField, SlotFlag, SlotTable
-    from power_kernels.state import ChainState, Status
-    from power_kernels.stop_strings import stop_automaton
+    from .slots import SlotField, SlotFlag, SlotTable
+    from .state import ChainState, Status
+    from .stop_strings import stop_automaton
 
 __version__ = "0.1.0"
 
@@ -102,17 +102,17 @@ __all__ = [
 
 _MODULES = ("block_tables", "errors", "law", "nvtx", "ops", "reference", "rng", "slots", "state")
 _HOMES = {
-    **dict.fromkeys(__all__, "power_kernels.ops"),  # unless it is said to be elsewhere
-    **dict.fromkeys(("BlockStatus", "BlockTables"), "power_kernels.block_tables"),
-    **dict.fromkeys(("ArgumentError", "ArgumentTypeError", "BackendError"), "power_kernels.errors"),
-    **dict.fromkeys(("CUTS", "Law"), "power_kernels.law"),
-    **dict.fromkeys(("SlotField", "SlotFlag", "SlotTable"), "power_kernels.slots"),
-    **dict.fromkeys(("ChainState", "Status"), "power_kernels.state"),
-    "stop_automaton": "power_kernels.stop_strings",
-    **{module: f"power_kernels.{module}" for module in _MODULES},
+    **dict.fromkeys(__all__, f"{__name__}.ops"),  # unless it is said to be elsewhere
+    **dict.fromkeys(("BlockStatus", "BlockTables"), f"{__name__}.block_tables"),
+    **dict.fromkeys(("ArgumentError", "ArgumentTypeError", "BackendError"), f"{__name__}.errors"),
+    **dict.fromkeys(("CUTS", "Law"), f"{__name__}.law"),
+    **dict.fromkeys(("SlotField", "SlotFlag", "SlotTable"), f"{__name__}.slots"),
+    **dict.fromkeys(("ChainState", "Status"), f"{__name__}.state"),
+    "stop_automaton": f"{__name__}.stop_strings",
+    **{module: f"{__name__}.{module}" for module in _MODULES},
 }
 __getattr__, __dir__ = on_demand(globals(), _HOMES)
 
 if "torch" in sys.modules:
-    for _name in _HOMES:
+    for _name in __all__:  # all but the modules that need numpy
         __getattr__(_name)

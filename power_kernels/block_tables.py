@@ -17,7 +17,7 @@ from enum import IntEnum
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError
 
 _INT32_MAX = 2**31 - 1
 

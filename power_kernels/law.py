@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError
 
 _INT32_MAX = 2**31 - 1
 _MOST_BONUS = 1e6  # far beyond any use; with more, W has no digits left beside lambda n

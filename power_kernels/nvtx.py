@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from power_kernels.errors import BackendError
-from power_kernels.ops import dispatch
+from .errors import BackendError
+from .ops import dispatch
 
 PREFIX = "power_kernels."
 

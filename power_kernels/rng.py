@@ -11,12 +11,15 @@ keeps the current token there. Step stream (position 0): uniform0 draws the cut,
 log(1 - uniform1) so that it is never log 0. Serial 0 is the extension; proposals are 1, 2, ... over the whole chain.
 
 The C++ backend (csrc/rng.h) and the Triton one (triton/rng.py) produce the same words; tests hold all three to the
-Random123 known-answer vectors.
+Random123 known-answer vectors. Only the functions need numpy: the operators that take the constants work without it.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STREAM_BITS = 3
 STREAM_POSITION = 0
@@ -24,14 +27,10 @@ STREAM_STEP = 1
 
 MAX_PROMPT_ID = (1 << (32 - STREAM_BITS)) - 1
 
-_MULTIPLIER_0 = np.uint64(0xD2511F53)
-_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
-_WEYL_0 = np.uint64(0x9E3779B9)
-_WEYL_1 = np.uint64(0xBB67AE85)
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _KEY_MASK = (1 << 64) - 1
-_LOW = np.uint64(_MASK)
-_HALF = np.uint64(32)
 
 
 def as_int64(seed: int) -> int:
@@ -47,26 +46,31 @@ def philox4x32_10(counter: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     keys that broadcasts with counter[..., 0].
     Returns uint32 [..., 4].
     """
-    c = np.asarray(counter).astype(np.int64).astype(np.uint64) & _LOW
+    import numpy as np
+
+    multiplier_0, multiplier_1, weyl_0, weyl_1, low, half = map(np.uint64, (*_MULTIPLIERS, *_WEYL, _MASK, 32))
+    c = np.asarray(counter).astype(np.int64).astype(np.uint64) & low
     c0, c1, c2, c3 = (c[..., i] for i in range(4))
     key = np.uint64(seed & _KEY_MASK) if isinstance(seed, int) else seed.astype(np.uint64)
-    key_0, key_1 = key & _LOW, key >> _HALF
+    key_0, key_1 = key & low, key >> half
     for _ in range(10):
-        product_0 = c0 * _MULTIPLIER_0
-        product_1 = c2 * _MULTIPLIER_1
+        product_0 = c0 * multiplier_0
+        product_1 = c2 * multiplier_1
         c0, c1, c2, c3 = (
-            (product_1 >> _HALF) ^ c1 ^ key_0,
-            product_1 & _LOW,
-            (product_0 >> _HALF) ^ c3 ^ key_1,
-            product_0 & _LOW,
+            (product_1 >> half) ^ c1 ^ key_0,
+            product_1 & low,
+            (product_0 >> half) ^ c3 ^ key_1,
+            product_0 & low,
         )
-        key_0 = (key_0 + _WEYL_0) & _LOW
-        key_1 = (key_1 + _WEYL_1) & _LOW
+        key_0 = (key_0 + weyl_0) & low
+        key_1 = (key_1 + weyl_1) & low
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
 def uniforms(counter: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     """The two uniforms of each block. counter, seed: as `philox4x32_10`. Returns float64 [..., 2] in [0, 1)."""
+    import numpy as np
+
     words = philox4x32_10(counter, seed).astype(np.float64)
     high = np.floor(words[..., 0::2] / 32.0)
     low = np.floor(words[..., 1::2] / 64.0)
@@ -75,6 +79,8 @@ def uniforms(counter: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
 
 def counters(position, serial, chain_id, prompt_id, stream: int) -> np.ndarray:
     """Counter words for broadcastable integer arguments. Returns int64 [..., 4]."""
+    import numpy as np
+
     words = np.broadcast_arrays(
         np.asarray(position, np.int64),
         np.asarray(serial, np.int64),

@@ -15,7 +15,7 @@ from enum import IntEnum
 
 import torch
 
-from power_kernels.law import check_integer
+from .law import check_integer
 
 
 class SlotField(IntEnum):

@@ -15,9 +15,9 @@ from enum import IntEnum
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.law import Law, check_integer
-from power_kernels.rng import MAX_PROMPT_ID
+from .errors import ArgumentError, ArgumentTypeError
+from .law import Law, check_integer
+from .rng import MAX_PROMPT_ID
 
 # Lanes a chain that the triton backend compiles for; the others take any number.
 MAX_LANES = 16

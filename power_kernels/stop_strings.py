@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+from .errors import ArgumentError, ArgumentTypeError
+from .state import MAX_STOP_STATES
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.state import MAX_STOP_STATES
+if TYPE_CHECKING:
+    import numpy as np
 
 CLOSED = -1
 MOST_BYTES = 2**30  # of a table
@@ -27,6 +29,8 @@ def stop_automaton(stop: Sequence[bytes], vocabulary: Sequence[bytes]) -> np.nda
     Raises ArgumentTypeError where an entry is not bytes; ArgumentError for an empty one, for more than
     `MAX_STOP_STATES` states, and for a table of more than `MOST_BYTES`.
     """
+    import numpy as np  # here, so that the operators work without it
+
     for name, strings in (("stop", stop), ("vocabulary", vocabulary)):
         for i, string in enumerate(strings):
             if not isinstance(string, bytes):
@@ -59,6 +63,8 @@ def stop_automaton(stop: Sequence[bytes], vocabulary: Sequence[bytes]) -> np.nda
 
 def _byte_automaton(stop: Sequence[bytes]) -> np.ndarray:
     """[S + 1, 256]: the state after a byte. The last one is that of a complete stop string, which nothing leaves."""
+    import numpy as np
+
     children: list[dict[int, int]] = [{}]
     complete = [False]
     for string in stop:

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,38 @@ print("torch" in sys.modules)
     assert fresh(code).split() == ["True", "False"]
 
 
+# Runs with numpy hidden, which torch does without, too.
+WITHOUT_NUMPY = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "0"  # Triton's interpreter needs numpy, its compiler does not
+sys.modules["numpy"] = None
+import warnings
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+import torch
+import power_kernels as pk
+
+z, one = torch.tensor([[0.0, 5.0, -9.0]]), torch.ones(1)
+counter = torch.zeros(1, 4, dtype=torch.int32)
+
+def draw():
+    return pk.sample_tokens(z, one, one, torch.tensor([0]), counter).token.tolist()
+
+for family in set(pk.ops.dispatch.KERNELS.values()):
+    pk.ops.dispatch._family("triton", family)
+if pk.backend_for("cpu") == "cpp":
+    assert draw() == [1]
+try:
+    with pk.use_backend("reference"):
+        draw()
+except pk.BackendError as error:
+    print(error)
+"""
+
+
+def test_only_the_reference_needs_numpy_and_it_says_so():
+    assert re.match("the reference backend cannot be imported: .*numpy", fresh(WITHOUT_NUMPY))
+
+
 def test_everything_is_loaded_and_registered_at_once_where_torch_is_there():
     """As here: conftest.py imports torch first. test_nvtx.py imports the operators before torch, in a new process."""
     assert set(power_kernels.__all__) <= set(vars(power_kernels))
@@ -120,7 +154,7 @@ def test_editors_and_python_are_told_the_same_names(package):
     for node in ast.walk(ast.parse(Path(package.__file__).read_text())):
         if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
             for statement in node.body:
-                told.update({alias.name: statement.module for alias in statement.names})
+                told.update({alias.name: imported_from(statement, package.__name__) for alias in statement.names})
     assert sorted(told) == sorted(package.__all__)
     for name, module in told.items():
         home = package._HOMES[name]
@@ -134,10 +168,14 @@ def test_a_name_of_the_package_is_imported_from_where_it_is_defined():
     """Packages collect names for their users; of modules each name has one home."""
     homes, imported = {}, 0
     for file in (file for folder in ("power_kernels", "python_api", "tests", "bench") for file in files(folder)):
+        package = ".".join(file.relative_to(ROOT).parts[:-1])
         for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("power_kernels."):
+            if not isinstance(node, ast.ImportFrom):
                 continue
-            path = node.module.replace("power_kernels.api.", "python_api.").replace(".", "/") + ".py"
+            module = imported_from(node, package)
+            if not module.startswith("power_kernels."):
+                continue
+            path = module.replace("power_kernels.api.", "python_api.").replace(".", "/") + ".py"
             if not (ROOT / path).exists():
                 continue
             if path not in homes:
@@ -146,6 +184,11 @@ def test_a_name_of_the_package_is_imported_from_where_it_is_defined():
                 assert alias.name in homes[path], f"{file}: {alias.name} is not defined in {path}"
                 imported += 1
     assert imported > 300
+
+
+def imported_from(node: ast.ImportFrom, package: str) -> str:
+    """The module that an import in a file of `package` names; imports within power_kernels are relative."""
+    return resolve_name("." * node.level + (node.module or ""), package)
 
 
 def files(name: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -689,14 +690,14 @@ def test_a_backend_that_was_not_built_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(dispatch, "EXTENSION_MISSING", "no compiler was found")
     with pytest.raises(BackendError, match="'cpp' cannot run: no compiler was found"), pk.use_backend("cpp"):
         pass
-    dispatch._triton_family.cache_clear()
+    dispatch._family.cache_clear()
     monkeypatch.setitem(sys.modules, "power_kernels.triton.sampling", None)
     with pytest.raises(BackendError, match="triton"), pk.use_backend("triton"):
         pass
 
 
 def everything_an_extension_must_name() -> bytes:
-    return b"".join(text.encode() + b"\0" for text in (dispatch.state_layout(), *dispatch.KERNELS))
+    return b"".join(text.encode() + b"\0" for text in (dispatch.state_layout(), dispatch.REGISTER, *dispatch.KERNELS))
 
 
 def extension() -> Path:
@@ -725,7 +726,7 @@ def test_an_extension_built_from_other_sources_is_left_alone_and_the_doctor_says
 
 
 def test_an_extension_is_not_loaded_before_its_layout_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail(f"{path} was loaded"))
     monkeypatch.setattr(dispatch, "PACKAGE", tmp_path)
     assert "was not built" in dispatch._load_extension()
     whole = everything_an_extension_must_name()

@@ -8,30 +8,30 @@ there the kernels report bad exponents by row, as Status.NAN, and skip bad range
 
 import importlib
 
-from power_kernels.ops import dispatch
-from power_kernels.ops.chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
-from power_kernels.ops.dispatch import backend_for, use_backend
-from power_kernels.ops.kv_cache import kv_copy_ranges
-from power_kernels.ops.lm_head import (
+from . import dispatch
+from .chain import AcceptOutput, mh_accept, mh_accept_out, mh_advance
+from .dispatch import backend_for, use_backend
+from .kv_cache import kv_copy_ranges
+from .lm_head import (
     hidden_workspace_size,
     sample_from_hidden,
     sample_from_hidden_out,
     score_from_hidden,
     score_from_hidden_out,
 )
-from power_kernels.ops.paged_kv import (
+from .paged_kv import (
     block_table_commit,
     block_table_extend,
     block_table_fork,
     block_table_rollback,
     kv_copy_blocks,
 )
-from power_kernels.ops.rows import workspace_size
-from power_kernels.ops.sampling import SampleOutput, sample_tokens, sample_tokens_out
-from power_kernels.ops.scoring import ScoreOutput, score_tokens, score_tokens_out
-from power_kernels.ops.shards import sample_from_shards, score_from_shards, shard_record
-from power_kernels.ops.slots import SlotOutput, sample_slots, sample_slots_out
+from .rows import workspace_size
+from .sampling import SampleOutput, sample_tokens, sample_tokens_out
+from .scoring import ScoreOutput, score_tokens, score_tokens_out
+from .shards import sample_from_shards, score_from_shards, shard_record
+from .slots import SlotOutput, sample_slots, sample_slots_out
 
 dispatch.load_extension()
 dispatch.choose_from_environment()
-importlib.import_module("power_kernels.nvtx")  # last, as it wraps what is above where the environment asks for ranges
+importlib.import_module("..nvtx", __package__)  # last, as it wraps what is above where the environment asks for ranges

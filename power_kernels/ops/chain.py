@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.law import Law
-from power_kernels.ops.checks import check_rows, check_seed, check_tensor, check_vectors
-from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.state import CHAIN_FIELDS, LANE_FIELDS, MAX_STOP_STATES, ChainState, Cost
+from ..errors import ArgumentError, ArgumentTypeError
+from ..law import Law
+from ..state import CHAIN_FIELDS, LANE_FIELDS, MAX_STOP_STATES, ChainState, Cost
+from .checks import check_rows, check_seed, check_tensor, check_vectors
+from .dispatch import OPS, define_functional, define_kernel, run
 
 _STATE_ARGUMENTS = ", ".join(
     f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(ChainState.__dataclass_fields__)
@@ -57,7 +57,7 @@ def mh_accept(
     length outside [1, T]; such a row is not accepted. Errors: as `sample_tokens`.
     """
     _check_accept(weights_cur, weights_prop, len_cur, len_prop, log_u)
-    return AcceptOutput(*torch.ops.power_kernels.mh_accept(weights_cur, weights_prop, len_cur, len_prop, log_u))
+    return AcceptOutput(*OPS.mh_accept(weights_cur, weights_prop, len_cur, len_prop, log_u))
 
 
 def mh_accept_out(weights_cur, weights_prop, len_cur, len_prop, log_u, accept, log_ratio, status) -> None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

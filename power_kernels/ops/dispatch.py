@@ -9,6 +9,7 @@ Each family of operators has one file of this package, and one of the same name 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -18,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from power_kernels import reference
-from power_kernels.block_tables import BlockStatus
-from power_kernels.errors import ArgumentError, BackendError
-from power_kernels.law import Cut
-from power_kernels.slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
-from power_kernels.state import (
+from ..block_tables import BlockStatus
+from ..errors import ArgumentError, BackendError
+from ..law import Cut
+from ..slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
+from ..state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
     ChainField,
@@ -40,8 +40,13 @@ SCHEMAS: dict[str, str] = {}
 KERNELS: dict[str, str] = {}  # what a backend implements, and its family; the functional forms are built on these
 
 PACKAGE = Path(__file__).parents[1]
+PACKAGE_NAME = __package__.rpartition(".")[0]
 
-_LIBRARY = torch.library.Library("power_kernels", "DEF")
+# The operators are registered under the package's name, so that a copy under another name (python_api/commands/hub.py)
+# has its own beside these.
+NAMESPACE = PACKAGE_NAME.replace(".", "_")
+OPS = getattr(torch.ops, NAMESPACE)
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define_kernel(name: str, family: str, schema: str) -> None:
@@ -51,9 +56,9 @@ def define_kernel(name: str, family: str, schema: str) -> None:
     """
     SCHEMAS[name], KERNELS[name] = schema, family
     _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, lambda *args: _triton_kernel(name)(*args), "CUDA")
-    torch.library.register_fake(f"power_kernels::{name}", lambda *args: None)
+    _LIBRARY.impl(name, lambda *args: _kernel("reference", name)(*args), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *args: _kernel("triton", name)(*args), "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None)
 
 
 def define_functional(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
@@ -61,22 +66,28 @@ def define_functional(name: str, schema: str, implementation: Callable, fake: Ca
     SCHEMAS[name] = schema
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"power_kernels::{name}", fake)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+
+
+REGISTER = "power_kernels_register"  # the function of csrc/register.cpp
 
 
 def _load_extension() -> str | None:
     """Load csrc's CPU kernels. Returns why not, or None."""
     paths = sorted(PACKAGE.glob("_C*.so"))
     if not paths:
-        return "power_kernels._C was not built (no C++ compiler, or torch was missing from the build environment)"
+        return f"{PACKAGE_NAME}._C was not built (no C++ compiler, or torch was missing from the build environment)"
     try:
-        # The file is read before it is loaded, since loading registers its kernels with torch for good: those of other
-        # sources would write other columns, and no call unregisters them. torch can only be asked what it has by then.
+        # The file is read before it is loaded: kernels of other sources would write other columns, and those that it
+        # lacks would be served by the reference without a word.
         contents = paths[0].read_bytes()
-        if any(text.encode() + b"\0" not in contents for text in (state_layout(), *KERNELS)):
+        if any(text.encode() + b"\0" not in contents for text in (state_layout(), REGISTER, *KERNELS)):
             return f"{paths[0].name} was built from other sources than this package; build it again"
-        torch.ops.load_library(paths[0])
-    except (OSError, RuntimeError) as error:
+        register = getattr(ctypes.CDLL(paths[0]), REGISTER)
+        register.restype = ctypes.c_char_p
+        if (error := register(NAMESPACE.encode())) is not None:
+            raise OSError(error.decode())
+    except OSError as error:
         return f"{paths[0].name} does not load with torch {torch.__version__}: {error}"
     return None
 
@@ -103,18 +114,19 @@ def state_layout() -> str:
 
 
 @functools.cache
-def _triton_family(family: str):
+def _family(backend: str, family: str):
+    """A file of the 'triton' or 'reference' backend, imported at its first call: one needs triton, the other numpy."""
     try:
-        return importlib.import_module(f"power_kernels.triton.{family}")
+        return importlib.import_module(f"{PACKAGE_NAME}.{backend}.{family}")
     except ImportError as error:
-        raise BackendError(f"the triton backend cannot be imported: {error}") from error
+        raise BackendError(f"the {backend} backend cannot be imported: {error}") from error
 
 
-def _triton_kernel(name: str) -> Callable:
-    return getattr(_triton_family(KERNELS[name]), name)
+def _kernel(backend: str, name: str) -> Callable:
+    return getattr(_family(backend, KERNELS[name]), name)
 
 
-EXTENSION_MISSING: str | None = "power_kernels.ops is not imported yet"
+EXTENSION_MISSING: str | None = f"{__package__} is not imported yet"
 
 
 def load_extension() -> None:
@@ -141,8 +153,8 @@ def check_backend(name: str) -> None:
         raise ArgumentError(f"backend is {name!r}; allowed: {', '.join(BACKENDS)}")
     if name == "cpp" and EXTENSION_MISSING:
         raise BackendError(f"backend 'cpp' cannot run: {EXTENSION_MISSING}")
-    if name == "triton":
-        _triton_family("sampling")
+    if name != "cpp":
+        _family(name, "sampling")
 
 
 @contextmanager
@@ -180,17 +192,17 @@ def backend_for(device: torch.device | str) -> str:
 def serve(name: str, device: torch.device, *args) -> None:
     """Call a kernel on the backend that serves `device` now."""
     if _chosen is None:
-        getattr(torch.ops.power_kernels, name)(*args)
+        getattr(OPS, name)(*args)
     elif _chosen == "cpp":
         if device.type != "cpu":
             raise BackendError(f"backend 'cpp' serves CPU tensors only, got {device}")
-        getattr(torch.ops.power_kernels, name)(*args)
+        getattr(OPS, name)(*args)
     elif _chosen == "triton":
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendError("backend 'triton' runs on CPU tensors only under TRITON_INTERPRET=1")
-        _triton_kernel(name)(*args)
+        _kernel("triton", name)(*args)
     else:
-        getattr(reference, name)(*args)
+        _kernel("reference", name)(*args)
 
 
 Runner = Callable[..., None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.errors import ArgumentError
-from power_kernels.ops.checks import check_rows, check_tensor, check_vectors
-from power_kernels.ops.dispatch import define_kernel, run
+from ..errors import ArgumentError
+from .checks import check_rows, check_tensor, check_vectors
+from .dispatch import define_kernel, run
 
 
 def kv_copy_ranges(dst: torch.Tensor, src: torch.Tensor, ranges: torch.Tensor) -> None:

@@ -6,18 +6,18 @@ import math
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import (
+from ..errors import ArgumentError, ArgumentTypeError
+from .checks import (
     LOGIT_DTYPES,
     check_flag,
     check_rows,
     check_tensor,
     check_vectors,
 )
-from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, check_sampling, check_scoring, row_outputs, workspace_size
-from power_kernels.ops.sampling import SampleOutput
-from power_kernels.ops.scoring import ScoreOutput
+from .dispatch import OPS, define_functional, define_kernel, run
+from .rows import check_outputs, check_sampling, check_scoring, row_outputs, workspace_size
+from .sampling import SampleOutput
+from .scoring import ScoreOutput
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -100,7 +100,7 @@ def sample_from_hidden(
     """
     _check_sample(hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale)
     check_flag("return_entropy", return_entropy)
-    out = torch.ops.power_kernels.sample_from_hidden(
+    out = OPS.sample_from_hidden(
         hidden, lm_head, bias, alpha, beta, seed, counter, exclude, softcap, scale, return_entropy
     )
     token, logp, logq, weight, entropy, status = out
@@ -171,9 +171,7 @@ def score_from_hidden(
     """
     _check_score(hidden, lm_head, bias, tokens, alpha, beta, softcap, scale)
     check_flag("return_entropy", return_entropy)
-    out = torch.ops.power_kernels.score_from_hidden(
-        hidden, lm_head, bias, tokens, alpha, beta, softcap, scale, return_entropy
-    )
+    out = OPS.score_from_hidden(hidden, lm_head, bias, tokens, alpha, beta, softcap, scale, return_entropy)
     logp, logq, weight, entropy, status = out
     return ScoreOutput(logp, logq, weight, entropy if return_entropy else None, status)
 

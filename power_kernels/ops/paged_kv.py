@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.block_tables import BlockTables
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_rows, check_tensor, check_vectors
-from power_kernels.ops.dispatch import define_kernel, run
+from ..block_tables import BlockTables
+from ..errors import ArgumentError, ArgumentTypeError
+from .checks import check_rows, check_tensor, check_vectors
+from .dispatch import define_kernel, run
 
 
 def block_table_fork(tables: BlockTables, parent: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.errors import ArgumentError
-from power_kernels.ops.checks import check_exponents, check_seed, check_vectors
+from ..errors import ArgumentError
+from .checks import check_exponents, check_seed, check_vectors
 
 SMALLEST_TILE = 256  # no backend's tile of the vocabulary is narrower, which bounds the workspace
 TILE_VALUES = 4  # max, rest at 1, rest at beta, entropy partial

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.ops.checks import check_flag, check_logits, check_vectors
-from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, check_sampling, new_workspace, row_outputs, workspace_size
+from .checks import check_flag, check_logits, check_vectors
+from .dispatch import OPS, define_functional, define_kernel, run
+from .rows import check_outputs, check_sampling, new_workspace, row_outputs, workspace_size
 
 
 class SampleOutput(NamedTuple):
@@ -56,7 +56,7 @@ def sample_tokens(
     """
     _check_sample(logits, alpha, beta, seed, counter, exclude)
     check_flag("return_entropy", return_entropy)
-    out = torch.ops.power_kernels.sample_tokens(logits, alpha, beta, seed, counter, exclude, return_entropy)
+    out = OPS.sample_tokens(logits, alpha, beta, seed, counter, exclude, return_entropy)
     token, logp, logq, weight, entropy, status = out
     return SampleOutput(token, logp, logq, weight, entropy if return_entropy else None, status)
 

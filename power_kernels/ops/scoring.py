@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.ops.checks import check_flag, check_logits
-from power_kernels.ops.dispatch import define_functional, define_kernel, run
-from power_kernels.ops.rows import check_outputs, check_scoring, new_workspace, row_outputs, workspace_size
+from .checks import check_flag, check_logits
+from .dispatch import OPS, define_functional, define_kernel, run
+from .rows import check_outputs, check_scoring, new_workspace, row_outputs, workspace_size
 
 
 class ScoreOutput(NamedTuple):
@@ -42,7 +42,7 @@ def score_tokens(
     """
     _check_score(logits, tokens, alpha, beta)
     check_flag("return_entropy", return_entropy)
-    out = torch.ops.power_kernels.score_tokens(logits, tokens, alpha, beta, return_entropy)
+    out = OPS.score_tokens(logits, tokens, alpha, beta, return_entropy)
     logp, logq, weight, entropy, status = out
     return ScoreOutput(logp, logq, weight, entropy if return_entropy else None, status)
 

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_exponents, check_flag, check_logits, check_tensor, check_vectors
-from power_kernels.ops.rows import check_sampling, check_scoring
-from power_kernels.ops.sampling import SampleOutput
-from power_kernels.ops.scoring import ScoreOutput
-from power_kernels.state import Status
+from ..errors import ArgumentError, ArgumentTypeError
+from ..state import Status
+from .checks import check_exponents, check_flag, check_logits, check_tensor, check_vectors
+from .rows import check_sampling, check_scoring
+from .sampling import SampleOutput
+from .scoring import ScoreOutput
 
 # The columns of a record, all of one shard.
 _MAX = 0  # the largest logit; NaN if one is NaN, else +inf if one is

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.ops.checks import check_flag, check_logits, check_tensor, check_vectors
-from power_kernels.ops.dispatch import define_kernel, run
-from power_kernels.ops.rows import check_workspace, new_workspace, workspace_size
-from power_kernels.slots import SLOT_FIELDS, SlotBound, SlotField, SlotTable
+from ..errors import ArgumentError, ArgumentTypeError
+from ..slots import SLOT_FIELDS, SlotBound, SlotField, SlotTable
+from .checks import check_flag, check_logits, check_tensor, check_vectors
+from .dispatch import define_kernel, run
+from .rows import check_workspace, new_workspace, workspace_size
 
 SLOT_VALUES = 3  # columns of `values`: logq, weight, entropy
 

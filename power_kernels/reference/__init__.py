@@ -5,21 +5,21 @@ top of them. Nothing here is fast. The operators serve devices without kernels o
 specification of what the C++ and Triton implementations write, field by field.
 """
 
-from power_kernels.reference.chain import mh_accept_out, mh_advance
-from power_kernels.reference.kv_cache import kv_copy_ranges
-from power_kernels.reference.law import Answer, ReferenceChain, leave_probability, length_table
-from power_kernels.reference.lm_head import sample_from_hidden_out, score_from_hidden_out
-from power_kernels.reference.paged_kv import (
+from .chain import mh_accept_out, mh_advance
+from .kv_cache import kv_copy_ranges
+from .law import Answer, ReferenceChain, leave_probability, length_table
+from .lm_head import sample_from_hidden_out, score_from_hidden_out
+from .paged_kv import (
     block_table_commit,
     block_table_extend,
     block_table_fork,
     block_table_rollback,
     kv_copy_blocks,
 )
-from power_kernels.reference.rows import TokenQuantities, draw_token, entropy, row_status, token_quantities
-from power_kernels.reference.sampling import sample_tokens_out
-from power_kernels.reference.scoring import score_tokens_out
-from power_kernels.reference.slots import sample_slots_out
+from .rows import TokenQuantities, draw_token, entropy, row_status, token_quantities
+from .sampling import sample_tokens_out
+from .scoring import score_tokens_out
+from .slots import sample_slots_out
 
 __all__ = [
     "Answer",

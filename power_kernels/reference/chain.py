@@ -7,13 +7,13 @@ import math
 import numpy as np
 import torch
 
-from power_kernels import rng
-from power_kernels.law import Law
-from power_kernels.reference import law as ref
-from power_kernels.reference.sampling import write
-from power_kernels.state import ChainField as CF
-from power_kernels.state import ChainState, Cost, LaneStatus, Mode, Outcome, Status
-from power_kernels.state import LaneField as LF
+from .. import rng
+from ..law import Law
+from ..state import ChainField as CF
+from ..state import ChainState, Cost, LaneStatus, Mode, Outcome, Status
+from ..state import LaneField as LF
+from . import law as ref
+from .sampling import write
 
 _NAN = float("nan")
 

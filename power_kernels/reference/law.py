@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from power_kernels import rng
-from power_kernels.law import Law
-from power_kernels.reference.rows import draw_token, entropy, token_quantities
-from power_kernels.state import Outcome
+from .. import rng
+from ..law import Law
+from ..state import Outcome
+from .rows import draw_token, entropy, token_quantities
 
 
 def leave_probability(logq: float) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.reference.sampling import sample_tokens_out
-from power_kernels.reference.scoring import score_tokens_out
+from .sampling import sample_tokens_out
+from .scoring import score_tokens_out
 
 
 def head_logits(hidden, lm_head, bias, softcap: float, scale: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from power_kernels.block_tables import BlockStatus
+from ..block_tables import BlockStatus
 
 
 class _Tables:

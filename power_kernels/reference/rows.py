@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from power_kernels.state import Status
+from ..state import Status
 
 
 def row_status(z: np.ndarray) -> Status:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 
-from power_kernels import rng
-from power_kernels.reference import rows as ref
-from power_kernels.state import Status
+from .. import rng
+from ..state import Status
+from . import rows as ref
 
 _NAN = float("nan")
 

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from power_kernels.reference import rows as ref
-from power_kernels.reference.sampling import float64_rows, row_status, write
-from power_kernels.state import Status
+from ..state import Status
+from . import rows as ref
+from .sampling import float64_rows, row_status, write
 
 _NAN = float("nan")
 

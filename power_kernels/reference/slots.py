@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from power_kernels import rng
-from power_kernels.reference.sampling import sample_tokens_out
-from power_kernels.slots import SlotBound, SlotField, SlotFlag
-from power_kernels.state import Status
+from .. import rng
+from ..slots import SlotBound, SlotField, SlotFlag
+from ..state import Status
+from .sampling import sample_tokens_out
 
 
 def sample_slots_out(

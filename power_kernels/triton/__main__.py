@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from power_kernels.triton import Configuration, configurations
+from . import Configuration, configurations
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels import rng as contract
-from power_kernels.errors import ArgumentError
-from power_kernels.law import Cut
-from power_kernels.state import (
+from .. import rng as contract
+from ..errors import ArgumentError
+from ..law import Cut
+from ..state import (
     CHAIN_FIELDS,
     LANE_FIELDS,
     MAX_LANES,
@@ -35,9 +35,9 @@ from power_kernels.state import (
     Outcome,
     Status,
 )
-from power_kernels.triton import Configuration, launch, split
-from power_kernels.triton.rng import uniforms
-from power_kernels.triton.sampling import seed_stride, take
+from . import Configuration, launch, split
+from .rng import uniforms
+from .sampling import seed_stride, take
 
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))

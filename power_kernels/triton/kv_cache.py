@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.triton import POINTER, Configuration, launch, split
+from . import POINTER, Configuration, launch, split
 
 COPY = {"num_warps": 4}
 _BLOCK = 2048  # words at a time: four 16-byte loads in flight a thread

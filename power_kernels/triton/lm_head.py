@@ -38,14 +38,14 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.triton import LOGITS, POINTER, Configuration, launch, logits_configurations, split
-from power_kernels.triton.sampling import (
+from . import LOGITS, POINTER, Configuration, launch, logits_configurations, split
+from .sampling import (
     FINISH_SIGNATURE,
     _finish_kernel,
     finish_out,
     vector_width,
 )
-from power_kernels.triton.scoring import SCORE_SIGNATURE, _score_kernel, score_out
+from .scoring import SCORE_SIGNATURE, _score_kernel, score_out
 
 TILE = 256  # entries: what the workspace has room for, and what 8 warps hold the fp32 sums of in registers
 LEAST_TILES = 1024  # every vocabulary up to 262,144 shares one specialisation of the finishers

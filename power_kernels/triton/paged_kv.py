@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.block_tables import BlockStatus
-from power_kernels.triton import Configuration, kv_cache, launch, split
+from ..block_tables import BlockStatus
+from . import Configuration, kv_cache, launch, split
 
 ROWS = {"BLOCK": 256, "num_warps": 1}
 RELEASE = {"BLOCK": 256, "COLUMNS": 128, "num_warps": 1}

@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.state import Status
-from power_kernels.triton import Configuration, launch, logits_configurations
-from power_kernels.triton.rng import uniforms
+from ..state import Status
+from . import Configuration, launch, logits_configurations
+from .rng import uniforms
 
 # A tile is one warp's, 32 entries a thread: the reductions of larger programs through shared memory were a third of the
 # kernel's instructions. The same for every batch, so that a row's bits do not depend on it.

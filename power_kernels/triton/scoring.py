@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.state import Status
-from power_kernels.triton import Configuration, launch, logits_configurations
-from power_kernels.triton.sampling import (
+from ..state import Status
+from . import Configuration, launch, logits_configurations
+from .sampling import (
     LEAST_TILES,
     MOST_TILES,
     mass_out,

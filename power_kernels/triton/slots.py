@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from power_kernels.rng import STREAM_BITS
-from power_kernels.slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
-from power_kernels.state import Status
-from power_kernels.triton import Configuration, launch, logits_configurations
-from power_kernels.triton.rng import uniforms
-from power_kernels.triton.sampling import (
+from ..rng import STREAM_BITS
+from ..slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
+from ..state import Status
+from . import Configuration, launch, logits_configurations
+from .rng import uniforms
+from .sampling import (
     FINISH,
     LEAST_TILES,
     MASS,

@@ -56,7 +56,7 @@ class Compiled:
 def _run_operator(name: str, device: torch.device, *args) -> None:
     """As `dispatch.serve`, which lets no CPU tensor through to Triton without the interpreter."""
     if dispatch.forced_backend() == "triton":
-        dispatch._triton_kernel(name)(*args)
+        dispatch._kernel("triton", name)(*args)
     else:
         dispatch.serve(name, device, *args)
 

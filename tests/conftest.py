@@ -38,6 +38,7 @@ HOST_FILES = {
     "test_instruction_sets": "the C++ kernels serve CPU tensors",
     "test_devices": "how tensors get to a device, shown with the host as the device",
     "test_packaged_model": "files and their conversion",
+    "test_hub": "files, and processes on the CPU",
     "test_law_enumeration": "the reference, on the host whatever the device",
     "test_prefix_memory": "prefixes are remembered on a CPU only",
     "test_docs": "the text",

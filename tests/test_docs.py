@@ -103,6 +103,10 @@ TESTED = {
         "python -m power_kernels.api.commands.paged_demo --tiny",
         ("shared", "copied"),
     ),
+    "python -m power_kernels.api.commands.hub build/hub": (
+        "rm -rf build/tests-hub; python -m power_kernels.api.commands.hub build/tests-hub",  # it overwrites nothing
+        ("build/torch-cpu", "build/torch-cuda", "build/torch-rocm"),
+    ),
     "power-kernels eval --demo": (
         # Records of an older model or other arms would be refused.
         "rm -rf build/tests-eval-demo; power-kernels eval --demo --out build/tests-eval-demo --pilot 2",

@@ -30,6 +30,7 @@ from tests.op_helpers import (
     assert_score,
     serving,
 )
+from tests.test_sample_slots import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -222,6 +223,71 @@ def test_samples_are_the_references(backend, data):
             return_entropy=entropy,
         )
         assert_same_bits(alone, [None if column is None else column[row] for column in ours])
+
+
+def draw_table(data, slots: int, vocab: int) -> pk.SlotTable:
+    """Any values of any column but the positions, which stay about the answer's beginning."""
+    table, anything, small = pk.SlotTable.allocate(slots), st.integers(-(2**63), 2**63 - 1), st.integers(-3, 6)
+    columns = dict.fromkeys(pk.SlotField, st.one_of(small, anything)) | {
+        pk.SlotField.ACTIVE: st.sampled_from([0, 1, 1, 1, -7]),
+        pk.SlotField.BASE: small,
+        pk.SlotField.FIRST: small,
+        pk.SlotField.EXCLUDE: token_in_or_near(vocab),
+    }
+    for column, values in columns.items():
+        table.field[:, column] = draw_vector(data, slots, values, torch.int64, column.name)
+    odd = st.sampled_from([0.0, -INF, INF, NAN])
+    for target, values, label in (
+        (table.exponent[:, 0], EXPONENT, "alpha"),
+        (table.exponent[:, 1], EXPONENT, "beta"),
+        (table.bound[:, 0], st.one_of(st.floats(-60.0, 5.0), odd), "theta"),
+        (table.bound[:, 1], st.one_of(st.floats(-2.0, 2.0), odd), "lambda"),
+        (table.cumw, st.one_of(st.floats(-50.0, 0.0), odd), "W"),
+    ):
+        target.copy_(draw_vector(data, slots, values, target.dtype, label))
+    return table
+
+
+@on_every_backend(0.5)
+def test_steps_by_slot_draw_as_sampling_does_and_decide_by_their_own_weights(backend, data):
+    z = draw_logits(data, backend)
+    rows, vocab = z.shape
+    slots = rows + 2
+    table = draw_table(data, slots, vocab)
+    slot = torch.tensor(data.draw(st.permutations(range(slots)), "slots")[:rows], dtype=torch.int64)
+    outside = draw_vector(data, rows, st.sampled_from([0, 0, 0, -1, slots, -(2**63), 2**40]), torch.int64, "outside")
+    position = draw_vector(data, rows, st.integers(-2, 9), torch.int64, "position")
+    live = draw_vector(data, rows, st.booleans(), torch.bool, "live")
+    entropy = data.draw(st.booleans(), "entropy")
+    field, sums = table.field[slot], table.cumw.clone()
+    plain = sampled(table, z, slot, position)
+    out = pk.sample_slots(table, z, torch.where(outside == 0, slot, outside), position, live, entropy=entropy)
+    mine = (outside == 0) & (field[:, pk.SlotField.ACTIVE] != 0)
+    assert (out.token[~mine] == -1).all()
+    assert out.values[~mine].isnan().all()
+    assert torch.equal((out.flags & 7)[mine], plain.status[mine].long())
+    last = plain.entropy if entropy else torch.zeros(rows)
+    values = [out.values[:, 0][mine], out.values[:, 1][mine], out.values[:, 2][mine]]
+    assert_same_bits(values, [plain.logq[mine], plain.weight[mine], last[mine]])
+    for row in mine.nonzero()[:, 0].tolist():
+        s, good = int(slot[row]), plain.status[row] == Status.OK
+        stop, horizon, early = (
+            int(field[row, c]) for c in (pk.SlotField.STOP_TOKEN, pk.SlotField.HORIZON, pk.SlotField.CAN_END_EARLY)
+        )
+        rejected = bool(out.flags[row] & pk.SlotFlag.REJECTED)
+        if good and live[row]:
+            sums[s] += plain.weight[row].double()
+            n = int(position[row]) + 2 - int(field[row, pk.SlotField.BASE])
+            theta, bonus = table.bound[s].tolist()
+            terms = [bonus * max(m, 1) - math.log(max(m, 1)) for m in (n if early else horizon, horizon)]
+            gaps = [float(sums[s]) + term - theta for term in terms]
+            if not any(abs(gap) < 1e-9 * (1 + abs(theta)) for gap in gaps):  # a rounding away
+                assert rejected == all(float(sums[s]) + term < theta for term in terms)
+        else:
+            assert not rejected
+        drawn = int(plain.token[row])
+        assert int(out.token[row]) == (max(stop, 0) if not good else stop if rejected and stop >= 0 else drawn)
+    assert_same_bits([table.cumw], [sums])
 
 
 @on_every_backend()

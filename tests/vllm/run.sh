@@ -36,7 +36,7 @@ if [ ! -e "$ready" ]; then
 fi
 
 failed=()
-for file in v1 v2 processes commands served server; do
+for file in v1 v2 processes commands served served_v2 server; do
 	"$environment/bin/python" -m pytest --confcutdir=$here -p no:cacheprovider -p no:logging -W ignore --show-capture=no -q \
 		--durations 5 $here/$file.py "$@" || failed+=("$file")
 done

@@ -9,7 +9,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from power_kernels.api.engines.vllm.serve import admission
-from tests.vllm import serving, tiny
+from tests.vllm import engines, serving, tiny
+
+SMALL_POOL = 20  # blocks
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +169,27 @@ def test_aborting_a_request_ends_its_children(llm):
 
 def scheduler_requests(llm) -> list[str]:
     return list(serving.scheduler(llm).requests)
+
+
+def test_preemption_changes_no_chain(folder, huggingface):
+    """In a pool that holds a fourth of what 12 chains of two lanes want: at least 5 requests are preempted.
+
+    The last test: what shuts one engine down takes what the other needs to run."""
+    small = serving.started(folder, kv_cache_memory_bytes=engines.blocks(SMALL_POOL))
+    owner, preempted = serving.scheduler(small), []
+    preempt = owner._preempt_request
+    owner._preempt_request = lambda request, *args, **more: (
+        preempted.append(request.request_id),
+        preempt(request, *args, **more),
+    )
+    prompts = tiny.prompts(12)
+    outputs = small.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [serving.params(seed=i, lanes=2) for i in range(12)],
+        use_tqdm=False,
+    )
+    for i, output in enumerate(outputs):
+        serving.assert_same_answer(output, serving.drawn_here(huggingface, prompts[i], seed=i))
+    assert len(preempted) >= 5, preempted
+    serving.assert_nothing_is_left(small)
+    serving.shut_down(small)

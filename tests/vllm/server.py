@@ -153,6 +153,7 @@ def test_the_commands_and_the_snippet_of_the_page_run(served):
 
 def test_it_says_which_vllm_it_is_and_which_were_tested(served):
     said = served.said.read_text()
+    assert "power-kernels: the self-test on vLLM" in said
     assert re.search(r"power-kernels: vLLM \d+\.\d+\.\S+; tested: \d+\.\d+, ", said), said[:400]
 
 

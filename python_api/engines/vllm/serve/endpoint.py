@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -61,7 +62,7 @@ class PowerEndpoint:
         if args.worker_extension_cls == selftest.WORKER:
             await selftest.check_workers(engine_client)
         await selftest.check_server(engine_client)
-        log.info("power_kernels draws on vLLM %s: the self-test has passed", versions.installed())
+        print(f"power-kernels: the self-test on vLLM {versions.installed()} has passed", file=sys.stderr, flush=True)
 
 
 async def power_completions(request: Request) -> Response:

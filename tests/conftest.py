@@ -12,6 +12,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# Its conftest.py sets up the processes of a real vLLM, where nothing is compiled (make test-vllm).
+collect_ignore = ["vllm"]
+
 # Files of which nothing runs on a device, and what `pytest --device cuda` therefore leaves to the CPU run.
 HOST_FILES = {
     "test_captured": "operators on a CPU stand in for a graph",

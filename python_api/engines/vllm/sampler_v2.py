@@ -57,7 +57,7 @@ class PowerSamplerV2:
         self.rows.draw_rows(
             batch.idx_mapping_np,
             logits,
-            batch.idx_mapping,
+            batch.idx_mapping.long(),  # int32 before 0.32
             batch.positions[batch.logits_indices],  # of the tokens that were fed
             output.num_sampled > 0,
             output.sampled_token_ids[:, 0],

@@ -302,7 +302,7 @@ class SlotEngine(AheadEngine):
                 assert token[i] == proposal.stop_token or proposal.stop_token < 0
                 self.refused += 1
                 self.awkward += int(token[i]) == exclude[lane]
-                token[i] = proposal.stand_in
+                token[i] = self.live[lane].name.stand_in
             self.live[lane].tokens.append(int(token[i]))
         status = (self.flags & (SlotFlag.REJECTED - 1)).int()
         logq, weight, entropy = values.T

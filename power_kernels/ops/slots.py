@@ -116,10 +116,9 @@ def _check(table, logits, slot, position, live) -> None:
         live=(live, torch.bool, rows),
     )
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        active = table.field[:, SlotField.ACTIVE].tolist()
         counts = Counter(s for s, counted in zip(slot.tolist(), live.tolist(), strict=True) if counted)
         for s, count in counts.items():
-            if count > 1 and 0 <= s < slots and active[s]:
+            if count > 1 and 0 <= s < slots and table.field[s, SlotField.ACTIVE]:
                 raise ArgumentError(f"slot has {count} live rows of slot {s}; a slot must have one at most")
 
 

@@ -194,6 +194,14 @@ class Opened(NamedTuple):
         """Whether an EOS token or a stop string may end the answer before the horizon."""
         return bool(self.eos) or self.stops
 
+    @property
+    def stand_in(self) -> int:
+        """The token that the chain is given of a draw that a worker has rejected and not shown.
+
+        The chain rejects it, too, whatever it is, but for the excluded one: that it would keep and walk on.
+        """
+        return 1 if self.exclude == 0 else 0
+
     def rejects(self, n: int, cumw: float) -> bool:
         """Whether the chain rejects the request at its n-th token or an earlier one, and takes nothing more of it.
 

@@ -92,14 +92,6 @@ class Proposal:
                 "nothing is rejected early without 1 <= beta <= alpha"
             )
 
-    @property
-    def stand_in(self) -> int:
-        """The token that the chain is given of a draw which the worker has rejected, and shown `stop_token` for.
-
-        The chain rejects it, too, whatever it is, but for the excluded one: that it would keep and walk on.
-        """
-        return 1 if self.exclude == 0 else 0
-
     def resumed(self) -> Proposal:
         """The same without early rejection: for a request that its chain asks to go on although it has ended."""
         return replace(self, theta=-math.inf)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from power_kernels.api.driver.engine import Ended, EngineBusyError, Opened, Sampled, StepReport
+from power_kernels.api.engines.serving.draws import Draws, draws_of, rest_of, sampled
 from power_kernels.api.engines.serving.proposal import proposal_of
 from power_kernels.api.engines.vllm import versions
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.rng import as_int64
-from power_kernels.slots import SlotFlag
 from power_kernels.state import ChainState, Status
 
 
@@ -33,27 +33,17 @@ from power_kernels.state import ChainState, Status
 class _Request:
     """What a lane has asked of vLLM.
 
-    tokens: of the answer, those that were delivered included; cumw: the running sum of their weights. stand_in: for a
-    token that the worker did not show. names: vLLM's own for the request, and ours, which its output bears. arrived:
-    something of it has come. ended: vLLM has nothing more to say of it.
+    tokens: of the answer, those that were delivered included; cumw: the running sum of their weights. names: vLLM's own
+    for the request, and ours, which its output bears. arrived: something of it has come. ended: vLLM has nothing more
+    to say of it.
     """
 
     opened: Opened
     tokens: list[int]
     cumw: float
-    stand_in: int
     names: tuple[str, str]
     arrived: bool = False
     ended: bool = False
-
-
-@dataclass
-class _Run:
-    """One token after the other of a lane: what a request brought since the last step."""
-
-    token: list[int]
-    values: np.ndarray  # float32 [K, 3]
-    status: np.ndarray  # int64 [K]
 
 
 @dataclass
@@ -116,7 +106,7 @@ class VllmEngine:
         self._prompts: dict[int, list[int]] = {}
         self._live: dict[int, _Request] = {}  # by lane
         self._lane_of: dict[str, int] = {}  # by the name that outputs bear
-        self._runs: dict[int, _Run] = {}  # what has arrived and was not delivered
+        self._runs: dict[int, Draws] = {}  # what has arrived and was not delivered
         self._fresh: set[int] = set()  # slots of whose prompt nothing has gone through the model
         self._account = _Account()
         self._report: StepReport | None = None
@@ -141,7 +131,7 @@ class VllmEngine:
     def requests(self, opened: list[Opened], ended: list[Ended]) -> None:
         self._forget([lane for lane, _ in ended])
         for one in opened:
-            self._submit(one.lane, one, list(one.tokens), one.cumw)
+            self._submit(one.lane, one)
 
     def step(self, state: ChainState) -> Sampled:
         while self._live and not self._runs:
@@ -152,9 +142,10 @@ class VllmEngine:
             outputs = self._llm.step()
             self._account.forward_seconds += time.perf_counter() - start
             self._receive(outputs)
-        sampled = self._sampled(state.chains * state.lanes)
+        runs, self._runs = self._runs, {}
+        self._account.drawn += sum(len(run.token) for run in runs.values())
         self._report, self._account = self._reported(), _Account()
-        return sampled
+        return sampled(runs, state.chains * state.lanes, entropy=self._entropy)
 
     def step_report(self) -> StepReport:
         return self._report
@@ -166,22 +157,18 @@ class VllmEngine:
 
     # -- requests
 
-    def _submit(self, lane: int, opened: Opened, tokens: list[int], cumw: float) -> None:
-        """Ask for the rest of a lane's answer. tokens: those it has, `opened`'s and perhaps more."""
+    def _submit(self, lane: int, opened: Opened) -> None:
+        """Ask for the rest of a lane's answer."""
         from power_kernels.api.engines.vllm.parameters import proposal_params
 
         prompt = self._prompts[lane // self._lanes]
         ends = opened.eos or (self.vocab_size - 1,)  # a request needs a token that ends it
-        exclude = opened.exclude if len(tokens) == len(opened.tokens) else -1
-        proposal = proposal_of(
-            opened._replace(tokens=tokens, cumw=cumw, exclude=exclude),
-            len(prompt), self._alpha, self._beta, self._seed, stop_token=ends[0],
-        )  # fmt: skip
+        proposal = proposal_of(opened, len(prompt), self._alpha, self._beta, self._seed, stop_token=ends[0])
         params = proposal_params(proposal, ends=ends, pieces=opened.stops, entropy=self._entropy)
         given = self._name()
-        name = self._llm.add_request(given, {"prompt_token_ids": prompt + tokens}, params)
+        name = self._llm.add_request(given, {"prompt_token_ids": prompt + opened.tokens}, params)
         self._lane_of[given] = lane
-        self._live[lane] = _Request(opened, tokens, cumw, proposal.stand_in, (name, given))
+        self._live[lane] = _Request(opened, opened.tokens, opened.cumw, (name, given))
 
     def _name(self) -> str:
         self._named += 1
@@ -190,7 +177,8 @@ class VllmEngine:
     def _go_on(self, lane: int, request: _Request) -> None:
         """A request has ended and its lane has not: it drew the token that ends requests, where nothing else does."""
         del self._live[lane]
-        self._submit(lane, request.opened._replace(theta=-math.inf), request.tokens, request.cumw)
+        rest = rest_of(request.opened, request.tokens, request.cumw)
+        self._submit(lane, rest._replace(theta=-math.inf))
 
     def _forget(self, lanes: list[int]) -> None:
         abort = []
@@ -228,36 +216,13 @@ class VllmEngine:
         """What a request has drawn since its last reply, for the lane."""
         from power_kernels.api.engines.vllm.parameters import COLUMNS
 
-        token = list(completion.token_ids)
         values = np.array(completion.logprobs.logprobs, np.float32).reshape(-1, COLUMNS)
         flags = np.array(completion.logprobs.ranks[::COLUMNS])
-        cumw = np.add.accumulate(np.append(request.cumw, values[:, 1].astype(np.float64)))
-        if flags[-1] & SlotFlag.REJECTED:
-            if request.opened.rejects(len(request.tokens) + len(token), float(cumw[-1])):
-                token[-1] = request.stand_in
-            else:  # the worker's bound is the weaker one, so that this takes a device that rounds wildly
-                token, values, flags, cumw = token[:-1], values[:-1], flags[:-1], cumw[:-1]
-        if token:
-            self._runs[lane] = _Run(token, values, flags & ~int(SlotFlag.REJECTED))
-            request.tokens = request.tokens + token
-            request.cumw = float(cumw[-1])
-
-    def _sampled(self, rows: int) -> Sampled:
-        """The runs that have arrived, as [rows, K]; they are delivered with this."""
-        width = max((len(run.token) for run in self._runs.values()), default=1)
-        token = np.zeros((rows, width), np.int64)
-        logq, weight, entropy = np.zeros((3, rows, width), np.float32)
-        status = np.full((rows, width), Status.PENDING, np.int32)
-        for lane, run in self._runs.items():
-            count = len(run.token)
-            token[lane, :count], status[lane, :count] = run.token, run.status
-            logq[lane, :count], weight[lane, :count], entropy[lane, :count] = run.values.T
-            self._account.drawn += count
-        self._runs = {}
-        return Sampled(
-            *map(torch.from_numpy, (token, logq, weight, status)),
-            entropy=torch.from_numpy(entropy) if self._entropy else None,
-        )
+        draws = draws_of(request.opened, len(request.tokens), request.cumw, completion.token_ids, values, flags)
+        if draws.token:
+            self._runs[lane] = draws
+            request.tokens = request.tokens + draws.token
+            request.cumw = draws.cumw
 
     # -- what it cost
 

@@ -24,9 +24,9 @@ from power_kernels.api.driver.engine import Opened
 from power_kernels.api.driver.requests import RequestLog
 from power_kernels.api.driver.results import Counts, PowerResult, read_results
 from power_kernels.api.driver.stop import StopStrings
+from power_kernels.api.engines.serving.draws import Draws, draws_of, rest_of, sampled
 from power_kernels.rng import as_int64
-from power_kernels.slots import SlotFlag
-from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode, Status
+from power_kernels.state import ChainField, ChainState, LaneField, LaneStatus, Mode
 
 _STOPPED = (Mode.DONE, Mode.FAULT)
 
@@ -44,6 +44,11 @@ class Ask:
     values: list[np.ndarray] = field(default_factory=list)
     flags: list[np.ndarray] = field(default_factory=list)
     complete: bool = False
+
+    def draws(self) -> Draws:
+        opened = self.opened
+        values, flags = np.concatenate(self.values), np.concatenate(self.flags)
+        return draws_of(opened, len(opened.tokens), opened.cumw, self.token, values, flags)
 
 
 class News(NamedTuple):
@@ -161,7 +166,12 @@ class Chain:
         return result
 
     def _advance(self, complete: list[Ask]) -> News:
-        pk.mh_advance(self._state, self.law, *self._arguments, *self._draws(complete), self._stop_next)
+        drawn = {ask.opened.lane: ask.draws() for ask in complete}
+        given = sampled(drawn, self.lanes, entropy=self.law.needs_entropy)
+        pk.mh_advance(
+            self._state, self.law, *self._arguments,
+            given.token, given.logq, given.weight, given.status, given.entropy, self._stop_next,
+        )  # fmt: skip
         opened, ended = self._log.news(self._state)
         over = {lane for lane, _ in ended}
         dropped, asked = [], []
@@ -170,34 +180,18 @@ class Chain:
             if not ask.complete:
                 dropped.append(ask.number)
         for ask in complete:
-            if ask.opened.lane not in over:
-                self._forget(ask.opened.lane)
-                asked.append(self._ask(self._rest_of(ask), ask.stop_state))
+            draws = drawn[ask.opened.lane]
+            if ask.opened.lane in over:
+                continue
+            if not draws.believed:
+                raise RuntimeError(f"the worker rejected proposal {ask.opened.serial}, and the chain does not")
+            # It has ended and its lane has not: it drew the token that ends requests, where nothing else does.
+            self._forget(ask.opened.lane)
+            asked.append(self._ask(rest_of(ask.opened, ask.opened.tokens + draws.token, draws.cumw), ask.stop_state))
         for one in opened:
             at = 0 if self._stop is None else int(self._state.stop_state[0, len(one.tokens)])
             asked.append(self._ask(one, at))
         return News(asked, dropped)
-
-    def _draws(self, complete: list[Ask]) -> tuple[torch.Tensor | None, ...]:
-        """token, logq, weight, status and entropy of each lane, as [lanes, K]."""
-        width = max((len(ask.token) for ask in complete), default=1)
-        token = np.zeros((self.lanes, width), np.int64)
-        values = np.zeros((3, self.lanes, width), np.float32)
-        status = np.full((self.lanes, width), Status.PENDING, np.int32)
-        for ask in complete:
-            lane, n = ask.opened.lane, len(ask.token)
-            flags = np.concatenate(ask.flags)
-            token[lane, :n] = ask.token
-            values[:, lane, :n] = np.concatenate(ask.values).T
-            status[lane, :n] = flags & ~int(SlotFlag.REJECTED)
-            if n == 1 and flags[0] & SlotFlag.REJECTED and ask.token[0] == ask.opened.exclude:
-                # The worker put the token that ends requests in the place of the one it drew. The chain must not take
-                # it for the excluded token, which would say that nothing else has mass.
-                token[lane, 0] = (ask.token[0] + 1) % self._vocab_size
-        logq, weight, entropy = map(torch.from_numpy, values)
-        return (
-            torch.from_numpy(token), logq, weight, torch.from_numpy(status), entropy if self.law.needs_entropy else None
-        )  # fmt: skip
 
     def _ask(self, opened: Opened, stop_state: int) -> Ask:
         self._asked += 1
@@ -210,15 +204,3 @@ class Chain:
         ask = self._asks.pop(lane)
         del self._lane_of[ask.number]
         return ask
-
-    def _rest_of(self, ask: Ask) -> Opened:
-        """A request has ended and its lane has not: it drew the token that ends requests, where nothing else does."""
-        opened, flags = ask.opened, np.concatenate(ask.flags)
-        if flags.size and flags[-1] & SlotFlag.REJECTED:
-            raise RuntimeError(f"the worker rejected proposal {opened.serial}, and the chain does not")
-        weights = np.concatenate(ask.values)[:, 1].astype(np.float64)
-        return opened._replace(
-            tokens=opened.tokens + ask.token,
-            cumw=float(np.add.accumulate(np.append(opened.cumw, weights))[-1]),
-            exclude=-1,
-        )

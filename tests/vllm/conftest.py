@@ -37,3 +37,12 @@ def huggingface(folder):
     from power_kernels.api import HuggingFaceEngine
 
     return HuggingFaceEngine(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    """With a prefix cache and room for everything."""
+    from tests.vllm import engines
+
+    yield (made := engines.engine(folder, max_logprobs=-1))
+    engines.shut_down(made)

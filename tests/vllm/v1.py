@@ -22,13 +22,6 @@ CONFIG = PowerConfig(alpha=2.0, temperature=1 / 1.5, max_new_tokens=48, block_si
 
 
 @pytest.fixture(scope="module")
-def engine(folder):
-    """With a prefix cache and room for everything."""
-    yield (made := engines.engine(folder, max_logprobs=-1))
-    engines.shut_down(made)
-
-
-@pytest.fixture(scope="module")
 def reference(huggingface):
     """What the Hugging Face engine draws, once for each configuration."""
     known = {}

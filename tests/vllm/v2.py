@@ -20,12 +20,6 @@ CONFIG = PowerConfig(alpha=2.0, temperature=1 / 1.5, max_new_tokens=16, block_si
 
 
 @pytest.fixture(scope="module")
-def engine(folder):
-    yield (made := engines.engine(folder, max_logprobs=-1))
-    engines.shut_down(made)
-
-
-@pytest.fixture(scope="module")
 def overlapping(folder):
     """vLLM's asynchronous scheduler, which the CPU's platform turns off, and a pool too small for all requests."""
     before = CpuPlatform.check_and_update_config.__func__

@@ -306,18 +306,12 @@ def _engine_of(model, engine_args: dict):
 
 def _check_config(config) -> None:
     """Refuse, by name, what draws could not be exact under, or what was not tested."""
-    model, parallel = config.model_config, config.parallel_config
-    refused = {
-        "speculative_config": (config.speculative_config, "drafts are verified by a rule that draws other tokens"),
-        "watermark_config": (getattr(config, "watermark_config", None), "a watermark changes what is drawn"),
-        "logits_processors": (model.logits_processors, "they change the model's own probabilities"),
-        "enable_trace_replay": (getattr(model, "enable_trace_replay", None), "it puts other tokens for those drawn"),
-        "return_sampling_mask": (getattr(model, "return_sampling_mask", None), "there is no mask: p is the whole row"),
-        "enable_batch_sharded_sampling": (
-            getattr(parallel, "enable_batch_sharded_sampling", None), "it was not tested with our rows"
-        ),
-    }  # fmt: skip
-    for name, (value, why) in refused.items():
+    from power_kernels.api.engines.vllm.parameters import UNSUITABLE
+
+    model = config.model_config
+    for name, why in (UNSUITABLE | {"watermark_config": "a watermark changes what is drawn"}).items():
+        # Each is of one of the three; older versions lack some.
+        value = next((getattr(of, name) for of in (config, model, config.parallel_config) if hasattr(of, name)), None)
         if value:
             raise ArgumentError(f"{name} is {value!r}; power sampling needs it off: {why}")
     if model.runner_type != "generate":

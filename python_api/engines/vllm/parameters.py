@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -13,9 +14,18 @@ from power_kernels.errors import ArgumentError
 ENTROPY = "power_entropy"  # beside the proposal in `SamplingParams.extra_args`: whether entropies are wanted
 COLUMNS = 3  # of a reply: logq, weight, entropy
 
-# What changes the distribution that tokens are drawn from, and its value where it does not. p is the model's own.
-_NEUTRAL = {
-    "n": (1,),
+# Settings of vLLM under which draws could not be exact, or were not tested.
+UNSUITABLE = {
+    "speculative_config": "drafts are verified by a rule that draws other tokens",
+    "logits_processors": "they change the model's own probabilities",
+    "enable_trace_replay": "it puts other tokens for those drawn",
+    "return_sampling_mask": "there is no mask: p is the whole row",
+    "enable_batch_sharded_sampling": "it was not tested with power sampling",
+}
+
+# What changes the distribution that tokens are drawn from, or takes the columns of a reply, and its value where it does
+# not. p is the model's own.
+NEUTRAL: dict[str, tuple] = {
     "temperature": (1.0,),
     "top_k": (0, -1),
     "top_p": (1.0,),
@@ -27,14 +37,17 @@ _NEUTRAL = {
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "min_tokens": (0,),
-    "stop": (None, []),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
     "trace_decode_token_ids": (None,),
     "logprob_token_ids": (None,),
     "prompt_logprobs": (None,),
 }
-_WHY = {
+_CHANGES_P = "it would change the model's own probabilities, whose power is drawn"
+
+# Of a request that is one proposal; a chain of the server has `n` and `stop` (`serve/parameters.py`).
+_PROPOSAL_NEUTRAL = NEUTRAL | {"n": (1,), "stop": (None, [])}
+_PROPOSAL_WHY = {
     "n": "each answer is a chain of its own",
     "temperature": "the exponents of a power sample are alpha and beta",
     "stop": "a stop string closes an answer in the chain; vLLM would cut the text and leave the law as it was",
@@ -43,21 +56,33 @@ _WHY = {
 }
 
 
+def check_neutral(
+    params: SamplingParams, neutral: Mapping[str, tuple], why: Mapping[str, str], defaults: Mapping[str, Any]
+) -> None:
+    """Raises ArgumentError for a parameter that is none of its neutral values, and not the one that `defaults` has for
+    requests which say nothing. Names all of them; why: reasons, where there is a better one."""
+    wrong = []
+    for name, allowed in neutral.items():
+        value = getattr(params, name, allowed[0])
+        if value not in allowed and not (name in defaults and value == defaults[name]):
+            wrong.append(name)
+    if wrong:
+        name = wrong[0]
+        others = f" (and {', '.join(wrong[1:])})" if wrong[1:] else ""
+        raise ArgumentError(
+            f"{name} is {getattr(params, name)!r} in a power request{others}; it must be {neutral[name][0]!r}: "
+            f"{why.get(name, _CHANGES_P)}"
+        )
+
+
 def check_exact(params: SamplingParams) -> None:
-    """Refuse what would make a power sample inexact, before any work. Raises ArgumentError, naming all of it.
+    """Refuse what would make a proposal inexact, before any work: for those who send requests with a `Proposal` of
+    their own. Raises ArgumentError, naming all of it.
 
     `structured_outputs` is allowed: the mask is applied to the logits before our sampler sees them, and p is then the
     masked model.
     """
-    wrong = [name for name, allowed in _NEUTRAL.items() if getattr(params, name, allowed[0]) not in allowed]
-    if wrong:
-        name = wrong[0]
-        why = _WHY.get(name, "it would change the model's own probabilities, whose power is drawn")
-        others = f" (and {', '.join(wrong[1:])})" if wrong[1:] else ""
-        raise ArgumentError(
-            f"{name} is {getattr(params, name)!r} in a power-sampling request{others}; "
-            f"it must be {_NEUTRAL[name][0]!r}: {why}"
-        )
+    check_neutral(params, _PROPOSAL_NEUTRAL, _PROPOSAL_WHY, {})
 
 
 def proposal_params(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.engines.serving.proposal import KEY
+from power_kernels.api.engines.vllm.parameters import NEUTRAL, check_neutral
 from power_kernels.errors import ArgumentError
 from power_kernels.state import MAX_LANES
 
@@ -76,7 +77,7 @@ def check(params: SamplingParams, defaults: Mapping[str, Any]) -> None:
         if ours:
             raise ArgumentError(f"{ours[0]} is {given[ours[0]]!r} without alpha, which makes a request a power request")
         return
-    _check_exact(params, defaults)
+    check_neutral(params, _NEUTRAL, _WHY, defaults)
     config = config_of(params, params.max_tokens or 1)
     if params.max_tokens is not None:
         check_size(config)
@@ -131,41 +132,11 @@ def said(error: dict) -> str:
     return f"{name} is {value!r}; it must be {expected}"
 
 
-# What changes the distribution that tokens are drawn from, or has no meaning for a whole chain, and the values where
-# it does neither.
-_NEUTRAL: dict[str, tuple] = {
-    "temperature": (1.0,),
-    "top_k": (0, -1),
-    "top_p": (1.0,),
-    "min_p": (0.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
-    "min_tokens": (0,),
-    "logprobs": (None,),
-    "prompt_logprobs": (None,),
-    "logprob_token_ids": (None,),
-    "prompt_logprob_token_ids": (None,),
-    "structured_outputs": (None,),
-    "thinking_token_budget": (None,),
-    "repetition_detection": (None,),
-    "trace_decode_token_ids": (None,),
-}
+# Beside what changes p: what has no meaning for a whole chain.
+_NEUTRAL = NEUTRAL | {"logprobs": (None,), "prompt_logprob_token_ids": (None,), "structured_outputs": (None,)}
 _WHY = {
     "temperature": "the exponents of a power sample are alpha and, of its proposals, 1 / vllm_xargs['temperature']",
     "logprobs": "/v1/power/completions has log p of the answer",
     "prompt_logprobs": "a power request draws answers and scores no prompts",
     "structured_outputs": "a grammar's state is its request's, and a chain goes from request to request",
 }
-
-
-def _check_exact(params: SamplingParams, defaults: Mapping[str, Any]) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(params, name, neutral[0])
-        if value in neutral or (name in defaults and value == defaults[name]):
-            continue
-        why = _WHY.get(name, "it would change the model's own probabilities, whose power is drawn")
-        raise ArgumentError(f"{name} is {value!r} in a power request; it must be {neutral[0]!r}: {why}")

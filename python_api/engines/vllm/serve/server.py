@@ -67,15 +67,11 @@ def _run(arguments: list[str]) -> None:
 
 def _configure(parsed) -> None:
     """Put what is ours into vLLM's parsed arguments. Raises ArgumentError, which names what cannot be beside it."""
+    from power_kernels.api.engines.vllm.parameters import UNSUITABLE
     from power_kernels.api.engines.vllm.serve import admission, selftest
 
-    refused = {
+    refused = UNSUITABLE | {
         "scheduler_cls": "the chains are in a scheduler of their own",
-        "logits_processors": "they change the model's own probabilities",
-        "speculative_config": "drafts are verified by a rule that draws other tokens",
-        "enable_trace_replay": "it puts other tokens for those drawn",
-        "return_sampling_mask": "there is no mask: p is the whole row",
-        "enable_batch_sharded_sampling": "it was not tested with power sampling",
         "grpc": "it was not tested with power sampling",
     }
     for name, why in refused.items():

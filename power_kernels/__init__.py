@@ -14,9 +14,10 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
     from . import nvtx
     from .block_tables import BlockStatus, BlockTables
     from .errors import ArgumentError, ArgumentTypeError, BackendError
-    from .law import CUTS, Law
+    from .law import CUTS, Law, ParticleLaw, SweepCut
     from .ops import (
         AcceptOutput,
+        BranchOutput,
         SampleOutput,
         ScoreOutput,
         SlotOutput,
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         block_table_extend,
         block_table_fork,
         block_table_rollback,
+        branch_particles,
+        branch_particles_out,
+        branch_workspace_size,
         hidden_workspace_size,
         kv_copy_blocks,
         kv_copy_ranges,
@@ -43,10 +47,13 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         score_from_shards,
         score_tokens,
         score_tokens_out,
+        select_candidate,
+        select_candidate_out,
         shard_record,
         use_backend,
         workspace_size,
     )
+    from .particles import Tally
     from .slots import SlotField, SlotFlag, SlotTable
     from .state import ChainState, Status
     from .stop_strings import stop_automaton
@@ -61,8 +68,10 @@ __all__ = [
     "BackendError",
     "BlockStatus",
     "BlockTables",
+    "BranchOutput",
     "ChainState",
     "Law",
+    "ParticleLaw",
     "SampleOutput",
     "ScoreOutput",
     "SlotField",
@@ -70,11 +79,16 @@ __all__ = [
     "SlotOutput",
     "SlotTable",
     "Status",
+    "SweepCut",
+    "Tally",
     "backend_for",
     "block_table_commit",
     "block_table_extend",
     "block_table_fork",
     "block_table_rollback",
+    "branch_particles",
+    "branch_particles_out",
+    "branch_workspace_size",
     "hidden_workspace_size",
     "kv_copy_blocks",
     "kv_copy_ranges",
@@ -94,20 +108,23 @@ __all__ = [
     "score_from_shards",
     "score_tokens",
     "score_tokens_out",
+    "select_candidate",
+    "select_candidate_out",
     "shard_record",
     "stop_automaton",
     "use_backend",
     "workspace_size",
 ]
 
-_MODULES = ("block_tables", "errors", "law", "nvtx", "ops", "reference", "rng", "slots", "state")
+_MODULES = ("block_tables", "errors", "law", "nvtx", "ops", "particles", "reference", "rng", "slots", "state")
 _HOMES = {
     **dict.fromkeys(__all__, f"{__name__}.ops"),  # unless it is said to be elsewhere
     **dict.fromkeys(("BlockStatus", "BlockTables"), f"{__name__}.block_tables"),
     **dict.fromkeys(("ArgumentError", "ArgumentTypeError", "BackendError"), f"{__name__}.errors"),
-    **dict.fromkeys(("CUTS", "Law"), f"{__name__}.law"),
+    **dict.fromkeys(("CUTS", "Law", "ParticleLaw", "SweepCut"), f"{__name__}.law"),
     **dict.fromkeys(("SlotField", "SlotFlag", "SlotTable"), f"{__name__}.slots"),
     **dict.fromkeys(("ChainState", "Status"), f"{__name__}.state"),
+    "Tally": f"{__name__}.particles",
     "stop_automaton": f"{__name__}.stop_strings",
     **{module: f"{__name__}.{module}" for module in _MODULES},
 }

@@ -8,6 +8,7 @@ from enum import IntEnum
 from .errors import ArgumentError, ArgumentTypeError
 
 _INT32_MAX = 2**31 - 1
+MAX_PARTICLES = 128
 _MOST_BONUS = 1e6  # far beyond any use; with more, W has no digits left beside lambda n
 
 
@@ -25,6 +26,13 @@ def check_length_bonus(name: str, value) -> None:
         raise ArgumentError(f"{name} is {value}; it must lie in [{-_MOST_BONUS:g}, {_MOST_BONUS:g}]")
 
 
+def check_rho(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a float")
+    if not 0.0 <= value <= 1.0:
+        raise ArgumentError(f"{name} is {value}; it must lie in [0, 1]")
+
+
 class Cut(IntEnum):
     """The law of the place where a proposal leaves the answer (DESIGN 3.6), as the kernels take it."""
 
@@ -33,7 +41,16 @@ class Cut(IntEnum):
     DIVERGENCE_ENTROPY = 2
 
 
+class SweepCut(IntEnum):
+    """The law of the place where a sweep of particles begins (DESIGN 3.9)."""
+
+    WHOLE = 0  # the whole answer
+    UNIFORM = 1  # uniform over the answer's positions; the candidates' selection weights get -log n
+    UNIFORM_HORIZON = 2  # uniform over all positions; a sweep that begins behind the answer changes nothing
+
+
 CUTS = ("uniform", "divergence", "divergence-entropy")  # names of `Cut`, in its order
+SWEEP_CUTS = ("whole", "uniform", "uniform-horizon")  # names of `SweepCut`, in its order
 
 
 @dataclass(frozen=True)
@@ -109,3 +126,33 @@ class Law:
     def of_constants(*constants: int) -> Law:
         *plain, stops, cut = constants
         return Law(*plain, stops=bool(stops), cut=CUTS[cut])
+
+
+@dataclass(frozen=True)
+class ParticleLaw:
+    """The constants of one run of particles (DESIGN 3.9). All are host values, fixed while a run lasts.
+
+    max_new_tokens >= 1; particles: N, the most open prefixes at once, 2 to `MAX_PARTICLES`; sweeps >= 0, after the
+    start. cut: a `SweepCut`. rho: open prefixes whose weight is small beside rho/N of the mass of everything die out
+    (exact for any rho); 0: none do. stops, length_bonus: as in `Law`.
+    Raises ArgumentError for another value, ArgumentTypeError for another type.
+    """
+
+    max_new_tokens: int
+    particles: int
+    sweeps: int
+    cut: SweepCut = SweepCut.WHOLE
+    rho: float = 0.0
+    stops: bool = False
+    length_bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("particles", self.particles, 2, MAX_PARTICLES)
+        check_integer("sweeps", self.sweeps, 0)
+        if not isinstance(self.cut, SweepCut):
+            raise ArgumentTypeError(f"cut is {self.cut!r}, a {type(self.cut).__name__}; it must be a SweepCut")
+        check_rho("rho", self.rho)
+        if not isinstance(self.stops, bool):
+            raise ArgumentTypeError(f"stops is {self.stops!r}, a {type(self.stops).__name__}; it must be a bool")
+        check_length_bonus("length_bonus", self.length_bonus)

@@ -10,6 +10,10 @@ Position stream: uniform0 draws the token at that answer-relative position, unif
 keeps the current token there. Step stream (position 0): uniform0 draws the cut, uniform1 the acceptance, through
 log(1 - uniform1) so that it is never log 0. Serial 0 is the extension; proposals are 1, 2, ... over the whole chain.
 
+Particles (DESIGN 3.9) take the sweep in the place of the serial, 0 for the start. Particle stream: uniform0 draws the
+survivors at that position, uniform1 the candidate that is kept. Sweep stream (position 0): uniform0 draws the cut,
+uniform1 the selection.
+
 The C++ backend (csrc/rng.h) and the Triton one (triton/rng.py) produce the same words; tests hold all three to the
 Random123 known-answer vectors. Only the functions need numpy: the operators that take the constants work without it.
 """
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 STREAM_BITS = 3
 STREAM_POSITION = 0
 STREAM_STEP = 1
+STREAM_PARTICLES = 2
+STREAM_SWEEP = 3
 
 MAX_PROMPT_ID = (1 << (32 - STREAM_BITS)) - 1
 
@@ -98,3 +104,13 @@ def position_uniforms(seed: int, position, serial, chain_id, prompt_id) -> np.nd
 def step_uniforms(seed: int, serial, chain_id, prompt_id) -> np.ndarray:
     """(cut uniform, acceptance uniform) of Metropolis-Hastings steps. Returns float64 [..., 2]."""
     return uniforms(counters(0, serial, chain_id, prompt_id, STREAM_STEP), seed)
+
+
+def particle_uniforms(seed: int, position, sweep, chain_id, prompt_id) -> np.ndarray:
+    """(survivors' uniform, candidate's uniform) of answer positions. Returns float64 [..., 2]."""
+    return uniforms(counters(position, sweep, chain_id, prompt_id, STREAM_PARTICLES), seed)
+
+
+def sweep_uniforms(seed: int, sweep, chain_id, prompt_id) -> np.ndarray:
+    """(cut uniform, selection uniform) of sweeps. Returns float64 [..., 2]."""
+    return uniforms(counters(0, sweep, chain_id, prompt_id, STREAM_SWEEP), seed)

@@ -26,6 +26,14 @@ from .paged_kv import (
     block_table_rollback,
     kv_copy_blocks,
 )
+from .particles import (
+    BranchOutput,
+    branch_particles,
+    branch_particles_out,
+    branch_workspace_size,
+    select_candidate,
+    select_candidate_out,
+)
 from .rows import workspace_size
 from .sampling import SampleOutput, sample_tokens, sample_tokens_out
 from .scoring import ScoreOutput, score_tokens, score_tokens_out

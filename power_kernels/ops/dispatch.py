@@ -22,6 +22,7 @@ import torch
 from ..block_tables import BlockStatus
 from ..errors import ArgumentError, BackendError
 from ..law import Cut
+from ..particles import Tally
 from ..slots import SLOT_FIELDS, SlotBound, SlotField, SlotFlag
 from ..state import (
     CHAIN_FIELDS,
@@ -107,6 +108,7 @@ def state_layout() -> str:
         SlotField,
         SlotBound,
         SlotFlag,
+        Tally,
     )
     parts = [f"{enum.__name__}:" + "".join(f",{m.name}={m.value}" for m in enum) for enum in enums]
     tensors = "tensors:" + "".join(f",{name}" for name in ChainState.__dataclass_fields__)

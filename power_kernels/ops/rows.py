@@ -65,5 +65,6 @@ def row_outputs(logits: torch.Tensor, floats: int, return_entropy: bool):
     return (*values, entropy, logits.new_empty(rows, dtype=torch.int32))
 
 
-def new_workspace(logits: torch.Tensor) -> torch.Tensor:
-    return logits.new_empty(workspace_size(*logits.shape), dtype=torch.float32)
+def new_workspace(logits: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """size: elements; None takes `workspace_size` of the logits."""
+    return logits.new_empty(workspace_size(*logits.shape) if size is None else size, dtype=torch.float32)

@@ -78,6 +78,7 @@ class RunReport:
     drawn: int = 0
     widened: int = 0
     replays: int = 0
+    sequential: int = 0
     restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 

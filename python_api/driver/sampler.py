@@ -22,7 +22,8 @@ from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.engine import CapturableEngine, Engine, ranks_of
 from power_kernels.api.driver.horizons import Part, parts_of
 from power_kernels.api.driver.memory import is_out_of_memory
-from power_kernels.api.driver.planning import plan_run
+from power_kernels.api.driver.particles.run import ParticleRun
+from power_kernels.api.driver.planning import Plan, plan_run
 from power_kernels.api.driver.progress import ProgressBar
 from power_kernels.api.driver.results import PowerResult, empty_result
 from power_kernels.api.driver.run import Job, Run, RunReport
@@ -253,17 +254,24 @@ class PowerSampler:
         the report of them all."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
         prompt = sum(len(job.prompt) for job in jobs) // len(jobs)
-        plan = plan_run(
-            self.engine, config, jobs=len(jobs), max_chains=max_chains,
-            max_length=max_length, length=prompt + config.max_new_tokens // 2,
-        )  # fmt: skip
+        particles = config.kernel == "particles"
+        if particles:
+            slots = len(jobs) if max_chains is None else min(max_chains, len(jobs))
+            plan = Plan(slots if max_chains else min(slots, 4), config.particles)
+        else:
+            plan = plan_run(
+                self.engine, config, jobs=len(jobs), max_chains=max_chains,
+                max_length=max_length, length=prompt + config.max_new_tokens // 2,
+            )  # fmt: skip
         report = RunReport(plan.slots, plan.lanes, captured=self.capture)
         runs.append(report)
         while left:
-            run = Run(
-                self.engine, list(left.values()), config, plan, max_length=max_length,
-                seed=seed, eos=eos, stop=stop, capture=self.capture, tokenizer=self.tokenizer, report=report,
-            )  # fmt: skip
+            given = dict(max_length=max_length, seed=seed, eos=eos, stop=stop, tokenizer=self.tokenizer, report=report)
+            jobs = list(left.values())
+            if particles:
+                run = ParticleRun(self.engine, jobs, config, plan.slots, **given)
+            else:
+                run = Run(self.engine, jobs, config, plan, capture=self.capture, **given)
             try:
                 for result in run.results(bar):
                     del left[result.prompt_id, result.chain_id]

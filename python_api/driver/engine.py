@@ -313,7 +313,7 @@ class ParticleEngine(Engine, Protocol):
     """An engine that runs particles (DESIGN 3.9): N lanes a slot, which fork from each other, and two chain rows, one
     of the current answer, which a sweep refers to, and one of the candidate that is kept.
 
-    The calls of a run: begin_particles -> ( prefill | copy_particles -> children | move )* -> end.
+    The calls of a run: begin_particles -> ( prefill -> copy_particles | children -> copy_particles | move )* -> end.
     """
 
     def check_particles(self) -> None:

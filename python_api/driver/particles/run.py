@@ -1,6 +1,6 @@
 """One run of particles: chains stream through fixed slots, the active ones always in front.
 
-    admit -> prefill -> [ copies -> feed every particle -> branch_particles -> what follows ]* -> result -> admit ...
+    admit -> prefill -> [ feed every particle -> branch_particles -> what follows -> copies ]* -> result -> admit ...
 
 Slots are at their own positions and sweeps, side by side. A slot whose chain has stopped takes the next job where it
 is; when none waits any more, the slots close up.
@@ -103,9 +103,6 @@ class ParticleRun:
         report.lane_steps += int(state.live.sum())
         report.sequential += bool(state.live.any())
         start = clock()
-        self.engine.copy_particles(state)
-        state.forget_copies()
-        copied = clock()
         logits = self.engine.children(state)
         fed = clock()
         groups = state.groups
@@ -117,10 +114,17 @@ class ParticleRun:
         drawn = clock()
         state.tally.copy_(branched.tally)
         advance(state, self.law, branched, self.stop_next, self.config.alpha)
-        self.seconds["transfer"] += copied - start
-        self.seconds["forward"] += fed - copied
+        self.seconds["forward"] += fed - start
         self.seconds["sample"] += drawn - fed
         self.seconds["advance"] += clock() - drawn
+        self.copy(state)
+
+    def copy(self, state: ParticleState) -> None:
+        """Make the copies that the state asks for. At once: they name rows, and chains may move to other slots."""
+        start = time.perf_counter()
+        self.engine.copy_particles(state)
+        state.forget_copies()
+        self.seconds["transfer"] += time.perf_counter() - start
 
     def stop_states(self, state: ParticleState) -> torch.Tensor | None:
         """The automaton's state of each row's prefix."""
@@ -142,6 +146,7 @@ class ParticleRun:
             for slot, job, tokens in zip(slots, jobs, prefilled, strict=True):
                 self.state.admit(slot, job.prompt, job.chain_id, job.prompt_id, seed=self.seed)
                 self.prefilled[slot : slot + 1] = [tokens]
+            self.copy(self.state.first(len(self.prefilled)))
         return len(self.prefilled)
 
     def close_up(self, slot: int) -> None:

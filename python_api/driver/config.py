@@ -22,7 +22,7 @@ from power_kernels.law import (
 
 COMPAT = (None, "karan-du")
 KERNELS = ("mh", "particles")
-CONFIG_SWEEP_CUTS = ("whole", "uniform")
+SWEEP_BEGINNINGS = ("whole", "uniform")
 _ONLY_MH = (
     "block_size", "mcmc_steps", "final_steps", "temperature", "cut", "early_rejection", "free_prefix", "lanes",
     "compat",
@@ -110,8 +110,8 @@ class PowerConfig:
                 self._set(name, integer(f"{name} is", getattr(self, name), 1))
         self._set("particles", integer("particles is", self.particles, 2, MAX_PARTICLES))
         self._set("sweeps", integer("sweeps is", self.sweeps, 0))
-        if self.sweep_cut not in CONFIG_SWEEP_CUTS:
-            raise ArgumentError(f"sweep_cut is {self.sweep_cut!r}; allowed: {', '.join(map(repr, CONFIG_SWEEP_CUTS))}")
+        if self.sweep_cut not in SWEEP_BEGINNINGS:
+            raise ArgumentError(f"sweep_cut is {self.sweep_cut!r}; allowed: {', '.join(map(repr, SWEEP_BEGINNINGS))}")
         self._set("rho", number("rho", self.rho))
         check_rho("rho", self.rho)
         for name in ("early_rejection", "free_prefix"):

@@ -313,8 +313,15 @@ class ParticleEngine(Engine, Protocol):
     """An engine that runs particles (DESIGN 3.9): N lanes a slot, which fork from each other, and two chain rows, one
     of the current answer, which a sweep refers to, and one of the candidate that is kept.
 
+    most_rows: rows of a step up to which more of them are worth it.
     The calls of a run: begin_particles -> ( prefill -> copy_particles | children -> copy_particles | move )* -> end.
     """
+
+    most_rows: int
+
+    def particle_bytes(self, *, groups: int, particles: int, max_length: int) -> int:
+        """Bytes that a run of this size takes on `device`, on top of what is taken now."""
+        ...
 
     def check_particles(self) -> None:
         """Raise UnsupportedModelError where particles do not run with this model."""

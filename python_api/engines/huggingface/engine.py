@@ -33,7 +33,7 @@ from power_kernels.api.engines.huggingface.inspection import (
 )
 from power_kernels.api.engines.huggingface.length_bound import LengthBound
 from power_kernels.api.engines.huggingface.lm_head import LmHead
-from power_kernels.api.engines.huggingface.memory_account import run_bytes
+from power_kernels.api.engines.huggingface.memory_account import particle_bytes, run_bytes
 from power_kernels.api.engines.huggingface.particles import HiddenStates
 from power_kernels.api.engines.huggingface.patched_model import attention_configs, patched, placed_on
 from power_kernels.api.engines.huggingface.patches import Patches
@@ -183,6 +183,10 @@ class HuggingFaceEngine:
         self._hidden = HiddenStates(
             self._slabs, groups=groups, particles=particles, hidden_size=weight.shape[1], dtype=weight.dtype
         )
+
+    def particle_bytes(self, *, groups: int, particles: int, max_length: int) -> int:
+        """Bytes of the KV of a run, of its last hidden states and of its logits."""
+        return particle_bytes(self, groups=groups, particles=particles, positions=self._positions(max_length))
 
     def check_particles(self) -> None:
         """Raise UnsupportedModelError where this engine does not run particles with this model."""

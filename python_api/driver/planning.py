@@ -143,16 +143,17 @@ def plan_particles(
     if not fits(1):
         needed = engine.particle_bytes(groups=1, particles=n, max_length=max_length)
         raise ArgumentError(
-            f"the longest prompt and max_new_tokens are {max_length} positions together, which take {_size(needed)} for "
-            f"{n} particles; {_size(budget)} are free on {engine.device}. particles or max_new_tokens must be smaller"
+            f"the longest prompt and max_new_tokens are {max_length} positions together, which take {_size(needed)} "
+            f"for {n} particles; {_size(budget)} are free on {engine.device}. "
+            "particles or max_new_tokens must be smaller"
         )
     worth = max(1, engine.most_rows // n)
     wanted = min(jobs, worth if max_chains is None else max_chains)
     slots = _most(wanted, fits)
     if max_chains is not None and slots < wanted:
         warnings.warn(
-            f"{wanted} chains could run at once; the free memory of {engine.device} ({_size(budget)}) holds {slots}, so "
-            "the others wait",
+            f"{wanted} chains could run at once; the free memory of {engine.device} ({_size(budget)}) holds {slots}, "
+            "so the others wait",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -105,12 +105,7 @@ class ParticleRun:
         start = clock()
         logits = self.engine.children(state)
         fed = clock()
-        groups = state.groups
-        branched = pk.branch_particles(
-            logits, self.alpha[:groups], state.log_weight, state.order, state.reference, state.last,
-            state.closing_bonus, state.uniform, state.tally, eos=self.eos, stop_state=self.stop_states(state),
-            stop_next=self.stop_next, length_bonus=self.law.length_bonus, rho=self.law.rho,
-        )  # fmt: skip
+        branched = self.branch(state, logits)
         drawn = clock()
         state.tally.copy_(branched.tally)
         advance(state, self.law, branched, self.stop_next, self.config.alpha)
@@ -118,6 +113,13 @@ class ParticleRun:
         self.seconds["sample"] += drawn - fed
         self.seconds["advance"] += clock() - drawn
         self.copy(state)
+
+    def branch(self, state: ParticleState, logits: torch.Tensor) -> pk.BranchOutput:
+        return pk.branch_particles(
+            logits, self.alpha[: state.groups], state.log_weight, state.order, state.reference, state.last,
+            state.closing_bonus, state.uniform, state.tally, eos=self.eos, stop_state=self.stop_states(state),
+            stop_next=self.stop_next, length_bonus=self.law.length_bonus, rho=self.law.rho,
+        )  # fmt: skip
 
     def copy(self, state: ParticleState) -> None:
         """Make the copies that the state asks for. At once: they name rows, and chains may move to other slots."""

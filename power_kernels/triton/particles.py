@@ -125,9 +125,7 @@ def _closes(token, V, last, eos_ptr, E, stop_ptr, has_stops):
 
 
 @triton.jit
-def _split_part(
-    logits, part, V, wanted, last, eos_ptr, E, stop_ptr, has_stops, PART: tl.constexpr, VEC: tl.constexpr
-):
+def _split_part(logits, part, V, wanted, last, eos_ptr, E, stop_ptr, has_stops, PART: tl.constexpr, VEC: tl.constexpr):
     """Logits [PART] of the open children in a part of a tile, and of the closing ones but `wanted`; -inf elsewhere."""
     z = _read_tile(logits, part, V, -1, PART, VEC)
     token = part * PART + tl.arange(0, PART)

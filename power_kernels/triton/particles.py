@@ -3,8 +3,8 @@
     omega_iv = base_i + alpha (z_iv - m_i)      base_i = log_weight_i + lambda - alpha log1p(R1_i)      (log-domain)
     m, R1: of the row, as in sampling.py        kappa: sum over open children of min(1, omega / kappa) = N, or the floor
 
-Two launches. `_branch_mass_kernel`, one warp a (row, tile), writes the tile record of `sampling.py` at beta = alpha, and
-where children close splits it: maximum and mass of the open children, and of the closing ones but the reference.
+Two launches. `_branch_mass_kernel`, one warp a (row, tile), writes the tile record of `sampling.py` at beta = alpha,
+and where children close splits it: maximum and mass of the open children, and of the closing ones but the reference.
 `_branch_kernel`, one program a group, works on these numbers in float64 and reads a tile again where one of its
 children is chosen. Open children are summed relative to the largest of them, closing ones to theirs.
 
@@ -129,9 +129,7 @@ def _closes(token, V, last, eos_ptr, E, stop_ptr, has_stops):
 
 
 @triton.jit
-def _split_part(
-    logits, part, V, wanted, last, eos_ptr, E, stop_ptr, has_stops, PART: tl.constexpr, VEC: tl.constexpr
-):
+def _split_part(logits, part, V, wanted, last, eos_ptr, E, stop_ptr, has_stops, PART: tl.constexpr, VEC: tl.constexpr):
     """Logits [PART] of the open children in a part of a tile, and of the closing ones but `wanted`; -inf elsewhere."""
     z = _read_tile(logits, part, V, -1, PART, VEC)
     token = part * PART + tl.arange(0, PART)

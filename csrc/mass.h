@@ -51,7 +51,7 @@ struct MassKernels {
   // What follows takes such a z, of which entries [0, n) may have mass, and sums masses exp(alpha (z - max)) in float64.
   int64_t (*argmax)(const float* z, int64_t n);  // the first
   double (*sum)(const float* z, int64_t n, double alpha, float max);
-  // The first entry whose running sum exceeds target; the last one that has mass where none does.
+  // The first entry whose running sum exceeds target; the last one that adds to the sum where none does.
   int64_t (*search)(const float* z, int64_t n, double alpha, float max, double target);
 };
 

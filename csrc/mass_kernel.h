@@ -273,8 +273,9 @@ static int64_t search64(const float* z, int64_t n, double alpha, float max, doub
     if (after > before) {
       double running = before;
       for (int j = 0; j < W64; ++j) {
-        if (!(masses[j] > 0)) continue;
-        running += masses[j];
+        const double sum = running + masses[j];
+        if (!(sum > running)) continue;
+        running = sum;
         last = i + j;
         if (running > target) return last;
       }

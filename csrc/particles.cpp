@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 namespace power_kernels {
@@ -85,8 +86,10 @@ struct Closing {
         const int16_t* block = next + t * TILE + i;
         const int64_t length = std::min(BLOCK, n - i);
         if (!any_negative(block, length)) continue;
-        for (int64_t j = 0; j < length; ++j)
-          if (block[j] < 0) entry[count++] = static_cast<int16_t>(i + j);
+        for (int64_t j = 0; j < length; ++j) {  // without a branch, which half of them would surprise
+          entry[count] = static_cast<int16_t>(i + j);
+          count += block[j] < 0;
+        }
       }
     }
     const int from_stops = count;
@@ -116,13 +119,14 @@ struct TileReader {
 
   void read(const Logits& logits, const Closing& closes, int64_t b, int64_t t, bool last) {
     const int64_t n = logits.tile_size(t);
-    logits.kernels->copy(logits.tile(b, t), n, open);
+    logits.kernels->copy(logits.tile(b, t), n, last ? closing : open);
     if (last) {
+      std::fill(open, open + TILE, -INFINITY);
+      std::iota(entry, entry + n, int16_t{0});
       closing_count = static_cast<int>(n);
-      for (int i = 0; i < closing_count; ++i) entry[i] = static_cast<int16_t>(i);
-    } else {
-      closing_count = closes.list(b, t, n, entry);
+      return;
     }
+    closing_count = closes.list(b, t, n, entry);
     std::fill(closing, closing + std::min<int64_t>(TILE, (closing_count / 64 + 1) * 64), -INFINITY);
     for (int i = 0; i < closing_count; ++i) {
       closing[i] = open[entry[i]];
@@ -358,7 +362,7 @@ struct Group {
     size_t chosen = 0;
     double start = 0;
     for (size_t i = 0; i < mass.size(); ++i) {
-      if (!(mass[i] > 0)) continue;
+      if (!(before + mass[i] > before)) continue;
       chosen = i;
       start = before;
       before += mass[i];
@@ -380,7 +384,7 @@ struct Group {
     if (a.rho > 0) log_floor = std::log(a.rho / N) + log_add(total(Tally::MASS_), top + std::log(left()));
     take_heavy(log_floor);
     const bool light_reference = has_reference && std::find(heavy.begin(), heavy.end(), reference) == heavy.end();
-    if (log_threshold == -INFINITY) {
+    if (std::exp(std::min(log_threshold - top, 700.0)) == 0) {
       // Nothing but what is kept has any mass; the reference is kept with the weight that it has.
       if (light_reference) light.push_back(child(N, reference.token));
       return;
@@ -475,7 +479,7 @@ struct Group {
       if (c.row == row && c.token / TILE == t) reader.open[c.token - t * TILE] = -INFINITY;
   }
 
-  // The systematic draw along the line of what is left. has_places: kappa makes the inclusions add up to the places that
+  // The systematic draw along the line of what is left, kappa > 0. has_places: kappa makes the inclusions add up to the places that
   // the heavy children leave; otherwise it is the floor, and there are as many points as the line has.
   void draw_light(bool has_places, bool light_reference) {
     std::vector<double> line(R * tiles);  // the end of each tile, in the order of the line
@@ -550,19 +554,16 @@ struct Group {
 
   // The child that holds a point of the line. at: where to begin, a tile that does not lie behind it; moved up to it.
   Child at_point(const std::vector<double>& line, double target, int64_t& at) {
-    int64_t found = -1;
+    // A tile that adds nothing to the line holds no point, not even where rounding puts the target at the end.
     for (int64_t i = at; i < R * tiles; ++i) {
-      if (!(rest_of(order(i / tiles), i % tiles).mass > 0)) continue;
-      found = i;
+      if (!(line[i] > (i > 0 ? line[i - 1] : 0.0))) continue;
+      at = i;
       if (line[i] > target) break;
     }
-    for (int64_t i = at; found < 0; --i)  // rounding: the last tile that has mass
-      if (rest_of(order(i / tiles), i % tiles).mass > 0) found = i;
-    at = found;
-    const int64_t row = order(found / tiles), t = found % tiles;
+    const int64_t row = order(at / tiles), t = at % tiles;
     const Rest& tile = rest_of(row, t);
     const Tile64 exact = tile64(row, t);
-    const double start = found > 0 ? line[found - 1] : 0.0;
+    const double start = at > 0 ? line[at - 1] : 0.0;
     const int64_t entry = a.logits.kernels->search(reader.open, a.logits.tile_size(t), alpha, tile.max,
                                                    (target - start) / tile.mass * exact.sum);
     return {row, t * TILE + entry, light_weight(row, t)};

@@ -3,8 +3,8 @@
     omega_iv = base_i + alpha (z_iv - m_i)      base_i = log_weight_i + lambda - alpha log1p(R1_i)      (log-domain)
     m, R1: of the row, as in sampling.py        kappa: sum over open children of min(1, omega / kappa) = N, or the floor
 
-Two launches. `_branch_mass_kernel`, one warp a (row, tile), writes the tile record of `sampling.py` at beta = alpha, and
-where children close splits it: maximum and mass of the open children, and of the closing ones but the reference.
+Two launches. `_branch_mass_kernel`, one warp a (row, tile), writes the tile record of `sampling.py` at beta = alpha,
+and where children close splits it: maximum and mass of the open children, and of the closing ones but the reference.
 `_branch_kernel`, one program a group, works on these numbers in float64 and reads a tile again where one of its
 children is chosen. Open children are summed relative to the largest of them, closing ones to theirs.
 
@@ -25,6 +25,7 @@ table, + 32 a tile, + one tile for each survivor.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -52,8 +53,10 @@ from .sampling import (
 
 BRANCH_MASS = {**MASS, "PART": 256}  # a tile that is split is read in parts, which take fewer registers
 BRANCH = {"TILE": TILE, "num_warps": 4}
-FEW_ROWS = 32  # every N up to 31 shares one specialisation, whose sums over rows stay within a warp
-MANY_ROWS = 256  # N up to 128, R = 129
+REGISTERS = 255  # a thread on NVIDIA; ptxas left to itself takes 168 and spills
+# (ROWS, TILES), the widths of the finisher's vectors over rows and tiles. Sums over 32 rows stay within a warp.
+SMALL = (32, LEAST_TILES)  # N up to 31, vocabularies up to 262,144
+LARGE = (256, MOST_TILES)  # N up to 128, and what is compiled and checked offline for larger vocabularies
 SELECT = {"BLOCK": 128, "num_warps": 4}
 
 _COLUMNS = tl.constexpr(len(Tally))
@@ -67,6 +70,7 @@ _BAD_TOKEN = tl.constexpr(int(Status.BAD_TOKEN))
 _INF = tl.constexpr(float("inf"))
 _UNDEFINED = tl.constexpr(float("nan"))
 _FAR = tl.constexpr(0x7FFFFFFF)
+_BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
 _MOST_LOG = tl.constexpr(700.0)  # exp of more counts as infinite
 
 
@@ -528,10 +532,10 @@ def _branch_kernel(
             start += row_unit * tl.sum(tl.where(tile_index < tile, parts, 0.0), 0)
             start += unit * tl.sum(tl.where(token < own, mass_64, 0.0), 0)
             v = (start + u * unit * tl.sum(tl.where(token == own, mass_64, 0.0), 0)) / kappa
-            v = tl.where(v < N.to(tl.float64), v, 0.0)  # kappa may have underflowed
-            whole_v = v.to(tl.int32)
-            own_point = tl.minimum(whole_v, tl.maximum(points - 1, 0))
-            u = v - whole_v.to(tl.float64)
+            end = tl.maximum(points, 1).to(tl.float64)
+            v = tl.where(v < end, v, end * _BELOW_ONE)  # rounding can take the last child of the line beyond its end
+            own_point = v.to(tl.int32)
+            u = v - own_point.to(tl.float64)
             own_weight = log_threshold + tl.log(total_64 / take(mass, tile_index, tile))
     place_before = -1
     child_before = -1
@@ -653,9 +657,12 @@ def _select_kernel(
 # ---- launchers
 
 
-def rows_block(rows: int) -> int:
-    """The width of the finisher's vectors over the rows of a group."""
-    return FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS
+def widths(rows: int, vocabulary: int) -> tuple[int, int]:
+    """Of the finisher's vectors over the R rows of a group and the tiles of a row."""
+    tiles = tiles_block(vocabulary)
+    if rows <= SMALL[0] and tiles <= SMALL[1]:
+        return SMALL
+    return LARGE[0], max(LARGE[1], tiles)
 
 
 def branch_particles_out(
@@ -670,6 +677,7 @@ def branch_particles_out(
     tiles = tile_count(vocabulary)
     programs, each = mass_split(groups * rows, tiles)
     width = vector_width(logits)
+    rows_width, tiles_width = widths(rows, vocabulary)
     records = workspace[: groups * rows * 4 * tiles]
     splits = workspace[groups * rows * 4 * tiles :]
     has_stops = int(stop_next is not None)
@@ -738,9 +746,10 @@ def branch_particles_out(
         has_stops,
         float(length_bonus),
         math.log(rho) - math.log(rows - 1) if rho > 0 else -math.inf,
-        ROWS=rows_block(rows),
-        TILES=tiles_block(vocabulary),
+        ROWS=rows_width,
+        TILES=tiles_width,
         **BRANCH,
+        **({} if torch.version.hip else {"maxnreg": REGISTERS}),
     )
 
 
@@ -774,10 +783,12 @@ BRANCH_SIGNATURE = {
 
 
 def configurations() -> list[Configuration]:
-    """Every dtype; the masses in 16-byte loads and single entries, the finisher at both widths over tiles and rows."""
-    masses = logits_configurations("branch_mass", _branch_mass_kernel, MASS_SIGNATURE, BRANCH_MASS, {})
-    widths = {"TILES": (LEAST_TILES, MOST_TILES), "ROWS": (FEW_ROWS, MANY_ROWS)}
-    finishers = logits_configurations("branch", _branch_kernel, BRANCH_SIGNATURE, BRANCH, widths)
+    """Every dtype; the masses in 16-byte loads and single entries, the finisher small and large."""
+    found = logits_configurations("branch_mass", _branch_mass_kernel, MASS_SIGNATURE, BRANCH_MASS, {})
+    for rows, tiles in (SMALL, LARGE):
+        chosen = {"ROWS": (rows,), "TILES": (tiles,)}
+        finishers = logits_configurations("branch", _branch_kernel, BRANCH_SIGNATURE, BRANCH, chosen)
+        found += [replace(finisher, maxnreg=REGISTERS) for finisher in finishers]
     constexprs, warps = split(SELECT)
     signature = {"tally_ptr": "*fp64", "uniform_ptr": "*fp64", "moved_ptr": POINTER[torch.bool], "G": "i32"}
-    return [*masses, *finishers, Configuration("select", _select_kernel, signature, constexprs, num_warps=warps)]
+    return [*found, Configuration("select", _select_kernel, signature, constexprs, num_warps=warps)]

@@ -494,8 +494,10 @@ struct Group {
     double u = a.uniform[2 * g];
     int64_t own_point = -1;
     if (light_reference) {
-      const double v = reference_point(line, u) / kappa;
-      own_point = std::min(static_cast<int64_t>(std::floor(v)), std::max<int64_t>(count - 1, 0));
+      // Its part ends before the line does, whatever is rounded.
+      const double before_end = std::nextafter(static_cast<double>(std::max<int64_t>(count, 1)), 0.0);
+      const double v = std::min(reference_point(line, u) / kappa, before_end);
+      own_point = static_cast<int64_t>(v);
       u = v - std::floor(v);
     }
     int64_t at = 0;

@@ -195,8 +195,9 @@ def _drawn(
         own = int(np.ravel_multi_index((order.index(must[0]), must[1]), light.shape))
         start = float(line[own - 1]) if own > 0 else 0.0
         v = (start + u * float(light.ravel()[own])) / kappa
-        point = min(math.floor(v), max(count - 1, 0))
-        u = v - math.floor(v)
+        v = min(v, math.nextafter(max(count, 1), 0.0))  # its part ends before the line does, whatever is rounded
+        point = math.floor(v)
+        u = v - point
     chosen: list[int] = []
     for k in range(max(count, must is not None)):
         if must is not None and k == point:

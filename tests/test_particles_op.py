@@ -68,7 +68,7 @@ class Position:
 
     def some(self, groups: list[int]) -> Position:
         """These groups alone."""
-        columns = "alpha log_weight order reference last closing_bonus uniform tally".split()
+        columns = ("alpha", "log_weight", "order", "reference", "last", "closing_bonus", "uniform", "tally")
         own = {name: getattr(self, name)[groups] for name in columns}
         if self.stop_state is not None:
             own["stop_state"] = self.stop_state[groups]
@@ -126,7 +126,7 @@ def fuzzed(seed: int, most_particles: int = 128, most_vocab: int = 5000) -> Posi
     tally[:, Tally.OTHERS] = np.logaddexp(tally[:, Tally.OTHERS], tally[:, Tally.KEPT])
     reference = random.integers(vocab, size=groups)
     likely = logits.reshape(groups, rows, vocab)[:, -1].argmax(1)
-    kinds = [random.integers(5, size=groups) for _ in range(1)][0]
+    kinds = random.integers(5, size=groups)
     reference = np.choose(kinds, [reference, likely, np.full(groups, -1), likely, reference])
     if seed % 11 == 0:
         reference[0] = one(vocab, eos[2], -3)
@@ -422,11 +422,10 @@ def sections(out: pk.BranchOutput, groups: list[int]) -> list[torch.Tensor]:
 
 
 def test_a_group_comes_out_the_same_bits_in_any_batch(backend):
-    case = fuzzed(12, 8, 300)
-    many = replace(position(4, 8, 5000, seed=1, eos=torch.tensor([7, 4999])), rho=0.1)
-    many.reference[2] = 9
-    many.log_weight[2, -1] = 0.0
-    for case in (case, many):
+    plain = replace(position(4, 8, 5000, seed=1, eos=torch.tensor([7, 4999])), rho=0.1)
+    plain.reference[2] = 9
+    plain.log_weight[2, -1] = 0.0
+    for case in (fuzzed(12, 8, 300), plain):
         together = case.branch()
         for g in range(case.groups):
             assert_same_bits(case.some([g]).branch(), sections(together, [g]))
@@ -489,9 +488,12 @@ def test_an_unsound_alpha_is_reported_where_nobody_looked_at_it(backend):
     for alpha in (NAN, INF, 0.0, -1.0):
         case = position(2, 4, 300)
         case.alpha[0] = alpha
-        names = "logits alpha log_weight order stop_state reference last closing_bonus uniform eos stop_next".split()
-        arguments = [getattr(case, name) for name in (*names, "length_bonus", "rho", "tally")]
-        out = pk.BranchOutput(*torch.ops.power_kernels.branch_particles(*arguments))
+        out = pk.BranchOutput(
+            *torch.ops.power_kernels.branch_particles(
+                case.logits, case.alpha, case.log_weight, case.order, None, case.reference, case.last,
+                case.closing_bonus, case.uniform, case.eos, None, 0.0, 0.0, case.tally,
+            )
+        )  # fmt: skip
         assert out.status[0].tolist() == [int(Status.NAN)] * 4 + [int(Status.OK)]  # the last row is empty
         assert out.log_threshold[0].isnan()
         assert (out.token[1] >= 0).any()

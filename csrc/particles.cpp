@@ -15,7 +15,7 @@
 // precision, and T64 the float64 one. Its weight is kappa T64 / T, so the product is its mass m, to the last digits: a
 // rounded T makes the draw a little less even and nothing wrong.
 //
-// Bytes: V*itemsize a row once and 32 written a tile; with a stop automaton its row of 2 V bytes; at most 2 N tiles again.
+// Bytes: V*itemsize a row once and 32 written a tile; with a stop automaton 2 V more a row; 3 N + 2 tiles again at most.
 
 #include "mass.h"
 #include "state.h"
@@ -467,7 +467,9 @@ struct Group {
     read_rest(row, t);
     tile.argmax = a.logits.kernels->argmax(reader.open, n);
     tile.max = reader.open[tile.argmax];
-    tile.mass = tile.max > -INFINITY ? scale(row, tile.max) * a.logits.kernels->sum(reader.open, n, alpha, tile.max) : 0.0;
+    tile.mass = 0.0;
+    if (tile.max > -INFINITY)
+      tile.mass = scale(row, tile.max) * a.logits.kernels->sum(reader.open, n, alpha, tile.max);
     find_row_maximum(row);
     sum_row(row);
   }
@@ -479,8 +481,8 @@ struct Group {
       if (c.row == row && c.token / TILE == t) reader.open[c.token - t * TILE] = -INFINITY;
   }
 
-  // The systematic draw along the line of what is left, kappa > 0. has_places: kappa makes the inclusions add up to the places that
-  // the heavy children leave; otherwise it is the floor, and there are as many points as the line has.
+  // The systematic draw along the line of what is left, kappa > 0. has_places: kappa makes the inclusions add up to the
+  // places that the heavy children leave; otherwise it is the floor, and there are as many points as the line has.
   void draw_light(bool has_places, bool light_reference) {
     std::vector<double> line(R * tiles);  // the end of each tile, in the order of the line
     double end = 0;
@@ -494,8 +496,10 @@ struct Group {
     double u = a.uniform[2 * g];
     int64_t own_point = -1;
     if (light_reference) {
-      const double v = reference_point(line, u) / kappa;
-      own_point = std::min(static_cast<int64_t>(std::floor(v)), std::max<int64_t>(count - 1, 0));
+      // Its part ends before the line does, whatever is rounded.
+      const double before_end = std::nextafter(static_cast<double>(std::max<int64_t>(count, 1)), 0.0);
+      const double v = std::min(reference_point(line, u) / kappa, before_end);
+      own_point = static_cast<int64_t>(v);
       u = v - std::floor(v);
     }
     int64_t at = 0;
@@ -505,7 +509,7 @@ struct Group {
         continue;
       }
       const double target = (u + static_cast<double>(k)) * kappa;
-      if (!has_places && target >= end) break;
+      if (!has_places && target >= end) continue;
       const Child drawn = at_point(line, target, at);
       // Only rounding could make it the child of another point.
       const bool again = (light_reference && drawn == reference) || (!light.empty() && drawn == light.back());
@@ -571,8 +575,8 @@ struct Group {
 
   // ---- rows
 
-  // The survivors in rows, token -1 where there is none: the reference in the last, the first child of a particle in its
-  // parent's, others where no particle has a child.
+  // The survivors in rows, token -1 where there is none: the reference in the last, the first child of a particle in
+  // its parent's, others where no particle has a child.
   std::vector<Child> placed() const {
     std::vector<Child> taken(R, Child{-1, -1, -INFINITY}), waiting;
     for (const std::vector<Child>* survivors : {&heavy, &light})

@@ -128,7 +128,8 @@ PK_INLINE F64 exp_nonpositive(F64 x) {
   const F64 magic = zero + 0x1.8p52;  // adding it rounds to the nearest integer, which the low bits then hold
   const F64 t = fma(x, zero + 0x1.71547652b82fep0, magic);
   const F64 n = t - magic;
-  const F64 r = fma(n, zero - 0x1.a39ef35793c76p-33, fma(n, zero - 0x1.62e42fee00000p-1, x));  // n times the first: exact
+  // log 2 in two parts, of which n times the first is exact.
+  const F64 r = fma(n, zero - 0x1.a39ef35793c76p-33, fma(n, zero - 0x1.62e42fee00000p-1, x));
   // The series of exp up to r^13 / 13!, |r| < 0.35: what is left out is below 1e-17.
   F64 p = zero + 1.0 / 6227020800.0;
   p = fma(p, r, zero + 1.0 / 479001600.0);

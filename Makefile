@@ -42,7 +42,7 @@ kernels-report: $(READY)  ## without a GPU: every Triton kernel compiled for eve
 
 PTX       := $(PY) -m pytest -p tests.ptx.plugin -p no:xdist -q
 PTX_TESTS := tests/test_triton_kernels.py tests/test_triton_lm_head.py tests/test_paged_kv.py tests/test_long_answers.py \
-	tests/test_sample_slots.py \
+	tests/test_sample_slots.py tests/test_triton_particles.py \
 	tests/ptx/configurations.py tests/ptx/chains.py -k "not on_tensor_cores"
 
 ptx: $(READY)  ## compiled kernels executed thread by thread on the CPU: six schedules, sm_80 and sm_90, mutants

@@ -1,6 +1,6 @@
 """The listed configurations that the package's own tests leave out, since the interpreter is slow or wrong there:
-vocabularies beyond 262,144 entries, every dtype with and without 16-byte loads and entropy, by row and by slot,
-bfloat16 heads.
+vocabularies beyond 262,144 entries, every dtype with and without 16-byte loads and entropy, by row and by slot, groups
+of particles small and large, bfloat16 heads.
 
     python -m pytest -p tests.ptx.plugin tests/ptx/configurations.py
 """
@@ -15,6 +15,7 @@ import power_kernels as pk
 from tests import test_sample_slots as slots
 from tests import test_triton_kernels as kernels
 from tests import test_triton_lm_head as heads
+from tests import test_triton_particles as particles
 from tests.op_helpers import assert_same_bits
 from tests.ptx.machine import UNCHECKED
 from tests.test_triton_kernels import sampling
@@ -57,6 +58,20 @@ def test_sampling_by_slot_is_sampling_bit_for_bit_in_every_dtype(dtype, vocabula
             columns = [got.token, *got.values.unbind(1), got.flags.int()]
             wanted = [want.token, want.logq, want.weight, last, want.status]
             assert_same_bits([column[ours] for column in columns], wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(N=3, vocab=1400, stops=0.02, rho=0.1, groups=2),
+        dict(N=16, vocab=1401, pad=2, groups=1),
+        dict(N=40, vocab=1400, empty=0.9, spread=3.0, groups=1),  # the large finisher
+    ],
+    ids=["3 particles", "16 particles", "40 particles"],
+)
+def test_particles_branch_as_in_float64_in_every_dtype(dtype, options):
+    particles.assert_as_the_reference(particles.position(options["N"], dtype=dtype, **options))
 
 
 def check_head(hidden, head, **options):

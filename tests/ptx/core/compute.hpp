@@ -86,6 +86,7 @@ inline void Executor::compute(Warp& w, const Insn& i, u32 pc, u32 m) {
     case MIN_U32: binary<u32, u32, u32>(w, i, m, [](u32 a, u32 b) { return a < b ? a : b; }); break;
     case MAX_U32: binary<u32, u32, u32>(w, i, m, [](u32 a, u32 b) { return a > b ? a : b; }); break;
     case MIN_S64: binary<i64, i64, i64>(w, i, m, [](i64 a, i64 b) { return a < b ? a : b; }); break;
+    case MAX_S16: binary<i16, i16, i16>(w, i, m, [](i16 a, i16 b) { return a > b ? a : b; }); break;
     case MAX_S64: binary<i64, i64, i64>(w, i, m, [](i64 a, i64 b) { return a > b ? a : b; }); break;
     case AND_B16: binary<u16, u16, u16>(w, i, m, [](u16 a, u16 b) { return a & b; }); break;
     case OR_B16: binary<u16, u16, u16>(w, i, m, [](u16 a, u16 b) { return a | b; }); break;
@@ -171,6 +172,7 @@ inline void Executor::compute(Warp& w, const Insn& i, u32 pc, u32 m) {
       if (nan) M.report(NAN_TO_INTEGER, pc, 0, w.id * 32, 0, -1, 0);
       break;
     }
+    case CVT_RZI_F64: unary<double, double>(w, i, m, [](double a) { return std::trunc(a); }); break;
     case CVT_RMI_F32: unary<float, float>(w, i, m, [](float a) { return std::floor(ftz(a)); }); break;
     case CVT_RZI_S64_F64: {
       bool nan = false;

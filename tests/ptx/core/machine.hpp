@@ -103,6 +103,7 @@ struct Warp {
   u64* rf; u32* pm;  // registers, predicates
   u32* taint[2];     // of registers, then predicates: lanes where it is undefined; where it was read in a race
   u32 live; bool at_barrier; u32 barrier_pc, collective;
+  u32 ordered;  // collectives up to the last bar.warp.sync, which orders the memory accesses of the warp's lanes
   std::vector<Group> groups;
   std::vector<Copy> open[32]; std::deque<std::vector<Copy>> committed[32];
   std::vector<Reads> wg_open; std::deque<std::vector<Reads>> wg_committed;

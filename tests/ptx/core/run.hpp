@@ -87,6 +87,7 @@ inline Stop Executor::run(Warp& w, Group& g, i64 budget) {
           case MMA_BF16: multiply(w, i, from_bf16); break;
         }
         w.collective++;
+        if (i.op == BAR_WARP) w.ordered = w.collective;
         if (M.o.independent) return SYNCED;
         continue;
     }

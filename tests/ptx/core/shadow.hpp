@@ -9,6 +9,7 @@ constexpr int SHARED = 0;  // buffer 0 in events
 inline u8 touch(Machine& m, Warp& w, Shadow& s, int tid, u32 pc, bool write, bool atomic, bool same, int buffer, i64 offset) {
   u8 racy = 0;
   auto against = [&](int other, u32 other_pc, u32 collective, bool lanes) {
+    if (other / 32 == tid / 32 && collective < w.ordered) return;
     int kind = other / 32 != tid / 32 ? RACE_WARPS
       : lanes && other_pc == pc && collective == w.collective ? RACE_LANES
       : collective == w.collective ? RACE_WARP : RACE_WARP_SYNC;

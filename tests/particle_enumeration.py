@@ -94,9 +94,9 @@ class Position:
         self.drawn_weight = log_weight
         inclusion = [Fraction(math.exp(self.weight[c] - log_weight[c])) for c in self.light]
         total = sum(inclusion, Fraction(0))
-        if self.places is not None:
-            assert abs(total - self.places) < 1e-12
-            inclusion = [i * self.places / total for i in inclusion]
+        assert self.places is None or abs(total - self.places) < 1e-12
+        if abs(total - round(total)) < 1e-12:  # the floor may be the threshold; all but rounding is the same then
+            inclusion = [i * round(total) / total for i in inclusion]
         self.line = [sum(inclusion[:i], Fraction(0)) for i in range(len(inclusion) + 1)]
 
     def intervals(self, reference: Child | None = None) -> list[Interval]:

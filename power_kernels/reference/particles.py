@@ -138,12 +138,12 @@ def _survivors(
     light = mass.copy()
     for child in heavy:
         light[child] = 0.0
-    places = particles - len(heavy) if log_threshold > log_floor else None
+    places = particles - len(heavy)
     must = reference if reference is not None and reference not in heavy else None
     if log_threshold == -math.inf:
         # Nothing but what is kept has any mass; the reference is kept with the weight that it has.
         return survivors + ([(*must, float(weight[must]))] if must is not None else []), log_threshold
-    drawn = _drawn(light, order, log_threshold - top, places, must, u)
+    drawn = _drawn(light, order, log_threshold - top, places, log_threshold > log_floor, must, u)
     return survivors + [(row, token, log_threshold) for row, token in drawn], log_threshold
 
 
@@ -173,7 +173,8 @@ def _drawn(
     light: np.ndarray,
     order: list[int],
     log_threshold: float,
-    places: int | None,
+    places: int,
+    full: bool,
     must: tuple[int, int] | None,
     u: float,
 ) -> list[tuple[int, int]]:
@@ -181,14 +182,15 @@ def _drawn(
 
     The order must depend on the particles alone, as this one does, and not on the rows they are in: which children
     survive together depends on it, and a sweep must draw them as a start would have, given that the reference survived.
-    places: how many there are; None where the threshold is the floor: as many points as the line has.
+    places: how many there are; full: whether as many points as that are on the line, which may have fewer where the
+    threshold is the floor.
     """
     light = light[order]
     line = np.cumsum(light.ravel())
     kappa = math.exp(log_threshold) if log_threshold < 700.0 else math.inf
     count = places
-    if count is None:
-        count = math.ceil(line[-1] / kappa) if kappa < math.inf else 0
+    if not full:  # the line of rho = 1 may be as long as there are places, and longer by rounding
+        count = min(places, math.ceil(line[-1] / kappa)) if kappa < math.inf else 0
     own = -1
     if must is not None:
         own = int(np.ravel_multi_index((order.index(must[0]), must[1]), light.shape))
@@ -202,7 +204,7 @@ def _drawn(
             chosen.append(own)
             continue
         target = (u + k) * kappa
-        if places is None and target >= line[-1]:
+        if not full and target >= line[-1]:
             break
         child = _at(light.ravel(), line, target)
         if child != own and (not chosen or child != chosen[-1]):  # which only rounding could make the same

@@ -55,6 +55,8 @@ VLLM_COMMAND = (
 SERVE_COMMAND = "power-kernels serve Qwen/Qwen3-0.6B --max-model-len 4096 --enable-prompt-tokens-details"
 CURL_COMMAND = next(command for command in COMMANDS if command.startswith("curl "))
 
+PARTICLES_COMMAND = next(command for command in COMMANDS if "--kernel particles" in command)
+
 # Each command as it is tested: as it stands, or with what keeps the test short and the machine unchanged; and what it
 # then prints.
 TESTED = {
@@ -79,6 +81,11 @@ TESTED = {
     "pip install --no-build-isolation '.[eval]' && power-kernels eval --help": (
         "pip install --dry-run --quiet --no-deps --no-build-isolation '.[eval]' && power-kernels eval --help",
         ("--official-harness",),
+    ),
+    PARTICLES_COMMAND: (
+        f'power-kernels generate --model {TINY} --prompt "The capital of France is" --kernel particles --particles 8 '
+        "--sweeps 1 --max-new-tokens 16",
+        ("log Zhat", "at the start", "in the sweeps"),
     ),
     "make bench": ("make --dry-run bench", ("bench/ops.py", "bench/end_to_end.py")),
     "power-kernels bench": ("power-kernels bench --quick --ops mh_accept", ("decisions/s", "eager")),

@@ -64,10 +64,11 @@ def test_every_configuration_compiles_for_every_target(report):
         assert len(set(names)) == len(names)
         kernels = Counter(name.split()[0] for name in names)
         dtypes = 3 if target == "sm_80" else 2  # float16 is compiled for one target; `make kernels-report` has all
-        # load widths and entropy; load widths and widths over tiles (both by row and by slot); widths; load widths
-        of_dtypes = dict(mass=8, finish=8, score=2, head_sample=2, head_score=2)
+        # load widths and entropy; load widths and widths over tiles (both by row and by slot); widths; load widths;
+        # load widths; groups small and large
+        of_dtypes = dict(mass=8, finish=8, score=2, head_sample=2, head_score=2, branch_mass=2, branch=2)
         # lanes; units; widths over tiles
-        others = dict(mh_accept=1, mh_advance=3, kv_copy=7, head_finish=2, head_given=2)
+        others = dict(select=1, mh_accept=1, mh_advance=3, kv_copy=7, head_finish=2, head_given=2)
         expected = {**{kernel: dtypes * many for kernel, many in of_dtypes.items()}, **others}
         assert {kernel: kernels[kernel] for kernel in expected} == expected, target
 
@@ -109,7 +110,7 @@ def test_an_integer_beta_costs_one_exponential_a_logit(report):
 def test_the_mass_kernel_leaves_room_for_its_loads_in_flight(report):
     """16 warps a multiprocessor have 32 KB (bf16) or more under way, enough for 4 TB/s over 132 of them at 1 us."""
     for row in on(report, *NVIDIA):
-        if row["name"].startswith("mass"):
+        if row["name"].startswith(("mass", "branch_mass")):
             assert row["warps"] >= 16, row
 
 
@@ -120,10 +121,11 @@ def test_what_the_launchers_ask_for_is_what_is_compiled(requests):
     listed = {key(r) for r in requests if r["kind"] == "listed"}
     asked = {key(r) for r in requests if r["kind"] == "request"}
     assert asked - listed == set()
-    assert len({json.loads(a)["kernel"] for a in asked}) >= 14
+    assert len({json.loads(a)["kernel"] for a in asked}) >= 17
     # Nor is anything listed that nobody asks for.
     kernels = ("_mass_kernel", "_score_kernel", "_mh_accept_kernel", "_mh_advance_kernel", "_kv_copy_kernel")
-    for kernel in (*kernels, "_head_kernel", "_slot_mass_kernel"):
+    particles = ("_branch_mass_kernel", "_branch_kernel", "_select_kernel")
+    for kernel in (*kernels, *particles, "_head_kernel", "_slot_mass_kernel"):
         assert {k for k in listed - asked if json.loads(k)["kernel"] == kernel} == set()
 
 

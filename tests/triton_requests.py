@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 import power_kernels as pk
 from power_kernels.law import Law
 from power_kernels.state import ChainState
-from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, sampling, scoring, slots
+from power_kernels.triton import chain, configurations, kv_cache, lm_head, paged_kv, particles, sampling, scoring, slots
 
 SEEN: set[str] = set()
 
@@ -138,6 +138,30 @@ def logits_launches() -> None:
                 )
 
 
+def particle_launches() -> None:
+    """Every dtype, aligned or not, with and without a stop table, few and many particles, and many tiles."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for groups, rows, vocabulary, pad in [
+            (1, 3, 1, 0),
+            (2, 17, 1000, 3),  # an odd row stride
+            (1, 32, 1000, 0),
+            (1, 129, 1000, 0),
+            (1, 3, 262_208, 0),  # more tiles than 256
+        ]:
+            logits = torch.zeros(groups * rows, vocabulary + pad, dtype=dtype)[:, :vocabulary]
+            f64, i64 = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.int64)
+            pair, tally, weight = f64.new_zeros(groups, 2), f64.new_zeros(groups, 4), f64.new_zeros(groups, rows)
+            order, wide = weight.int(), weight.long()
+            workspace = torch.zeros(pk.branch_workspace_size(groups * rows, vocabulary))
+            stops = weight.short(), torch.zeros(3, vocabulary, dtype=torch.int16)
+            for state, table in ((None, None), stops):
+                particles.branch_particles_out(
+                    logits, f64.float(), weight, order, state, i64, i64.bool(), f64, pair, i64, table, 0.0, 0.1,
+                    workspace, tally, order, wide, weight, weight, order, pair.long(), f64, f64, order,
+                )  # fmt: skip
+            particles.select_candidate_out(tally, f64, i64.bool())
+
+
 def lm_head_launches() -> None:
     """Every dtype, aligned or not, a bias of either dtype or none, both widths over tiles, one row and two tiles."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -214,6 +238,7 @@ def main() -> int:
     triton.runtime.driver.set_active(Driver(90))
     JITFunction.run = record
     logits_launches()
+    particle_launches()
     lm_head_launches()
     chain_launches()
     kv_launches()

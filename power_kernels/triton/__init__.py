@@ -85,9 +85,9 @@ def logits_configurations(
 
 def configurations() -> list[Configuration]:
     """Every shipped configuration of every kernel of this package."""
-    from . import chain, kv_cache, lm_head, paged_kv, sampling, scoring, slots
+    from . import chain, kv_cache, lm_head, paged_kv, particles, sampling, scoring, slots
 
-    modules = (sampling, scoring, slots, lm_head, chain, kv_cache, paged_kv)
+    modules = (sampling, scoring, slots, lm_head, chain, kv_cache, paged_kv, particles)
     return [c for module in modules for c in module.configurations()]
 
 

@@ -81,4 +81,7 @@ def _show(line: dict) -> None:
         f"{line['accepted']} of {steps} steps ({line['unchanged']} unchanged), {cost['forwarded']} tokens forwarded "
         f"for {cost['answer']} ({line['finish']})"
     )
+    if "sweeps" in line:
+        start, *sweeps = (f"{sweep['log_total']:.2f}" for sweep in line["sweeps"])
+        print(f"    log Zhat {start} at the start" + (f", {', '.join(sweeps)} in the sweeps" if sweeps else ""))
     print(line["text"], flush=True)

@@ -181,7 +181,15 @@ def answer_digests(
     # Lanes and the exact shortcuts change what is computed and never the answer: a run may go on with others.
     exact = {"lanes", "early_rejection", "free_prefix"}
     # What came later says nothing at its default: files that were begun before go on.
-    later = {"stop": (), "length_bonus": 0.0}
+    later = {
+        "stop": (),
+        "length_bonus": 0.0,
+        "kernel": "mh",
+        "particles": PowerConfig.particles,
+        "sweeps": PowerConfig.sweeps,
+        "sweep_cut": PowerConfig.sweep_cut,
+        "rho": PowerConfig.rho,
+    }
     told = {
         name: value
         for name, value in dataclasses.asdict(config).items()

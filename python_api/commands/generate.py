@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from power_kernels.api.driver.config import PowerConfig
+from power_kernels.api.driver.config import KERNELS, SWEEP_BEGINNINGS, PowerConfig
 from power_kernels.api.driver.launcher import from_environment
 from power_kernels.errors import ArgumentError
 from power_kernels.law import CUTS
@@ -130,6 +130,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length-bonus", type=float, default=0.0, help="lambda of p(x)^alpha e^(lambda n), in nats a token"
     )
+    parser.add_argument(
+        "--kernel", choices=KERNELS, default="mh", help="proposals one after the other, or particles side by side"
+    )
+    parser.add_argument("--particles", type=int, default=PowerConfig.particles, help="the most open answers at once")
+    parser.add_argument("--sweeps", type=int, default=PowerConfig.sweeps, help="sweeps of particles after their start")
+    parser.add_argument("--sweep-cut", choices=SWEEP_BEGINNINGS, default="whole", help="where a sweep begins")
+    parser.add_argument(
+        "--rho", type=float, default=0.0, help="particles that weigh little beside rho/N of everything die out"
+    )
     parser.add_argument("--no-early-rejection", dest="early_rejection", action="store_false")
     parser.add_argument("--no-free-prefix", dest="free_prefix", action="store_false")
     parser.add_argument(
@@ -168,6 +177,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> PowerConfig:
     return PowerConfig(
+        kernel=arguments.kernel,
+        particles=arguments.particles,
+        sweeps=arguments.sweeps,
+        sweep_cut=arguments.sweep_cut,
+        rho=arguments.rho,
         alpha=arguments.alpha,
         max_new_tokens=arguments.max_new_tokens,
         block_size=arguments.block_size or None,

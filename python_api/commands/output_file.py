@@ -43,7 +43,8 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
     far as the model's logits are. What was forwarded also depends on which chains ran beside it and in how many lanes.
     logp is rounded to 1e-4 nats: sums of fp32 logits differ below that from batch to batch. trace has an entry a step:
     log p and W of the answer after it, its outcome (R rejected, U unchanged, A accepted), where its proposal left the
-    answer, -1 where it kept every token, and its horizon.
+    answer, -1 where it kept every token, and its horizon. sweeps, of particles: see `SweepResult`; the first is the
+    start.
     """
     place = {"prompt_id": result.prompt_id, "chain_id": result.chain_id}
     answer = {
@@ -65,6 +66,9 @@ def record(result: PowerResult, prompt: dict, run: str) -> dict:
         "digest": run,
         "cost": {**dataclasses.asdict(result.cost), "forwarded": result.cost.forwarded},
     }
+    if result.sweeps:
+        sweeps = [dataclasses.asdict(sweep) for sweep in result.sweeps]
+        answer["sweeps"] = [{k: round(v, 4) if isinstance(v, float) else v for k, v in s.items()} for s in sweeps]
     repeated = {}
     for key, value in prompt.items():
         if key == "tokens" and isinstance(value, list):

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from power_kernels.api.driver.checks import integer, items, number, switch
 from power_kernels.errors import ArgumentError, ArgumentTypeError
-from power_kernels.law import CUTS, Law, check_length_bonus
+from power_kernels.law import (
+    CUTS,
+    MAX_PARTICLES,
+    SWEEP_CUTS,
+    Law,
+    ParticleLaw,
+    SweepCut,
+    check_length_bonus,
+    check_rho,
+)
 
 COMPAT = (None, "karan-du")
+KERNELS = ("mh", "particles")
+SWEEP_BEGINNINGS = ("whole", "uniform")
+_ONLY_MH = (
+    "block_size", "mcmc_steps", "final_steps", "temperature", "cut", "early_rejection", "free_prefix", "lanes",
+    "compat",
+)  # fmt: skip
+_ONLY_PARTICLES = ("particles", "sweeps", "sweep_cut", "rho")
 _LARGEST = 1e37  # the exponents are used in float32, and so are their inverses
 
 
 @dataclass(frozen=True)
 class PowerConfig:
-    """Metropolis-Hastings towards p(x)^alpha.
+    """Metropolis-Hastings or particles towards p(x)^alpha.
 
+    kernel: "mh", proposals one after the other; "particles", many open answers side by side, weighed and resampled at
+        each token (section 3.9): a start and then sweeps over its answer, each of which leaves the target invariant.
     alpha: the power, >= 1. Used in float32, as temperature is.
     max_new_tokens: the last horizon H. Longer answers are cut there.
     block_size: tokens a stage grows the answer by; None is one stage of max_new_tokens.
@@ -42,6 +60,13 @@ class PowerConfig:
     compat: "karan-du" reproduces the algorithm of the paper's published code (suffix sums over the overlap, proposals
         capped at the current length, no cut-law ratio). It does not leave p(x)^alpha invariant when answers can end
         early, and early rejection does not apply to it.
+    particles: the most open answers at once, N. It should grow with the answer's length. sweeps: after the start, whose
+        own law only tends to the target as N grows. sweep_cut: where a sweep begins. "whole": at the beginning of the
+        answer; "uniform": at any place of it, as a proposal does. rho: in [0, 1]; open answers that weigh little beside
+        rho/N of everything die out (exact for any rho, wise up to .1), so that a chain whose answers have ended stops.
+
+    Of the others only alpha, max_new_tokens, stop and length_bonus mean something to particles, and these four nothing
+    to "mh": what would have no effect must have its default.
 
     Raises ArgumentError (ArgumentTypeError for a wrong type) naming the field, its value and what is allowed.
     """
@@ -59,8 +84,16 @@ class PowerConfig:
     free_prefix: bool = True
     lanes: int | None = None
     compat: str | None = None
+    kernel: str = "mh"
+    particles: int = 16
+    sweeps: int = 1
+    sweep_cut: str = "whole"
+    rho: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ArgumentError(f"kernel is {self.kernel!r}; allowed: {', '.join(map(repr, KERNELS))}")
+        self._refuse_what_has_no_effect()
         self._set("alpha", number("alpha", self.alpha))
         if not 1 <= self.alpha <= _LARGEST:
             raise ArgumentError(f"alpha is {self.alpha}; it must lie in [1, {_LARGEST:g}]")
@@ -75,6 +108,12 @@ class PowerConfig:
         for name in ("block_size", "lanes"):
             if getattr(self, name) is not None:
                 self._set(name, integer(f"{name} is", getattr(self, name), 1))
+        self._set("particles", integer("particles is", self.particles, 2, MAX_PARTICLES))
+        self._set("sweeps", integer("sweeps is", self.sweeps, 0))
+        if self.sweep_cut not in SWEEP_BEGINNINGS:
+            raise ArgumentError(f"sweep_cut is {self.sweep_cut!r}; allowed: {', '.join(map(repr, SWEEP_BEGINNINGS))}")
+        self._set("rho", number("rho", self.rho))
+        check_rho("rho", self.rho)
         for name in ("early_rejection", "free_prefix"):
             self._set(name, switch(name, getattr(self, name)))
         self._set("stop", _stop_strings(self.stop))
@@ -103,6 +142,15 @@ class PowerConfig:
                 f"1 <= beta <= alpha = {self.alpha:g}, that is a temperature in [{1 / self.alpha:g}, 1]"
             )
 
+    def _refuse_what_has_no_effect(self) -> None:
+        names = _ONLY_MH if self.kernel == "particles" else _ONLY_PARTICLES
+        for f in fields(self):
+            if f.name in names and getattr(self, f.name) != f.default:
+                raise ArgumentError(
+                    f"{f.name} is {getattr(self, f.name)!r} with kernel={self.kernel!r}, where it has no effect; "
+                    f"it must be {f.default!r}"
+                )
+
     def _set(self, name: str, value) -> None:
         """Put Python's own number in the place of NumPy's or torch's, so that equal configs are equal in every way."""
         object.__setattr__(self, name, value)
@@ -111,6 +159,18 @@ class PowerConfig:
     def beta(self) -> float:
         """The proposals' exponent, 1/temperature, as float32 holds it."""
         return float(np.float32(self.alpha if self.temperature is None else 1.0 / self.temperature))
+
+    @property
+    def particle_law(self) -> ParticleLaw:
+        return ParticleLaw(
+            max_new_tokens=self.max_new_tokens,
+            particles=self.particles,
+            sweeps=self.sweeps,
+            cut=SweepCut(SWEEP_CUTS.index(self.sweep_cut)),
+            rho=self.rho,
+            stops=bool(self.stop),
+            length_bonus=self.length_bonus,
+        )
 
     @property
     def law(self) -> Law:

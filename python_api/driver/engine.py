@@ -46,6 +46,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from power_kernels.api.driver.particles.state import ParticleState
 from power_kernels.rng import STREAM_BITS
 from power_kernels.state import ChainState
 
@@ -305,6 +306,42 @@ class QueueingEngine(Engine, Protocol):
     """
 
     most_requests: int
+
+
+@runtime_checkable
+class ParticleEngine(Engine, Protocol):
+    """An engine that runs particles (DESIGN 3.9): N lanes a slot, which fork from each other, and two chain rows, one
+    of the current answer, which a sweep refers to, and one of the candidate that is kept.
+
+    most_rows: rows of a step up to which more of them are worth it.
+    The calls of a run: begin_particles -> ( prefill -> copy_particles | children -> copy_particles | move )* -> end.
+    """
+
+    most_rows: int
+
+    def particle_bytes(self, *, groups: int, particles: int, max_length: int) -> int:
+        """Bytes that a run of this size takes on `device`, on top of what is taken now."""
+        ...
+
+    def check_particles(self) -> None:
+        """Raise UnsupportedModelError where particles do not run with this model."""
+        ...
+
+    def begin_particles(self, *, groups: int, particles: int, max_length: int) -> None:
+        """Get ready for `groups` slots of so many particles, with all positions below max_length. Raises as `begin`."""
+        ...
+
+    def copy_particles(self, state: ParticleState) -> None:
+        """First what the kept candidates take (`keep_from_lane`, `keep_from_answer`), then what the lanes take
+        (`fork_from_lane`, `fork_from_answer`): rows (to, from, start, stop) as in `transfer`. Lane n of slot g is row
+        g * N + n, and its chain rows are 2 g and 2 g + 1, the first of which takes the prompt."""
+        ...
+
+    def children(self, state: ParticleState) -> torch.Tensor:
+        """Logits [G * (N + 1), V] of the next position: of each lane with a particle (`state.live`), which feeds
+        `input_id` at `position`, and of each slot's reference (where `state.reference` is not -1), whose last token
+        stands at the same position and went through the model when the answer was drawn. Others are not looked at."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import Engine, QueueingEngine, SizedEngine, ranks_of
+from power_kernels.api.driver.engine import Engine, ParticleEngine, QueueingEngine, SizedEngine, ranks_of
 from power_kernels.api.driver.memory import free_bytes, is_out_of_memory
 from power_kernels.errors import ArgumentError
 from power_kernels.state import MAX_LANES
@@ -128,6 +128,36 @@ def plan_run(
             stacklevel=2,
         )
     return plan
+
+
+def plan_particles(
+    engine: ParticleEngine, config: PowerConfig, *, jobs: int, max_chains: int | None = None, max_length: int
+) -> Plan:
+    """The plan of a run of particles: as many chains at once as fill the rows that are worth it, and as fit. Warns and
+    raises as `plan_run`."""
+    n, budget = config.particles, _budget(engine)
+
+    def fits(slots: int) -> bool:
+        return budget is None or engine.particle_bytes(groups=slots, particles=n, max_length=max_length) <= budget
+
+    if not fits(1):
+        needed = engine.particle_bytes(groups=1, particles=n, max_length=max_length)
+        raise ArgumentError(
+            f"the longest prompt and max_new_tokens are {max_length} positions together, which take {_size(needed)} "
+            f"for {n} particles; {_size(budget)} are free on {engine.device}. "
+            "particles or max_new_tokens must be smaller"
+        )
+    worth = max(1, engine.most_rows // n)
+    wanted = min(jobs, worth if max_chains is None else max_chains)
+    slots = _most(wanted, fits)
+    if max_chains is not None and slots < wanted:
+        warnings.warn(
+            f"{wanted} chains could run at once; the free memory of {engine.device} ({_size(budget)}) holds {slots}, "
+            "so the others wait",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Plan(-(-jobs // -(-jobs // slots)) if max_chains is None else slots, n)
 
 
 def lane_gain(lanes: int) -> float:

@@ -28,6 +28,10 @@ class TokenAccount:
     the requests of a serving stack, as far as its prefix cache did not have them; cached: what it had. saved_prefix:
     positions a proposal kept without a forward pass. saved_early: positions left when a proposal was rejected early;
     None when answers can end early, since nobody knows how long it would have become.
+
+    Of particles: extension: of the start, proposal: of the sweeps, a token a row; a reference's rows are not forwarded.
+    forks: rows that were copied into others, copied: the positions of keys and values that this took. candidates: how
+    often a closed answer was kept in the place of another.
     """
 
     prefill: int
@@ -41,6 +45,9 @@ class TokenAccount:
     answer: int
     recomputed: int = 0
     cached: int = 0
+    forks: int = 0
+    copied: int = 0
+    candidates: int = 0
 
     @property
     def forwarded(self) -> int:
@@ -69,6 +76,23 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class SweepResult:
+    """What the start of particles or one of their sweeps did (DESIGN 3.9).
+
+    log_total: log Zhat, nats: of a start an estimate of the log of the target's normalising constant, too low on
+    average. cut: the answer position where it began. left: where its answer leaves the one before, -1 where it is that
+    one. logp: of the answer after it, n: its tokens. rows: particles fed, one token each.
+    """
+
+    log_total: float
+    cut: int
+    left: int
+    logp: float
+    n: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class PowerResult:
     """One answer, the last state of one chain.
 
@@ -83,6 +107,9 @@ class PowerResult:
     (max_new_tokens), "context" (what the prompt left of the model's context, less than max_new_tokens and perhaps
     nothing), or "fault" with `status` saying what the logits were like (the answer is then the chain's last good
     state).
+
+    Of particles: sweeps has the start and each sweep; a sweep is a step, accepted where it changed the answer;
+    log_weights is empty, and step_weight holds log Zhat.
     """
 
     prompt_id: int
@@ -99,6 +126,7 @@ class PowerResult:
     finish: Literal["eos", "stop", "length", "context", "fault"]
     status: Status
     cost: TokenAccount
+    sweeps: tuple[SweepResult, ...] = ()
 
     @cached_property
     def logp(self) -> float:

@@ -63,9 +63,10 @@ class RunReport:
     times lanes, summed over them. lane_steps: rows that went through the model in them. A step that brought runs of
     draws counts in both as what it brought. useful_lane_steps: those that brought an extension or a proposal on,
     counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: decode steps that
-    were replayed. restarts: how often the run began anew in less memory. seconds: wall-clock seconds of the host by
-    phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch it; where the head and the draw are
-    one operator, "forward" includes both.
+    were replayed. sequential: those of particles that fed a row, which the first of a sweep does not. restarts: how
+    often the run began anew in less memory. seconds: wall-clock seconds of the host by phase, one of `PHASES`. Where a
+    step is replayed, "replay" is the time to launch it; where the head and the draw are one operator, "forward"
+    includes both.
     """
 
     slots: int
@@ -78,6 +79,7 @@ class RunReport:
     drawn: int = 0
     widened: int = 0
     replays: int = 0
+    sequential: int = 0
     restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 

@@ -19,10 +19,11 @@ from power_kernels import backend_for
 from power_kernels.api.driver import captured
 from power_kernels.api.driver.checks import integer, items, plain
 from power_kernels.api.driver.config import PowerConfig
-from power_kernels.api.driver.engine import CapturableEngine, Engine, ranks_of
+from power_kernels.api.driver.engine import CapturableEngine, Engine, ParticleEngine, ranks_of
 from power_kernels.api.driver.horizons import Part, parts_of
 from power_kernels.api.driver.memory import is_out_of_memory
-from power_kernels.api.driver.planning import plan_run
+from power_kernels.api.driver.particles.run import ParticleRun
+from power_kernels.api.driver.planning import plan_particles, plan_run
 from power_kernels.api.driver.progress import ProgressBar
 from power_kernels.api.driver.results import PowerResult, empty_result
 from power_kernels.api.driver.run import Job, Run, RunReport
@@ -205,6 +206,10 @@ class PowerSampler:
         max_chains = None if max_chains is None else integer("max_chains is", max_chains, 1)
         if self._ranks is not None:
             self._ranks.check_same(answers=jobs, config=config, seed=seed, eos_token_id=eos, max_chains=max_chains)
+        if config.kernel == "particles":
+            if not isinstance(self.engine, ParticleEngine):
+                raise ArgumentError(f"kernel is 'particles'; {type(self.engine).__name__} runs 'mh' only")
+            self.engine.check_particles()
         if not jobs:
             return iter(())
         if config.lanes is not None and config.lanes > MAX_LANES and backend_for(self.engine.device) == "triton":
@@ -253,17 +258,23 @@ class PowerSampler:
         the report of them all."""
         left = {(job.prompt_id, job.chain_id): job for job in jobs}
         prompt = sum(len(job.prompt) for job in jobs) // len(jobs)
-        plan = plan_run(
-            self.engine, config, jobs=len(jobs), max_chains=max_chains,
-            max_length=max_length, length=prompt + config.max_new_tokens // 2,
-        )  # fmt: skip
-        report = RunReport(plan.slots, plan.lanes, captured=self.capture)
+        particles = config.kernel == "particles"
+        if particles:
+            plan = plan_particles(self.engine, config, jobs=len(jobs), max_chains=max_chains, max_length=max_length)
+        else:
+            plan = plan_run(
+                self.engine, config, jobs=len(jobs), max_chains=max_chains,
+                max_length=max_length, length=prompt + config.max_new_tokens // 2,
+            )  # fmt: skip
+        report = RunReport(plan.slots, plan.lanes, captured=self.capture and not particles)
         runs.append(report)
         while left:
-            run = Run(
-                self.engine, list(left.values()), config, plan, max_length=max_length,
-                seed=seed, eos=eos, stop=stop, capture=self.capture, tokenizer=self.tokenizer, report=report,
-            )  # fmt: skip
+            given = dict(max_length=max_length, seed=seed, eos=eos, stop=stop, tokenizer=self.tokenizer, report=report)
+            jobs = list(left.values())
+            if particles:
+                run = ParticleRun(self.engine, jobs, config, plan.slots, **given)
+            else:
+                run = Run(self.engine, jobs, config, plan, capture=self.capture, **given)
             try:
                 for result in run.results(bar):
                     del left[result.prompt_id, result.chain_id]

@@ -175,6 +175,21 @@ class Power(_Draws):
         return fields
 
 
+class Particles(_Draws):
+    """Particles towards p^alpha: `PowerConfig` with kernel="particles", with its defaults."""
+
+    kind: Literal["particles"]
+    alpha: Number = PowerConfig.alpha
+    particles: Integer = PowerConfig.particles
+    sweeps: Integer = PowerConfig.sweeps
+    sweep_cut: str = PowerConfig.sweep_cut
+    rho: Number = PowerConfig.rho
+    length_bonus: Number = PowerConfig.length_bonus
+
+    def _fields(self, max_new_tokens: int) -> dict:
+        return {"kernel": "particles", **self.model_dump(exclude=set(_Draws.model_fields) | {"kind"})}
+
+
 class _Selects(_Arm):
     """An arm that draws n answers as the arm `of` does, and takes one. n: a number, or equal(ARM): as many as cost the
     forwarded tokens of one answer of that arm."""
@@ -209,7 +224,7 @@ class Majority(_Selects):
     kind: Literal["majority"]
 
 
-Drawn = Plain | LowTemperature | Greedy | Power
+Drawn = Plain | LowTemperature | Greedy | Power | Particles
 Arm = Annotated[Drawn | BestOfN | Majority, Field(discriminator="kind")]
 
 

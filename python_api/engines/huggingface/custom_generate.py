@@ -54,6 +54,11 @@ def _power_sample(
     tokenizer=None,
     length_bonus: float = 0.0,
     compat: str | None = None,
+    kernel: str = "mh",
+    particles: int = PowerConfig.particles,
+    sweeps: int = PowerConfig.sweeps,
+    sweep_cut: str = PowerConfig.sweep_cut,
+    rho: float = PowerConfig.rho,
     num_chains: int = 1,
     seed: int | None = None,
     max_chains: int | None = None,
@@ -118,6 +123,11 @@ def _power_sample(
             stop=stop or (),
             length_bonus=length_bonus,
             compat=compat,
+            kernel=kernel,
+            particles=particles,
+            sweeps=sweeps,
+            sweep_cut=sweep_cut,
+            rho=rho,
         )
         checked, traits = _checked.setdefault(model, {}), _traits(model)
         engine = HuggingFaceEngine(model, self_check=traits not in checked)

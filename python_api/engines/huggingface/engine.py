@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import power_kernels
 from power_kernels.api.driver.checks import integer
 from power_kernels.api.driver.engine import EngineBusyError, Sampled, StepReport, UnsupportedModelError
+from power_kernels.api.driver.particles.state import GroupField, ParticleState
 from power_kernels.api.engines.huggingface import decode_attention
 from power_kernels.api.engines.huggingface.adapters import Adapters, without_wrapper
 from power_kernels.api.engines.huggingface.compiled import CompiledForward
@@ -32,7 +33,8 @@ from power_kernels.api.engines.huggingface.inspection import (
 )
 from power_kernels.api.engines.huggingface.length_bound import LengthBound
 from power_kernels.api.engines.huggingface.lm_head import LmHead
-from power_kernels.api.engines.huggingface.memory_account import run_bytes
+from power_kernels.api.engines.huggingface.memory_account import particle_bytes, run_bytes
+from power_kernels.api.engines.huggingface.particles import HiddenStates
 from power_kernels.api.engines.huggingface.patched_model import attention_configs, patched, placed_on
 from power_kernels.api.engines.huggingface.patches import Patches
 from power_kernels.api.engines.huggingface.prefill import HeldPrompts, check_prompts, packed
@@ -160,6 +162,46 @@ class HuggingFaceEngine:
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value > 0):
                 raise ArgumentError(f"{name} is {value!r}; it must be finite and positive")
+        self._open(chains=chains, lanes=lanes, max_length=max_length)
+        self._entropy = entropy
+        rows = chains * lanes
+        self._alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
+        self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
+        self._seed = torch.tensor([as_int64(seed)], device=self.device)
+        # On a device it would have to be waited for what is known and what is not.
+        if self.remember and self._head is not None and self.device.type == "cpu":
+            weight = self._head.module.weight
+            self._memory = PrefixMemory(self._slabs, chains=chains, hidden_size=weight.shape[1], dtype=weight.dtype)
+
+    def begin_particles(self, *, groups: int, particles: int, max_length: int) -> None:
+        """Get ready for `groups` slots of so many particles, with all positions below max_length. See the protocol."""
+        groups, particles = integer("groups is", groups, 1), integer("particles is", particles, 2)
+        max_length = integer("max_length is", max_length, 1)
+        self.check_particles()
+        self._open(chains=groups, lanes=particles, max_length=max_length, chain_rows=2)
+        weight = self._head.module.weight
+        self._hidden = HiddenStates(
+            self._slabs, groups=groups, particles=particles, hidden_size=weight.shape[1], dtype=weight.dtype
+        )
+
+    def particle_bytes(self, *, groups: int, particles: int, max_length: int) -> int:
+        """Bytes of the KV of a run, of its last hidden states and of its logits."""
+        return particle_bytes(self, groups=groups, particles=particles, positions=self._positions(max_length))
+
+    def check_particles(self) -> None:
+        """Raise UnsupportedModelError where this engine does not run particles with this model."""
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has more than a linear layer between its decoder and its logits, which "
+                "particles need to be apart; kernel='mh' works"
+            )
+        if self.ranks is not None:
+            raise UnsupportedModelError(
+                "the model is in parts in several processes; only kernel='mh' runs on such ones"
+            )
+
+    def _open(self, *, chains: int, lanes: int, max_length: int, chain_rows: int = 1) -> None:
+        """The memory and the patches of a run."""
         refuse_autocast(self.device)
         if self.max_context is not None and max_length > self.max_context:
             raise ArgumentError(f"max_length is {max_length}; the model's context is {self.max_context}")
@@ -169,31 +211,28 @@ class HuggingFaceEngine:
             self._head = self._find_head()  # the owner gave the model another
         self._patches = patched(self.model, max_length)
         slabs = KvSlabs(
-            self._layout, chains=chains, lanes=lanes, positions=self._positions(max_length), device=self.device
+            self._layout,
+            chains=chains,
+            lanes=lanes,
+            positions=self._positions(max_length),
+            device=self.device,
+            chain_rows=chain_rows,
         )
         self._cache = RaggedCache(slabs, len(self._layout.layers))
-        self._max_length, self._chains, self._entropy = max_length, chains, entropy
-        rows = chains * lanes
-        self._alpha = torch.full((rows,), alpha, dtype=torch.float32, device=self.device)
-        self._beta = torch.full((rows,), beta, dtype=torch.float32, device=self.device)
-        self._seed = torch.tensor([as_int64(seed)], device=self.device)
-        self._row = torch.arange(rows, dtype=torch.int32, device=self.device)
+        self._max_length, self._chains = max_length, chains
+        self._row = torch.arange(chains * lanes, dtype=torch.int32, device=self.device)
         self._held = HeldPrompts(chains, slabs.positions)
         self._length = LengthBound(self.device)
         self._adapters = Adapters(self.model)
         self._active_adapters = self._adapters.active()
-        # On a device it would have to be waited for what is known and what is not.
-        self._memory = None
-        if self.remember and self._head is not None and self.device.type == "cpu":
-            weight = self._head.module.weight
-            self._memory = PrefixMemory(slabs, chains=chains, hidden_size=weight.shape[1], dtype=weight.dtype)
+        self._memory = self._hidden = None
         self._slabs = slabs
 
     def end(self) -> None:
         """Free the KV. Does nothing when no run is on."""
         if self._patches is not None:
             self._patches.restore()  # for an interrupt that came between two lines of their own clean-up
-        self._slabs = self._cache = self._patches = self._memory = None
+        self._slabs = self._cache = self._patches = self._memory = self._hidden = None
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> list[int]:
         """Write all but the last token of each prompt into its chain slot. Returns the tokens forwarded for each.
@@ -281,6 +320,53 @@ class HuggingFaceEngine:
         self._scrub(lanes, state.position, (drawn.status != Status.OK) | ~running)
         self._report = StepReport(state.position.shape[0], (), self.forward_seconds - before)
         return Sampled(drawn.token, drawn.logq, drawn.weight, drawn.status, entropy=drawn.entropy)
+
+    def copy_particles(self, state: ParticleState) -> None:
+        """The copies of keys and values that the state asks for. See the protocol."""
+        self._check_running()
+        self._slabs.keep(state.keep_from_lane, state.keep_from_answer)
+        self._slabs.fork(state.fork_from_lane.flatten(0, 1), state.fork_from_answer.flatten(0, 1))
+
+    def children(self, state: ParticleState) -> torch.Tensor:
+        """Logits [G * (N + 1), V] of the first slots' particles, a slot's reference behind its lanes. See the protocol.
+
+        Lanes are fed; of a reference the last hidden state is known. On a CPU empty rows are left out, and their logits
+        are whatever the memory held.
+        """
+        self._check_running()
+        self._held.steps += 1
+        reference = self._hidden.of_references(state.field[:, GroupField.ANSWER_ROW], state.position[:, 0])
+        if self.device.type == "cpu":
+            return self._children_on_cpu(state, reference)
+        position, live = state.position.flatten(), state.live.flatten()
+        view = DecodeView(position, self._slabs.positions, decode_attention.recordable(self.attention), None, live)
+        output = self._output(view, state.input_id.flatten()[:, None], position[:, None])
+        self._hidden.put(torch.arange(len(position), device=self.device), position, output)
+        rows = torch.cat([output.unflatten(0, state.live.shape), reference[:, None]], 1)
+        return self._logits(rows.flatten(0, 1))
+
+    def _children_on_cpu(self, state: ParticleState, reference: torch.Tensor) -> torch.Tensor:
+        groups, n = state.live.shape
+        lanes = state.live.flatten().nonzero()[:, 0]
+        referred = (state.reference >= 0).nonzero()[:, 0]
+        hidden = reference[referred]
+        if len(lanes):
+            position = state.position.flatten()[lanes]
+            length = min(bucket(int(position.max()) + 1, self.length_multiple), self._slabs.positions)
+            if self.attention == decode_attention.ROWS:
+                fed, view = lanes, DecodeView(position, length, self.attention, lanes.tolist())
+            else:
+                fed, view = slice(None), DecodeView(state.position.flatten(), length, self.attention)
+            input_ids, at = state.input_id.flatten()[fed], state.position.flatten()[fed]
+            output = self._output(view, input_ids[:, None], at[:, None])
+            output = output if fed is lanes else output[lanes]
+            self._hidden.put(lanes, position, output)
+            hidden = torch.cat([output, hidden])
+        rows = torch.cat([lanes // n * (n + 1) + lanes % n, referred * (n + 1) + n])
+        logits = self._logits(hidden)
+        out = logits.new_empty(groups * (n + 1), logits.shape[1])
+        out[rows] = logits
+        return out
 
     def _fed(
         self, state: ChainState, length: int, kernel: str | None = None, lanes=None, running: torch.Tensor | None = None
@@ -429,7 +515,8 @@ class HuggingFaceEngine:
             holders.setdefault(prompt, slot)
             self._held.start(slot, prompt)
             self._length.admit(len(prompt))
-        for chunk in packed(((slot, prompt[:-1]) for slot, prompt in fresh), self.prefill_chunk):
+        row = self._slabs.chain_rows
+        for chunk in packed(((slot * row, prompt[:-1]) for slot, prompt in fresh), self.prefill_chunk):
             tokens, positions, segments = chunk
             ids = torch.tensor([tokens], device=self.device)
             position = torch.tensor([positions], device=self.device)

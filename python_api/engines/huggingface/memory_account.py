@@ -17,3 +17,12 @@ def run_bytes(engine, *, chains: int, lanes: int, positions: int) -> int:
             weight = engine._head.module.weight
             total += PrefixMemory.bytes_of(engine._layout, weight, chains=chains, positions=positions)
     return total
+
+
+def particle_bytes(engine, *, groups: int, particles: int, positions: int) -> int:
+    """Of keys and values and last hidden states of `groups` slots of so many particles, and of their logits."""
+    weight = engine._head.module.weight
+    rows = groups * (particles + 2)
+    logits = 3 * groups * (particles + 1) * engine.vocab_size * 4
+    total = rows * positions * (engine._layout.token_bytes + weight.shape[1] * weight.dtype.itemsize) + logits
+    return total + (packed_bytes(engine.model) if engine.device.type == "cpu" else 0)

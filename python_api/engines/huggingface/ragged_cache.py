@@ -41,11 +41,13 @@ class KvLayout:
 
 class KvSlabs:
     """The memory of one run: a pair of slabs for each distinct (heads, dim), and each layer's views of
-    them."""
+    them. chain_rows: rows that a chain has in its slab, of which the first takes its prompt."""
 
-    def __init__(self, layout: KvLayout, *, chains: int, lanes: int, positions: int, device: torch.device):
+    def __init__(
+        self, layout: KvLayout, *, chains: int, lanes: int, positions: int, device: torch.device, chain_rows: int = 1
+    ):
         shapes = layout.shapes()
-        self.lanes, self.positions = lanes, positions
+        self.lanes, self.positions, self.chain_rows = lanes, positions, chain_rows
         self._chains, self._device = chains, device
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # (lane slab, chain slab)
         self._zeros: list[torch.Tensor] = []
@@ -61,7 +63,7 @@ class KvSlabs:
         """A (lane slab, chain slab) [members, rows, heads, S, dim] of zeros whose rows follow every copy of a range."""
         lane, chain = (
             torch.zeros(members, rows, heads, self.positions, dim, dtype=dtype, device=self._device)
-            for rows in (self._chains * self.lanes, self._chains)
+            for rows in (self._chains * self.lanes, self._chains * self.chain_rows)
         )
         self.pairs.append((lane, chain))
         # A slab of zeros that takes no memory: the source of every device-side wipe.
@@ -81,6 +83,18 @@ class KvSlabs:
         for lane, chain in self.pairs:
             power_kernels.kv_copy_ranges(lane, chain, ranges)
 
+    def keep(self, from_lane: torch.Tensor, from_chain: torch.Tensor) -> None:
+        """Into chain rows, from lanes and from other chain rows. Ranges as in `commit`."""
+        for lane, chain in self.pairs:
+            power_kernels.kv_copy_ranges(chain, lane, from_lane)
+            power_kernels.kv_copy_ranges(chain, chain, from_chain)
+
+    def fork(self, from_lane: torch.Tensor, from_chain: torch.Tensor) -> None:
+        """Into lanes, from other lanes and from chain rows. No lane that is copied from is written."""
+        for lane, chain in self.pairs:
+            power_kernels.kv_copy_ranges(lane, lane, from_lane)
+            power_kernels.kv_copy_ranges(lane, chain, from_chain)
+
     def scrub_lanes(self, ranges: torch.Tensor) -> None:
         """Zero positions of lanes. ranges: int32 [L, 4], rows (lane, lane, start, stop)."""
         for (lane, _), zeros in zip(self.pairs, self._zeros, strict=True):
@@ -88,7 +102,7 @@ class KvSlabs:
 
     def rows(self, slot: int) -> tuple[slice, slice]:
         """The rows of a chain slot: in the lane slabs, in the chain slabs."""
-        return slice(slot * self.lanes, (slot + 1) * self.lanes), slice(slot, slot + 1)
+        return tuple(slice(slot * rows, (slot + 1) * rows) for rows in (self.lanes, self.chain_rows))
 
     def clear(self, slot: int, *, lanes_stop: int, chain_start: int = 0, chain_stop: int) -> None:
         """Zero positions [0, lanes_stop) of a slot's lanes and [chain_start, chain_stop) of its chain."""
@@ -114,9 +128,10 @@ class KvSlabs:
         self.lanes = lanes
 
     def copy_chain(self, source: int, target: int, stop: int) -> None:
-        """Give chain row `target` the positions [0, stop) of chain row `source`."""
+        """Give chain `target` the positions [0, stop) of chain `source`'s prompt."""
+        to, of = target * self.chain_rows, source * self.chain_rows
         for _, chain in self.pairs:
-            chain[:, target, :, :stop].copy_(chain[:, source, :, :stop])
+            chain[:, to, :, :stop].copy_(chain[:, of, :, :stop])
 
     def move(self, source: int, target: int, stop: int) -> None:
         """Give slot `target`, lanes included, the positions [0, stop) of slot `source`."""

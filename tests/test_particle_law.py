@@ -18,14 +18,13 @@ from power_kernels.law import ParticleLaw, SweepCut
 from power_kernels.reference import particles
 from power_kernels.reference.particle_chain import ReferenceParticles
 from tests import particle_faults as faults
-from tests.devices import host_only
+from tests.devices import ON_CUDA, host_only
 from tests.exact_law import Space, chi_square, space
-from tests.op_helpers import INTERPRETED, serving
+from tests.op_helpers import BACKENDS, INTERPRETED, serving
 from tests.particle_enumeration import Enumerated, enumerate_chain
 from tests.particle_operators import enumerate_operators
 from tests.toys import Toy
 
-BACKENDS = ("reference",)
 WHOLE, UNIFORM, UNIFORM_HORIZON = SweepCut
 ALPHA = 2.0
 P_VALUE = 1e-5
@@ -161,13 +160,14 @@ INTERPRETED_CASES = [Case("two tokens", 2, WHOLE, 0.0, 0.7)]
 def test_a_sweep_of_the_operators_leaves_the_power_law_invariant(name, case):
     """To 1e-12 with float32 masses as with float64 ones: pi and gamma are of the weights that the operator gives."""
     interpreted, exact = INTERPRETED and name == "triton", name == "reference"
+    error = 1e-12 if exact else 4e-6 if ON_CUDA else 1e-6  # of float32 masses; a GPU's exp2 is further from the truth
     with serving(name):
         out, weight = enumerate_operators(
             TOYS[case.toy], case.law, ALPHA, case.space,
-            margin=1e-9 if exact else 1e-6, error=1e-12 if exact else 1e-6, ends=not interpreted,
+            margin=max(error, 1e-9), error=error, ends=not interpreted,
         )  # fmt: skip
     gamma = np.exp([weight[x] for x in case.space.answers])
-    assert np.abs(gamma / case.gamma - 1.0).max() < (1e-12 if exact else 1e-6)
+    assert np.abs(gamma / case.gamma - 1.0).max() < error
     assert_invariant(out.matrix, gamma / gamma.sum())
     assert abs(out.start.sum() - 1.0) < 1e-12
     assert np.abs(out.weighed / gamma - 1.0).max() < 1e-12
@@ -227,7 +227,7 @@ def test_the_law_on_paper_refuses_a_fault_at_once(fault, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 # Runs with their own random numbers
 
-RUNS = 4096
+RUNS = 2048
 STATISTICS = Case("EOS", 2, UNIFORM, 1.0, 0.7)
 
 
@@ -252,7 +252,7 @@ def runs(seed: int) -> list[tuple]:
 
 @host_only
 def test_runs_have_their_law_after_the_start_and_after_a_sweep():
-    """4,096 chains; p < 1e-5 fails; seed 210."""
+    """2,048 chains; p < 1e-5 fails (.67, .05, .19); seed 210."""
     start, after, pairs = exact_laws()
     found = runs(210)
     assert chi_square([x for x, _ in found], start) >= P_VALUE

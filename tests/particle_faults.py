@@ -39,7 +39,9 @@ def reference_may_die(patch) -> None:
     patch.setattr(
         particles,
         "_drawn",
-        lambda light, order, log_threshold, places, must, u: plain(light, order, log_threshold, places, None, u),
+        lambda light, order, log_threshold, places, by_floor, must, u: plain(
+            light, order, log_threshold, places, by_floor, None, u
+        ),
     )
 
 
@@ -47,11 +49,11 @@ def reference_takes_the_first_point(patch) -> None:
     """V is uniform on [0, 1), not on the reference's piece of the line."""
     plain = particles._drawn
 
-    def drawn(light, order, log_threshold, places, must, u):
+    def drawn(light, order, log_threshold, places, by_floor, must, u):
         if must is not None:
             start = light[order].ravel()[: order.index(must[0]) * light.shape[1] + must[1]].sum()
             u = (u * math.exp(log_threshold) - start) / light[must]
-        return plain(light, order, log_threshold, places, must, u)
+        return plain(light, order, log_threshold, places, by_floor, must, u)
 
     patch.setattr(particles, "_drawn", drawn)
 
@@ -98,9 +100,7 @@ def drawn_along_rows(patch) -> None:
     patch.setattr(
         particles,
         "_drawn",
-        lambda light, order, log_threshold, places, must, u: plain(
-            light, list(range(len(order))), log_threshold, places, must, u
-        ),
+        lambda light, order, *rest: plain(light, list(range(len(order))), *rest),
     )
 
 

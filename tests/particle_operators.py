@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from tests.particle_enumeration import (
 )
 from tests.toys import Toy
 
+EXACT = 1e-9  # how near a uniform may come to a boundary that comes of float64 alone: candidates and the selection
 NO_TALLY = (NOTHING,) * len(Tally)
 
 
@@ -161,17 +161,16 @@ class Question:
         self.survivors = self.position.intervals(self.reference)
         self.toy = toy
 
-    def ask(self, calls: Calls, kept: float, margin: float) -> None:
-        """At both ends of each interval, `margin` inside: rounding moves them."""
+    def ask(self, calls: Calls, kept: float, margin: float, ends: bool) -> None:
+        """At both ends of each interval, `margin` inside as rounding moves them, or in the middle of each alone."""
 
-        def ends(intervals):
-            found = []
+        def points(intervals, margin):
             for at, i in enumerate(intervals):
                 assert i.measure > 4 * margin, "an interval too narrow to look into: take another toy"
-                found += [(at, float(i.low) + margin), (at, float(i.high) - margin)]
-            return found
+                inside = (float(i.low) + margin, float(i.high) - margin) if ends else (float(i.low + i.high) / 2,)
+                yield from ((at, u) for u in inside)
 
-        first, second = ends(self.survivors), ends(self.candidates)
+        first, second = list(points(self.survivors, margin)), list(points(self.candidates, EXACT))
         self.asked = []
         for k in range(max(len(first), len(second))):
             (i, u), (j, v) = first[k % len(first)], second[k % len(second)]
@@ -251,11 +250,12 @@ class Question:
 
 
 def enumerate_operators(
-    toy: Toy, law: ParticleLaw, alpha: float, space: Space, *, margin: float, error: float
+    toy: Toy, law: ParticleLaw, alpha: float, space: Space, *, margin: float, error: float, ends: bool = True
 ) -> tuple[Enumerated, dict[Tokens, float]]:
     """A start and a sweep of every answer by the operators of the backend that serves now, and its `prefix_weights`.
 
-    margin: how near a uniform may come to a boundary. error: of float32 masses, relative.
+    margin: how near a uniform may come to a boundary of the survivors. error: of float32 masses, relative. ends: look
+    at both ends of each interval; in its middle alone otherwise, where calls are slow.
     """
     weight = prefix_weights(toy, law.max_new_tokens, alpha, law.length_bonus)
     rows, size = law.particles + 1, len(space.answers)
@@ -285,7 +285,7 @@ def enumerate_operators(
         def question(request: Request, kept: float, t: int = t, questions=questions, calls=calls, samples=samples):
             if request not in questions:
                 one = Question(toy, request, weight, t + 1 == law.max_new_tokens, law.rho)
-                one.ask(calls, kept, margin)
+                one.ask(calls, kept, margin, ends)
                 questions[request], samples[request] = one, kept
             return questions[request]
 
@@ -329,11 +329,11 @@ def enumerate_operators(
             for x, kepts in origins.items():
                 finished += [(x, kept, group.tally, probability) for kept, probability in kepts.items()]
     assert not reached
-    select(finished, space, out, margin)
+    select(finished, space, out)
     return out, weight
 
 
-def select(finished, space: Space, out: Enumerated, margin: float) -> None:
+def select(finished, space: Space, out: Enumerated) -> None:
     """The end of every sweep, by select_candidate on both sides of its boundary; the start's candidate is taken."""
     tallies, uniforms, expected = [], [], []
     for x, (kept, kept_weight), tally, probability in finished:
@@ -347,7 +347,12 @@ def select(finished, space: Space, out: Enumerated, margin: float) -> None:
         out.matrix[i, i] += probability * (1.0 - accept)
         if kept is not None:
             out.matrix[i, space.index[kept]] += probability * accept
-        for u, moves in ((accept - margin, True), (accept + margin, False), (0.0, accept > 0), (1 - 2.0**-53, accept == 1)):
+        for u, moves in (
+            (accept - EXACT, True),
+            (accept + EXACT, False),
+            (0.0, accept > 0),
+            (1 - 2.0**-53, accept == 1),
+        ):
             if 0.0 <= u < 1.0:
                 tallies.append(tally)
                 uniforms.append(u)

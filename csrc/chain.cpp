@@ -688,6 +688,7 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_stat
       ";LaneStatus:" PK_LANE_STATUSES(PK_NAME) ";Outcome:" PK_OUTCOMES(PK_NAME) ";Cost:" PK_COSTS(PK_NAME)
       ";Cut:" PK_CUTS(PK_NAME) ";Status:" PK_STATUSES(PK_NAME) ";BlockStatus:" PK_BLOCK_STATUSES(PK_NAME)
       ";SlotField:" PK_SLOT_FIELDS(PK_NAME) ";SlotBound:" PK_SLOT_BOUNDS(PK_NAME) ";SlotFlag:" PK_SLOT_FLAGS(PK_NAME)
+      ";Tally:" PK_TALLY(PK_NAME)
       ";tensors:" PK_STATE_TENSORS
       ";pitch=" PK_STRING(PK_CHAIN_PITCH) "," PK_STRING(PK_LANE_PITCH) "," PK_STRING(PK_SLOT_PITCH);
 #undef PK_NAME

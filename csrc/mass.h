@@ -46,6 +46,13 @@ struct MassKernels {
   // tile's total. -1 when the tile holds no mass.
   int64_t (*draw)(const void* tile, int64_t n, int64_t skip, float beta, double fraction);
   float (*logit)(const void* row, int64_t v);
+  // A tile of n logits as fp32 in z, TILE entries, those behind the n -inf.
+  void (*copy)(const void* tile, int64_t n, float* z);
+  // These take such a z, of which entries [0, n) may have mass, and sum masses exp(alpha (z - max)) in float64.
+  int64_t (*argmax)(const float* z, int64_t n);  // the first
+  double (*sum)(const float* z, int64_t n, double alpha, float max);
+  // The first entry whose running sum exceeds target; the last one that adds to the sum where none does.
+  int64_t (*search)(const float* z, int64_t n, double alpha, float max, double target);
 };
 
 // The kernels for this machine and this dtype. Throws for a dtype that is not float32, float16 or bfloat16.

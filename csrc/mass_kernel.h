@@ -216,8 +216,77 @@ static float logit(const void* row, int64_t v) {
   return T::load(items)[0];
 }
 
+// ---- float64: a tile is copied as fp32 to z, from which the caller takes what it leaves out, and then summed.
+// z is padded with -inf to TILE entries; entries [0, n) may have mass.
+
 template <class T>
-constexpr MassKernels kernels_of = {mass<T>, mass_without<T>, draw<T>, logit<T>};
+static void copy(const void* tile, int64_t n, float* z) {
+  const typename T::Item* p = (const typename T::Item*)tile;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) *(F_any*)(z + i) = T::load(p + i);
+  if (i < n) {
+    typename T::Item items[W];
+    for (int j = 0; j < W; ++j) items[j] = T::LOWEST;
+    __builtin_memcpy(items, p + i, (n - i) * sizeof(items[0]));
+    *(F_any*)(z + i) = T::load(items);
+    i += W;
+  }
+  for (; i < TILE; i += W) *(F_any*)(z + i) = splat(MINUS_INF);
+}
+
+static int64_t argmax(const float* z, int64_t n) {
+  F top = splat(MINUS_INF);
+  for (int64_t i = 0; i < n; i += W) top = max_keep_b(*(const F_any*)(z + i), top);
+  const float max = horizontal_max(top);
+  for (int64_t i = 0; i < n; i += W)
+    if (const uint32_t bits = entries_equal(*(const F_any*)(z + i), max)) return i + __builtin_ctz(bits);
+  return 0;  // only NaN
+}
+
+PK_INLINE F64 masses64(const float* z, double alpha, float max) {
+  F64_floats part;
+  __builtin_memcpy(&part, z, sizeof part);
+  return exp_nonpositive((__builtin_convertvector(part, F64) - max) * alpha);
+}
+
+PK_INLINE double total(F64 masses) {
+  double sum = 0;
+  for (int i = 0; i < W64; ++i) sum += masses[i];
+  return sum;
+}
+
+static double sum64(const float* z, int64_t n, double alpha, float max) {
+  F64 sums[2] = {};
+  for (int64_t i = 0; i < n; i += 2 * W64) {
+    sums[0] += masses64(z + i, alpha, max);
+    sums[1] += masses64(z + i + W64, alpha, max);
+  }
+  return total(sums[0] + sums[1]);
+}
+
+static int64_t search64(const float* z, int64_t n, double alpha, float max, double target) {
+  double before = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < n; i += W64) {
+    const F64 masses = masses64(z + i, alpha, max);
+    const double after = before + total(masses);
+    if (after > before) {
+      double running = before;
+      for (int j = 0; j < W64; ++j) {
+        const double sum = running + masses[j];
+        if (!(sum > running)) continue;
+        running = sum;
+        last = i + j;
+        if (running > target) return last;
+      }
+    }
+    before = after;
+  }
+  return last;
+}
+
+template <class T>
+constexpr MassKernels kernels_of = {mass<T>, mass_without<T>, draw<T>, logit<T>, copy<T>, argmax, sum64, search64};
 
 static const MassKernels& kernels(int dtype) {
   static constexpr MassKernels table[] = {kernels_of<Float32>, kernels_of<Float16>, kernels_of<BFloat16>};

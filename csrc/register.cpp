@@ -14,6 +14,7 @@ void add_chain(StableLibrary&);
 void add_kv_cache(StableLibrary&);
 void add_lm_head(StableLibrary&);
 void add_paged_kv(StableLibrary&);
+void add_particles(StableLibrary&);
 void add_sampling(StableLibrary&);
 void add_scoring(StableLibrary&);
 void add_slots(StableLibrary&);
@@ -27,7 +28,8 @@ extern "C" __attribute__((visibility("default"))) const char* power_kernels_regi
   try {
     // Never deleted: that would take the kernels away again.
     auto& library = *new StableLibrary(StableLibrary::Kind::IMPL, name, "CPU", __FILE__, __LINE__);
-    for (auto add : {add_chain, add_kv_cache, add_lm_head, add_paged_kv, add_sampling, add_scoring, add_slots}) {
+    for (auto add : {add_chain, add_kv_cache, add_lm_head, add_paged_kv, add_particles, add_sampling, add_scoring,
+                     add_slots}) {
       add(library);
     }
   } catch (const std::exception& exception) {

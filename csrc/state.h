@@ -1,5 +1,6 @@
-// The columns and codes of power_kernels/state.py, slots.py and block_tables.py, which explain them. `power_kernels_state_layout`
-// (chain.cpp) spells them out; the Python side looks for that string in the file and does not load one without it.
+// The columns and codes of power_kernels/state.py, slots.py, block_tables.py and particles.py, which explain them.
+// `power_kernels_state_layout` (chain.cpp) spells them out; the Python side looks for that string in the file and does
+// not load one without it.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,7 @@ namespace power_kernels {
   X(HORIZON, 7) X(STOP_TOKEN, 8) X(CAN_END_EARLY, 9) X(SEED, 10)
 #define PK_SLOT_BOUNDS(X) X(THETA, 0) X(LENGTH_BONUS, 1)
 #define PK_SLOT_FLAGS(X) X(REJECTED, 8)
+#define PK_TALLY(X) X(OTHERS, 0) X(KEPT, 1) X(REFERENCE, 2) X(MASS, 3)
 
 // NAN and FAULT are macros or repeat, hence the trailing underscore.
 #define PK_ENUMERATOR(name, value) name##_ = value,
@@ -41,6 +43,7 @@ enum class BlockStatus : int32_t { PK_BLOCK_STATUSES(PK_ENUMERATOR) };
 enum class SlotField : int32_t { PK_SLOT_FIELDS(PK_ENUMERATOR) };
 enum class SlotBound : int32_t { PK_SLOT_BOUNDS(PK_ENUMERATOR) };
 enum class SlotFlag : int64_t { PK_SLOT_FLAGS(PK_ENUMERATOR) };
+enum class Tally : int32_t { PK_TALLY(PK_ENUMERATOR) };
 #undef PK_ENUMERATOR
 
 // The tensors of ChainState, in the order of the arguments of mh_advance.

@@ -102,6 +102,53 @@ PK_INLINE F tempered(F e, F x, float beta) {
   else return tempered<POWER - 1>(e, x, beta) * e;
 }
 
+// Doubles that fill one register, and the floats and integers that go with them.
+constexpr int W64 = W / 2;
+typedef double F64 __attribute__((vector_size(W64 * 8)));
+typedef int64_t I64 __attribute__((vector_size(W64 * 8)));
+typedef float F64_floats __attribute__((vector_size(W64 * 4), may_alias));
+
+PK_INLINE F64 fma(F64 a, F64 b, F64 c) {
+#if PK_ISA == 5
+  return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif PK_ISA == 2
+  return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (F64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// exp(x) for x <= 0, within 2 ulp; 0 below -708 (about the smallest normal double) and at -inf; exp(0) is exactly 1.
+PK_INLINE F64 exp_nonpositive(F64 x) {
+  const F64 zero{}, least = zero - 708.0;
+  const I64 normal = x >= least;
+  x = x < least ? least : x;
+  const F64 magic = zero + 0x1.8p52;  // adding it rounds to the nearest integer, which the low bits then hold
+  const F64 t = fma(x, zero + 0x1.71547652b82fep0, magic);
+  const F64 n = t - magic;
+  // log 2 in two parts, of which n times the first is exact.
+  const F64 r = fma(n, zero - 0x1.a39ef35793c76p-33, fma(n, zero - 0x1.62e42fee00000p-1, x));
+  // The series of exp up to r^13 / 13!, |r| < 0.35: what is left out is below 1e-17.
+  F64 p = zero + 1.0 / 6227020800.0;
+  p = fma(p, r, zero + 1.0 / 479001600.0);
+  p = fma(p, r, zero + 1.0 / 39916800.0);
+  p = fma(p, r, zero + 1.0 / 3628800.0);
+  p = fma(p, r, zero + 1.0 / 362880.0);
+  p = fma(p, r, zero + 1.0 / 40320.0);
+  p = fma(p, r, zero + 1.0 / 5040.0);
+  p = fma(p, r, zero + 1.0 / 720.0);
+  p = fma(p, r, zero + 1.0 / 120.0);
+  p = fma(p, r, zero + 1.0 / 24.0);
+  p = fma(p, r, zero + 1.0 / 6.0);
+  p = fma(p, r, zero + 0.5);
+  p = fma(p, r, zero + 1.0);
+  p = fma(p, r, zero + 1.0);
+  const F64 scale = (F64)(((I64)t << 52) + 0x3ff0000000000000);
+  return (F64)((I64)(p * scale) & normal);
+}
+
 // Loads of one vector as fp32, per dtype.
 struct Float32 {
   typedef float Item;

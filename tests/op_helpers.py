@@ -15,6 +15,7 @@ from tests.devices import DEVICE, ON_CUDA
 
 # The other two serve CPU tensors: the CPU run holds them to the same laws.
 BACKENDS = ("triton",) if ON_CUDA else ("cpp", "triton", "reference")
+PARTICLE_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 FAST = "triton" if ON_CUDA else "cpp"  # for tests of many rows, which the interpreter is too slow for
 INTERPRETED = DEVICE.type == "cpu"  # what "triton" is there
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

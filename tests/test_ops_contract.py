@@ -187,6 +187,61 @@ def pool_arguments(dtype=torch.float32):
     return pool, torch.tensor([[5, 1, 0, 2], [7, 3, 1, 2]], dtype=torch.int32)
 
 
+def branch_arguments(groups=2, particles=2, vocab=300, dtype=torch.float32, stops=True):
+    """Rows of which each group's last but one is empty; a reference in the first group, which has closing children."""
+    rows = particles + 1
+    log_weight = normal_logits(groups, rows).double()
+    log_weight[:, -2] = float("-inf")
+    state = (torch.arange(groups * rows) % 5).view(groups, rows).to(torch.int16)
+    return (
+        normal_logits(groups * rows, vocab, dtype, seed=vocab),
+        per_row(2.0, groups),
+        log_weight,
+        torch.arange(rows, dtype=torch.int32).flip(0).repeat(groups, 1),
+        state if stops else None,
+        torch.arange(groups) - 1,
+        torch.zeros(groups, dtype=torch.bool),
+        per_row(-0.5, groups, torch.float64),
+        torch.rand(groups, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(vocab)),
+        torch.tensor([5, vocab - 1]),
+        stop_table(LAW, vocab) if stops else None,
+        0.25,
+        0.1,
+    )
+
+
+def branch_tally(groups=2) -> torch.Tensor:
+    return torch.tensor([[-1.0, -2.0, -3.0, -1.5]], dtype=torch.float64).repeat(groups, 1)
+
+
+def branch_outputs(groups=2, particles=2, vocab=300) -> tuple:
+    """workspace, tally and the others in the order of the schema of the out form."""
+    shape, float64 = (groups, particles + 1), dict(dtype=torch.float64)
+    return (
+        torch.full((pk.branch_workspace_size(groups * (particles + 1), vocab),), NAN),
+        branch_tally(groups),
+        torch.full(shape, -77, dtype=torch.int32),
+        torch.full(shape, -77),
+        torch.full(shape, NAN, **float64),
+        torch.full(shape, NAN, **float64),
+        torch.full(shape, -77, dtype=torch.int32),
+        torch.full((groups, 2), -77),
+        torch.full((groups,), NAN, **float64),
+        torch.full((groups,), NAN, **float64),
+        torch.full(shape, -77, dtype=torch.int32),
+    )
+
+
+def in_order_of_the_results(outputs: tuple) -> list[torch.Tensor]:
+    """`branch_outputs` as `BranchOutput` has them."""
+    _, tally, *others = outputs
+    return [*others[:-2], tally, *others[-2:]]
+
+
+def selection_arguments(groups=3) -> tuple:
+    return branch_tally(groups), torch.linspace(0.1, 0.9, groups, dtype=torch.float64)
+
+
 ARGUMENTS = {
     "sample_tokens": lambda: (*sample_arguments(), True),
     "sample_tokens_out": lambda: (*sample_arguments(), *sample_outputs()),
@@ -197,6 +252,9 @@ ARGUMENTS = {
     "sample_from_hidden_out": lambda: (*sample_from_hidden_arguments(), *sample_from_hidden_outputs()),
     "score_from_hidden": lambda: (*score_from_hidden_arguments(), True),
     "score_from_hidden_out": lambda: (*score_from_hidden_arguments(), *score_from_hidden_outputs()),
+    "branch_particles": lambda: (*branch_arguments(), branch_tally()),
+    "branch_particles_out": lambda: (*branch_arguments(), *branch_outputs()),
+    "select_candidate_out": lambda: (*selection_arguments(), torch.zeros(3, dtype=torch.bool)),
     "mh_accept": accept_arguments,
     "mh_accept_out": lambda: (*accept_arguments(), *accept_outputs()),
     "mh_advance": advance_arguments,
@@ -220,6 +278,11 @@ def call(name: str, arguments: tuple):
         return getattr(pk, name)(tables, *vectors)
     if name == "sample_slots_out":
         return pk.sample_slots_out(pk.SlotTable(*arguments[:4]), *arguments[4:-1], entropy=arguments[-1])
+    if name == "branch_particles":
+        logits, alpha, log_weight, order, stop_state, *vectors, eos, stop_next, length_bonus, rho, tally = arguments
+        stops = dict(stop_state=stop_state, stop_next=stop_next)
+        options = dict(eos=eos, length_bonus=length_bonus, rho=rho, **stops)
+        return pk.branch_particles(logits, alpha, log_weight, order, *vectors, tally, **options)
     if name in ("sample_tokens", "score_tokens"):
         return getattr(pk, name)(*arguments[:-1], return_entropy=arguments[-1])
     if name in ("sample_from_hidden", "score_from_hidden"):
@@ -264,6 +327,13 @@ OTHER_ARGUMENTS = {
         ),
     ),
     "hidden, no rows": ("sample_from_hidden", lambda: (*sample_from_hidden_arguments(0), True)),
+    "particles, no stop automaton": (
+        "branch_particles",
+        lambda: (*branch_arguments(dtype=torch.bfloat16, stops=False), branch_tally()),
+    ),
+    "particles, no groups": ("branch_particles", lambda: (*branch_arguments(0), branch_tally(0))),
+    "particles, no groups, out": ("branch_particles_out", lambda: (*branch_arguments(0), *branch_outputs(0))),
+    "no selections": ("select_candidate_out", lambda: (*selection_arguments(0), torch.zeros(0, dtype=torch.bool))),
     "no answers": ("mh_accept", lambda: accept_arguments(0)),
     "bfloat16 slabs": ("kv_copy_ranges", lambda: copy_arguments(torch.bfloat16)),
 }
@@ -308,22 +378,31 @@ def placed(arguments: tuple) -> tuple:
     return tuple(on_device(a) for a in arguments)
 
 
+def opcheck(name: str, arguments: tuple) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    # It takes NaN for a difference, and empty rows have it; below, compiled branch_particles is compared bit by bit.
+    if name != "branch_particles":
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(NAMESPACE, name).default, placed(arguments), test_utils=checks)
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_operators_pass_opcheck(name):
-    torch.library.opcheck(getattr(NAMESPACE, name).default, placed(ARGUMENTS[name]()))
+    opcheck(name, ARGUMENTS[name]())
 
 
 @pytest.mark.parametrize("case", OTHER_ARGUMENTS)
 def test_operators_pass_opcheck_with_other_arguments(case):
     name, arguments = OTHER_ARGUMENTS[case]
-    torch.library.opcheck(getattr(NAMESPACE, name).default, placed(arguments()))
+    opcheck(name, arguments())
 
 
 # ---- fakes
 
 
 @pytest.mark.parametrize(
-    "name", ["sample_tokens", "score_tokens", "sample_from_hidden", "score_from_hidden", "mh_accept"]
+    "name",
+    ["sample_tokens", "score_tokens", "sample_from_hidden", "score_from_hidden", "branch_particles", "mh_accept"],
 )
 def test_fakes_promise_the_shapes_dtypes_and_strides_that_come(backend, name):
     arguments = ARGUMENTS[name]()
@@ -394,6 +473,21 @@ def test_sample_slots_out_writes_what_sample_slots_returns(backend, entropy):
     assert not torch.equal(table.cumw, slot_table().cumw), "no sum was advanced"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_branch_particles_out_writes_what_branch_particles_returns(backend, dtype):
+    arguments, outputs = branch_arguments(2, 3, 2100, dtype), branch_outputs(2, 3, 2100)
+    assert pk.branch_particles_out(*arguments, *outputs) is None
+    want = call("branch_particles", (*arguments, branch_tally()))
+    assert_same_bits(want, in_order_of_the_results(outputs))
+    assert not torch.equal(want.tally, branch_tally()), "nothing has closed"
+
+
+def test_select_candidate_out_writes_what_select_candidate_returns(backend):
+    moved = torch.zeros(3, dtype=torch.bool)
+    assert pk.select_candidate_out(*selection_arguments(), moved) is None
+    assert torch.equal(pk.select_candidate(*selection_arguments()), moved)
+
+
 def test_mh_accept_out_writes_what_mh_accept_returns(backend):
     columns = accept_outputs()
     assert pk.mh_accept_out(*accept_arguments(), *columns) is None
@@ -417,6 +511,7 @@ def test_a_workspace_of_exactly_the_promised_size_is_enough_and_its_contents_do_
     rows = 2
     size = pk.workspace_size(rows, vocab)
     assert size == rows * 4 * -(-vocab // 256)
+    branching = pk.branch_workspace_size(rows + 1, vocab)
     results = []
     for fill in (NAN, float("inf"), 0.0):
         guarded = torch.full((size + 64,), fill)
@@ -428,8 +523,13 @@ def test_a_workspace_of_exactly_the_promised_size_is_enough_and_its_contents_do_
         _, *by_slot = slot_outputs(rows, vocab)
         table, *rest = pk.SlotTable(*slot_arguments(rows, vocab)[:4]), *slot_arguments(rows, vocab)[4:]
         pk.sample_slots_out(table, *rest, guarded[:size], *by_slot, entropy=True)
+        whole = torch.full((branching + 64,), fill)
+        whole[branching:] = 1234.5
+        _, *branched = branch_outputs(1, rows, vocab)
+        pk.branch_particles_out(*branch_arguments(1, rows, vocab), whole[:branching], *branched)
         assert (guarded[size:] == 1234.5).all(), "written past its end"
-        results.append([*columns, *scored, *by_slot])
+        assert (whole[branching:] == 1234.5).all(), "written past its end"
+        results.append([*columns, *scored, *by_slot, *branched])
     for other in results[1:]:
         assert_same_bits(results[0], other)
 
@@ -441,6 +541,10 @@ def test_a_larger_workspace_at_an_odd_offset_serves_as_well(backend):
     workspace = torch.full((2 * pk.workspace_size(rows, vocab) + 1,), NAN)[1:]  # 4-byte aligned, no more
     pk.sample_tokens_out(*arguments, workspace, *columns)
     assert_same_bits(pk.sample_tokens(*arguments, return_entropy=True), columns)
+    workspace = torch.full((2 * pk.branch_workspace_size(6, vocab) + 1,), NAN)[1:]
+    arguments, (_, *columns) = branch_arguments(vocab=vocab), branch_outputs(vocab=vocab)
+    pk.branch_particles_out(*arguments, workspace, *columns)
+    assert_same_bits(call("branch_particles", (*arguments, branch_tally())), in_order_of_the_results((None, *columns)))
 
 
 def test_one_workspace_serves_batches_of_every_size_in_turn(backend):
@@ -515,6 +619,25 @@ def test_sample_slots_compiles_into_one_graph_and_keeps_its_writes(into, monkeyp
     assert_same_bits(once[0], eager[0])  # the table's sums
     assert_same_bits(once[1][1:], eager[1][1:])
     assert into == bool((once[1][1] != -77).all())
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_branch_particles_compiles_into_one_graph_and_keeps_its_writes(into, monkeypatch):
+    monkeypatch.undo()  # torch.compile cannot trace what poisons new memory
+
+    def step(arguments, outputs):
+        if into:
+            pk.branch_particles_out(*arguments, *outputs)
+            return outputs[2] + 1
+        return tuple(call("branch_particles", (*arguments, outputs[1])))
+
+    torch._dynamo.reset()
+    eager, once = (placed(branch_outputs()) for _ in range(2))
+    want = step(placed(branch_arguments()), eager)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(placed(branch_arguments()), once)
+    assert_same_bits([got] if into else got, [want] if into else want)
+    assert_same_bits(once[1:], eager[1:])
+    assert into == bool((once[2] != -77).all())
 
 
 def test_mh_advance_compiles_into_one_graph_and_keeps_its_writes():

@@ -28,6 +28,9 @@ from tests.test_ops_contract import (
     accept_outputs,
     advance_constants,
     block_tables,
+    branch_arguments,
+    branch_outputs,
+    branch_tally,
     copy_arguments,
     pool_arguments,
     running_state,
@@ -40,6 +43,7 @@ from tests.test_ops_contract import (
     score_from_hidden_arguments,
     score_from_hidden_outputs,
     score_outputs,
+    selection_arguments,
     slot_arguments,
     slot_outputs,
 )
@@ -125,6 +129,33 @@ TABLE_VECTORS = {
     "block_table_commit": {"source": [3, -1, -1, -1]},
     "block_table_rollback": {"tokens": [4, 9, -1, 0]},
 }
+PARTICLES = {  # 2 groups of 3 rows, in the order of the schema
+    "logits": (LOGIT_DTYPES, (None, None)),
+    "alpha": (FLOAT, (2,)),
+    "log_weight": (DOUBLE, (None, None)),
+    "order": (INT, (2, 3)),
+    "stop_state": (torch.int16, (2, 3)),
+    "reference": (LONG, (2,)),
+    "last": (torch.bool, (2,)),
+    "closing_bonus": (DOUBLE, (2,)),
+    "uniform": (DOUBLE, (2, 2)),
+    "eos": (LONG, (None,)),
+    "stop_next": (torch.int16, (None, VOCAB)),
+}
+PARTICLE_OUTPUTS = {
+    "workspace": (FLOAT, (None,)),
+    "tally": (DOUBLE, (2, 4)),
+    "parent": (INT, (2, 3)),
+    "token": (LONG, (2, 3)),
+    "child_log_weight": (DOUBLE, (2, 3)),
+    "logp": (DOUBLE, (2, 3)),
+    "child_order": (INT, (2, 3)),
+    "candidate": (LONG, (2, 2)),
+    "candidate_logp": (DOUBLE, (2,)),
+    "log_threshold": (DOUBLE, (2,)),
+    "status": (INT, (2, 3)),
+}
+SELECTION = {"tally": (DOUBLE, (None, 4)), "uniform": (DOUBLE, (ROWS,)), "moved": (torch.bool, (ROWS,))}
 SPECIFICATIONS = {
     "sample_tokens": SAMPLE,
     "sample_tokens_out": SAMPLE | ROW_OUTPUTS | {"token": (LONG, (ROWS,))},
@@ -139,6 +170,9 @@ SPECIFICATIONS = {
     "score_from_hidden": HEAD | {k: v for k, v in SCORE.items() if k != "logits"},
     "score_from_hidden_out": HEAD | {k: v for k, v in SCORE.items() if k != "logits"} | ROW_OUTPUTS,
     "sample_slots_out": SLOTS,
+    "branch_particles": PARTICLES | {"tally": PARTICLE_OUTPUTS["tally"]},
+    "branch_particles_out": PARTICLES | PARTICLE_OUTPUTS,
+    "select_candidate_out": SELECTION,
     "mh_accept": ACCEPT,
     "mh_accept_out": ACCEPT | ACCEPT_OUTPUTS,
     "kv_copy_ranges": COPY,
@@ -161,6 +195,8 @@ SCRATCH = ("sample_from_hidden_out", "logits")  # an output: not the first argum
 
 
 def is_first(name: str, argument: str) -> bool:
+    if name == "select_candidate_out":
+        return argument == "tally"
     return argument in FIRST and (name, argument) not in (SCRATCH, ("sample_slots_out", "field"))
 
 
@@ -207,6 +243,14 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
             return head | named(ROW_OUTPUTS, score_from_hidden_outputs(ROWS, VOCAB))
         case "sample_slots_out":
             return named(SLOTS, (*slot_arguments(ROWS, VOCAB), *slot_outputs(ROWS, VOCAB)))
+        case "branch_particles" | "branch_particles_out":
+            *values, _, _ = branch_arguments(vocab=VOCAB)
+            inputs = named(PARTICLES, values)
+            if name == "branch_particles":
+                return inputs | {"tally": branch_tally()}
+            return inputs | named(PARTICLE_OUTPUTS, branch_outputs(vocab=VOCAB))
+        case "select_candidate_out":
+            return named(SELECTION, (*selection_arguments(ROWS), torch.zeros(ROWS, dtype=torch.bool)))
         case "mh_accept":
             return named(ACCEPT, accept_arguments(ROWS))
         case "mh_accept_out":
@@ -226,6 +270,8 @@ def host_arguments_of(name: str) -> dict[str, torch.Tensor]:
 def call(name: str, arguments: dict) -> object:
     if name.endswith("_from_hidden_out"):
         return getattr(pk, name)(**{"softcap": 20.0, "scale": 0.75, **arguments})
+    if name == "branch_particles_out":
+        return pk.branch_particles_out(**{"length_bonus": 0.25, "rho": 0.1, **arguments})
     if name == "mh_advance":
         state = pk.ChainState(**{k: v for k, v in arguments.items() if k in STATE})
         return pk.mh_advance(state, LAW, **{k: v for k, v in arguments.items() if k not in STATE})
@@ -277,7 +323,7 @@ def test_what_is_not_a_tensor_is_refused_by_name_and_type(name, argument):
     for value in (tensor.tolist(), 4.0, "text", tensor.cpu().numpy()):
         fragments = (rf"\b{argument}\b", type(value).__name__, r"torch\.Tensor")
         assert_refused(name, {argument: value}, ArgumentTypeError, *fragments)
-    if argument not in ("exclude", "entropy", "bias"):  # those that may be left out
+    if argument not in ("exclude", "entropy", "bias", "stop_state", "stop_next"):  # those that may be left out
         assert_refused(name, {argument: None}, ArgumentTypeError, rf"\b{argument}\b", "NoneType", r"torch\.Tensor")
 
 
@@ -397,6 +443,57 @@ def test_a_workspace_that_is_too_small_is_refused_with_the_size_needed(name):
     for size in (need - 1, 0):
         fragments = (rf"^workspace has {size} elements", rf"at least {need}\b")
         assert_refused(name, {"workspace": torch.empty(size)}, ArgumentError, *fragments)
+
+
+def test_a_workspace_of_particles_that_is_too_small_is_refused_with_the_size_needed():
+    need = pk.branch_workspace_size(6, VOCAB)
+    fragments = (rf"^workspace has {need - 1} elements", rf"at least {need}\b")
+    assert_refused("branch_particles_out", {"workspace": torch.empty(need - 1)}, ArgumentError, *fragments)
+
+
+@pytest.mark.parametrize("rows", [2, 130])
+def test_a_group_of_too_few_or_too_many_rows_is_refused(rows):
+    changed = {"log_weight": torch.zeros(2, rows, dtype=DOUBLE)}
+    assert_refused("branch_particles", changed, ArgumentError, f"^log_weight has {rows} rows", r"N in \[2, 128\]")
+
+
+def test_logits_must_have_the_rows_of_all_groups():
+    changed = {"logits": torch.zeros(7, VOCAB)}
+    assert_refused("branch_particles", changed, ArgumentError, "^logits has 7 rows", r"2 \* 3")
+
+
+@pytest.mark.parametrize(("missing", "given"), [("stop_state", "stop_next"), ("stop_next", "stop_state")])
+def test_half_a_stop_automaton_is_refused(missing, given):
+    fragments = (f"^{missing} is None and {given} is not", "both or neither")
+    assert_refused("branch_particles", {missing: None}, ArgumentError, *fragments)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-0.1, ArgumentError), (1.5, ArgumentError), ("much", ArgumentTypeError)])
+def test_rho_outside_its_range_is_refused(value, error):
+    assert_refused("branch_particles", {"rho": value}, error, f"^rho is '?{value}")
+
+
+@pytest.mark.parametrize(("value", "error"), [(NAN, ArgumentError), (2e6, ArgumentError), (None, ArgumentTypeError)])
+def test_a_length_bonus_outside_its_range_is_refused(value, error):
+    assert_refused("branch_particles", {"length_bonus": value}, error, "^length_bonus is")
+
+
+@host_only  # elsewhere nobody looks at values
+@pytest.mark.parametrize(
+    ("argument", "value", "fragments"),
+    [
+        ("order", torch.tensor([[0, 1, 2], [0, 1, 1]], dtype=INT), ("each of its 3 rows once",)),
+        ("uniform", torch.tensor([[0.1, 1.0], [0.1, 0.2]], dtype=DOUBLE), (r"entry 1\.0", r"\[0, 1\)")),
+        ("uniform", torch.tensor([[0.1, NAN], [0.1, 0.2]], dtype=DOUBLE), ("entry nan", r"\[0, 1\)")),
+        ("stop_state", torch.tensor([[0, 1, 2], [0, 5, 1]], dtype=torch.int16), ("entry 5", r"\[0, 5\)")),
+        ("stop_state", torch.tensor([[0, 1, 2], [0, -1, 1]], dtype=torch.int16), ("entry -1", r"\[0, 5\)")),
+        ("closing_bonus", torch.tensor([0.0, INF], dtype=DOUBLE), ("inf", "finite")),
+        ("alpha", torch.tensor([1.0, -1.0]), (r"\[1\] is -1\.0", "finite and positive")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_of_particles_that_cannot_be_are_refused(argument, value, fragments):
+    assert_refused("branch_particles", {argument: value}, ArgumentError, rf"^{argument}\b", *fragments)
 
 
 @pytest.mark.parametrize("argument", SLOT_OUTPUTS)

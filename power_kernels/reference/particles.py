@@ -114,8 +114,7 @@ def _close(children: Children, tally: list[float], closing_bonus: float, u: floa
 def _first_above(mass: np.ndarray, u: float) -> int:
     """The first entry, in order, whose running sum exceeds u of the whole; one with mass."""
     cdf = np.cumsum(mass)
-    above = np.flatnonzero((cdf > u * cdf[-1]) & (mass > 0))
-    return int(above[0]) if above.size else int(np.flatnonzero(mass)[-1])
+    return _at(mass, cdf, u * cdf[-1])
 
 
 def _survivors(
@@ -133,14 +132,15 @@ def _survivors(
     log_floor = -math.inf
     if rho > 0:
         log_floor = math.log(rho / particles) + log_add(log_mass, top + math.log(mass.sum()))
-    heavy, log_threshold = _threshold(mass, top, log_floor)
+    heavy, log_threshold = _threshold(mass[order], top, log_floor)
+    heavy = [(order[place], token) for place, token in heavy]
     survivors = [(row, token, float(weight[row, token])) for row, token in heavy]
     light = mass.copy()
     for child in heavy:
         light[child] = 0.0
     places = particles - len(heavy) if log_threshold > log_floor else None
     must = reference if reference is not None and reference not in heavy else None
-    if log_threshold == -math.inf:
+    if math.exp(min(log_threshold - top, 700.0)) == 0.0:
         # Nothing but what is kept has any mass; the reference is kept with the weight that it has.
         return survivors + ([(*must, float(weight[must]))] if must is not None else []), log_threshold
     drawn = _drawn(light, order, log_threshold - top, places, must, u)
@@ -148,10 +148,11 @@ def _survivors(
 
 
 def _threshold(mass: np.ndarray, top: float, log_floor: float) -> tuple[list[tuple[int, int]], float]:
-    """The heavy children, the heaviest first, and log kappa: sum over open children of min(1, omega/kappa) = N.
+    """The heavy children, (place, token), the heaviest first, and log kappa: sum over open children of
+    min(1, omega/kappa) = N.
 
-    mass [R, V], relative to e^top. The mass below the threshold is summed without the heavy children: a difference of
-    large sums may come out as 0, and all children as heavy.
+    mass [R, V], relative to e^top, its rows in lexicographic order. The mass below the threshold is summed without the
+    heavy children: a difference of large sums may come out as 0, and all children as heavy.
     """
     particles = mass.shape[0] - 1
     rest = mass.copy()
@@ -194,8 +195,9 @@ def _drawn(
         own = int(np.ravel_multi_index((order.index(must[0]), must[1]), light.shape))
         start = float(line[own - 1]) if own > 0 else 0.0
         v = (start + u * float(light.ravel()[own])) / kappa
-        point = min(math.floor(v), max(count - 1, 0))
-        u = v - math.floor(v)
+        v = min(v, math.nextafter(max(count, 1), 0.0))  # its part ends before the line does, whatever is rounded
+        point = math.floor(v)
+        u = v - point
     chosen: list[int] = []
     for k in range(max(count, must is not None)):
         if must is not None and k == point:
@@ -214,9 +216,10 @@ def _drawn(
 
 
 def _at(mass: np.ndarray, line: np.ndarray, target: float) -> int:
-    """The first child, of those with mass, whose running sum exceeds target."""
+    """The first child, of those with mass, whose running sum exceeds target; where rounding leaves none, the last one
+    that adds to the sum."""
     above = np.flatnonzero((line > target) & (mass > 0))
-    return int(above[0]) if above.size else int(np.flatnonzero(mass)[-1])
+    return int(above[0]) if above.size else int(np.searchsorted(line, line[-1]))
 
 
 def _placed(

@@ -1,11 +1,12 @@
 """The microbenchmarks measure what they say: the bytes of their formulas, the same work by every contender, all of it
 counted."""
 
+import numpy as np
 import pytest
 import torch
 
 import power_kernels as pk
-from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv, slots
+from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv, particles, slots
 from power_kernels.api.bench.harness import Point
 from power_kernels.api.bench.opponents import add_library
 from power_kernels.api.bench.options import GRIDS, OPS
@@ -52,6 +53,16 @@ def test_bytes_of_a_step_by_slot():
     written = [(FLOAT64, b), (INT64, b), (torch.float32, b, 3), (INT64, b)]
     want = nbytes((torch.bfloat16, b, v), *vectors, *read, *written)
     assert slots.step_bytes(b, v, 2) == want == 2 * b * v + 173 * b
+
+
+def test_bytes_of_a_position_of_particles():
+    n, v = 4, 7
+    rows = [(FLOAT64, n + 1), (INT32, n + 1)]
+    group = [(torch.float32,), (INT64,), (torch.bool,), (FLOAT64,), (FLOAT64, 2), (FLOAT64, 4)]
+    children = [(INT32, n + 1), (INT64, n + 1), (FLOAT64, n + 1), (FLOAT64, n + 1), (INT32, n + 1), (INT32, n + 1)]
+    written = [(INT64, 2), (FLOAT64,), (FLOAT64, 4), (FLOAT64,)]
+    want = nbytes((torch.bfloat16, n, v), *rows, *group, *children, *written)
+    assert particles.position_bytes(n, v, 2) == want == 2 * n * v + 48 * (n + 1) + 133
 
 
 def test_bytes_of_copies():
@@ -150,6 +161,19 @@ def test_contenders_of_a_step_by_slot_agree():
     assert torch.equal(tables[0].cumw, tables[1].cumw)
     drawn, logp = slots.softmax_step(z, torch.ones(6, 1), race=True)
     torch.testing.assert_close(logp, z.log_softmax(-1).gather(1, drawn))
+
+
+def test_contenders_of_a_position_of_particles_agree():
+    """The composed draw finds the same children, in another order, with the same weights."""
+    names = ("branch_particles", "composed")
+    out, _ = outputs(particles.BRANCH, dict(particles=8, vocab=3000), torch.float32, names)
+    ours, (parent, token, weight) = out["branch_particles"], out["composed"]
+    taken = ours.token[0] >= 0
+    mine = sorted(zip(*(c[0][taken].tolist() for c in (ours.parent, ours.token, ours.log_weight)), strict=True))
+    theirs = sorted(zip(parent.tolist(), token.tolist(), weight.tolist(), strict=True))
+    assert len(mine) == 8
+    assert [child[:2] for child in mine] == [child[:2] for child in theirs]
+    np.testing.assert_allclose([child[2] for child in mine], [child[2] for child in theirs], rtol=0, atol=1e-5)
 
 
 def test_contenders_of_the_lm_head_agree():

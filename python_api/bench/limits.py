@@ -46,12 +46,17 @@ def _memory(record: dict) -> float:
 _LOGITS = ("sample_tokens_out", "sample_tokens", "score_tokens_out", "score_tokens")
 _LOGITS_OUT = ("sample_tokens_out", "score_tokens_out")
 _ODD = ("sample_tokens_out, beta 3.7", "score_tokens_out, beta 3.7")
+_PARTICLES = tuple(f"branch_particles_out{what}" for what in ("", ", 4 EOS", ", stop automaton"))
 _QWEN = (VOCABULARY,)
 
 LIMITS = (
     Limit(
         "of torch.logsumexp's time", "cpu",
         _record(_LOGITS + _ODD, vocab=_QWEN), lambda r: r["over_yardstick"], 1.7, True, "x", worst=True,
+    ),
+    Limit(
+        "of torch.logsumexp's time", "cpu",
+        _record(_PARTICLES, vocab=_QWEN), lambda r: r["over_yardstick"], 1.0, True, "x", worst=True,
     ),
     Limit(
         "of the product's time", "cpu",

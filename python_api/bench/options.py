@@ -14,6 +14,7 @@ OPS = (
     "sample_tokens",
     "score_tokens",
     "sample_slots",
+    "branch_particles",
     "sample_from_hidden",
     "score_from_hidden",
     "kv_copy_ranges",

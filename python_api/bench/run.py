@@ -12,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler reports e
 import torch
 
 import power_kernels as pk
-from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv, report, slots
+from power_kernels.api.bench import attention, chain, kv_cache, lm_head, logits, paged_kv, particles, report, slots
 from power_kernels.api.bench.harness import Suite, clock_for, copy_bandwidth, measure
 from power_kernels.api.bench.limits import limits_table
 from power_kernels.errors import ArgumentError, BackendError
@@ -23,6 +23,7 @@ SUITES = (
     logits.SAMPLE,
     logits.SCORE,
     slots.STEP,
+    particles.BRANCH,
     lm_head.SAMPLE,
     lm_head.SCORE,
     kv_cache.COPY,

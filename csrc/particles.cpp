@@ -15,7 +15,7 @@
 // precision, and T64 the float64 one. Its weight is kappa T64 / T, so the product is its mass m, to the last digits: a
 // rounded T makes the draw a little less even and nothing wrong.
 //
-// Bytes: V*itemsize a row once and 32 written a tile; with a stop automaton 2 V more a row; 3 N + 2 tiles again at most.
+// Bytes: V*itemsize a row once and 32 written a tile; with a stop automaton 2 V more a row; 3 N + 2 tiles again.
 
 #include "mass.h"
 #include "state.h"

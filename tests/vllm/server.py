@@ -23,7 +23,8 @@ import pytest
 
 from power_kernels.api.engines.vllm.serve import server
 from power_kernels.errors import ArgumentError
-from tests.vllm import serving, tiny
+from tests.stacks import tiny
+from tests.vllm import serving
 
 ASKED = serving.ASKED | dict(block_size=12, mcmc_steps=3)
 TOKENS = 24

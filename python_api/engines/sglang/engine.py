@@ -36,6 +36,8 @@ class SglangEngine(ServedEngine):
     under which draws could not be exact, RuntimeError where SGLang's processes do not have our sampler.
     """
 
+    _replies_to_aborted = True
+
     def __init__(self, model, **engine_args):
         SGLANG.check()
         self._engine = _engine_of(model, engine_args)
@@ -89,8 +91,9 @@ class SglangEngine(ServedEngine):
             state = self._manager.rid_to_state.get(name)
             if state is not None and state.dispatched:
                 self._manager.abort_request(name)
-            else:
+            elif name in self._listeners:
                 self._listeners[name].cancel()  # SGLang has not been asked yet, and is not any more
+            # else it has ended, and its last reply may still lie in the inbox
 
     def _replies(self) -> Iterable[tuple[str, Reply]]:
         if not self._inbox:

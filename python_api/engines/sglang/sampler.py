@@ -43,7 +43,9 @@ class PowerWorker:
                 slots = batch.req_to_token_pool.req_to_token.shape[0]
                 self.rows = PowerRows(slots, torch.device(batch.device), vocab_size)
             slot = request.kv.req_pool_idx
-            self._slot.pop(self._name.pop(slot, None), None)
+            before = self._name.pop(slot, None)
+            if self._slot.get(before) == slot:  # else it was retracted, and came again in another slot
+                del self._slot[before]
             # A request that was retracted comes again with what it had drawn, whose running sum is lost.
             if self.rows.add(slot, arguments, resumed=bool(request.output_ids)):
                 self._slot[request.rid] = slot

@@ -165,6 +165,19 @@ def test_a_slot_that_another_request_has_got_is_that_one_s():
     assert stack.worker.slots(["first", "second", "third"]).tolist() == [-1, -1, -1]
 
 
+def test_an_ordinary_request_may_bear_the_name_of_one_of_ours_that_has_ended():
+    stack = Stack()
+    stack.admit([request("one", 4, proposal(0)), request("other", 2, proposal(1))])
+    again = request("one", 6, None)
+    stack.admit([again])
+    assert stack.worker.slots(["one", "other"]).tolist() == [-1, 2]
+    given = logits(1, seed=1)
+    expected = given.argmax(-1)
+    token, sent = stack.sample([again], [9], given)
+    assert token == expected
+    assert sent is None
+
+
 def test_a_request_that_comes_back_rejects_nothing_any_more():
     """Retracted by SGLang: its running sum is lost, and its chain decides."""
     stack, hopeless = Stack(), proposal(1, theta=1e6)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from power_kernels.api import EngineBusyError, PowerConfig, PowerSampler, SglangEngine
-from power_kernels.api.driver.engine import Opened
+from power_kernels.api.driver.engine import Ended, Opened
 from power_kernels.api.engines.serving.proposal import COLUMNS, KEY, proposal_of
 from power_kernels.api.engines.serving.versions import SGLANG, Stack, UntestedVersionError
 from power_kernels.api.engines.sglang.parameters import DRAWS, proposal_params
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.slots import SlotFlag
+from power_kernels.state import Status
 from tests.sglang import engines
 from tests.stacks import chains, tiny
 
@@ -151,6 +154,63 @@ def test_a_request_that_could_not_be_exact_is_refused_by_name(engine, params, na
     with pytest.raises((ArgumentError, ArgumentTypeError), match=named):
         engine._engine.generate(input_ids=[4, 5, 6], sampling_params=given)
     engines.assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("name", ["return_logprob", "custom_logit_processor", "return_sampling_mask"])
+def test_what_power_sampled_rows_would_not_get_is_refused_by_name(engine, name):
+    """One request; and of two the one that is power-sampled, beside an ordinary one that may ask for it."""
+    power, ordinary = proposal_params(PROPOSAL, ends=(9,)), dict(max_new_tokens=2)
+    value = "{}" if name == "custom_logit_processor" else True
+
+    def ask(**asked):
+        async def answers():
+            async for out in engine._manager.generate_request(GenerateReqInput(**asked)):
+                return out
+
+        return engine._run(answers())
+
+    with pytest.raises(ArgumentError, match=f"{name} is .* in a power request"):
+        ask(input_ids=[4, 5, 6], sampling_params=power, **{name: value})
+    with pytest.raises(ArgumentError, match=f"{name} is .* in a power request"):
+        ask(input_ids=[[4], [5]], sampling_params=[ordinary, power], **{name: [None, value]})
+    if name == "return_logprob":
+        first, second = ask(input_ids=[[4], [5]], sampling_params=[ordinary, power], return_logprob=[True, False])
+        assert len(first["meta_info"]["output_token_logprobs"]) == len(first["output_ids"]) >= 1
+        assert len(second["meta_info"][DRAWS]) == len(second["output_ids"]) >= 1
+    engines.assert_nothing_is_left(engine)
+
+
+def test_an_abort_ends_no_other_request(engine):
+    """SGLang aborts every request whose name begins with what it is given; a new engine numbers its own from 2 on."""
+    count, horizon = 24, 200
+    new = SglangEngine(engine._engine)
+    new.begin(chains=count, lanes=1, max_length=256, alpha=2.0, beta=2.0, seed=1)
+    new.prefill(list(range(count)), [[20 + i] for i in range(count)])
+    opened = [
+        Opened(
+            lane=i, request=i, tokens=[], horizon=horizon, serial=0, chain_id=i, prompt_id=0, exclude=-1, cumw=0.0,
+            theta=-np.inf, length_bonus=0.0, eos=(), stops=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    new.requests(opened, [])
+    drawn, on, state = np.zeros(count, int), set(range(count)), SimpleNamespace(chains=count, lanes=1)
+
+    def step(ended=()):
+        ended = [*ended, *(lane for lane in on if drawn[lane] == horizon)]
+        new.requests([], [Ended(lane=lane, request=lane) for lane in ended])
+        on.difference_update(ended)
+        drawn[:] += (new.step(state).status != Status.PENDING).sum(1).numpy()
+
+    while drawn.min() == 0:
+        step()
+    assert len(on) == count
+    step(ended=range(3))
+    while drawn[3:].min() < horizon:
+        step()
+    assert (drawn[:3] < horizon).all()
+    new.end()
+    engines.assert_nothing_is_left(new)
 
 
 def test_a_request_of_one_s_own_is_answered_with_its_draws(engine):

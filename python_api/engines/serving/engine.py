@@ -208,7 +208,7 @@ class ServedEngine(ABC):
         ends = opened.eos or (self.vocab_size - 1,)  # a request needs a token that ends it
         proposal = proposal_of(opened, len(prompt), self._alpha, self._beta, self._seed, stop_token=ends[0])
         self._named += 1
-        name = f"power-{self._named}"
+        name = f"power-{self._named:012d}"  # none begins with another: SGLang aborts all that begin with a name
         self._lane_of[name] = lane
         self._live[lane] = _Request(opened, name, opened.tokens, opened.cumw)
         self._ask(name, prompt + opened.tokens, proposal, ends=ends, pieces=opened.stops)

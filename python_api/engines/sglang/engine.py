@@ -61,13 +61,15 @@ class SglangEngine(ServedEngine):
         self._inbox: list[tuple[str, dict | Exception]] = []
         self._news = asyncio.Event()  # something is in the inbox
         self._listeners: dict[str, asyncio.Task] = {}  # by the request's name
-        self._received: dict[str, int] = {}  # tokens, by the request's name
+        self._received: dict[str, int] = {}  # tokens, by the name of a request that its listener has begun with
         self._self_test(_NOT_OURS)
 
     def close(self) -> None:
         """End SGLang's processes, and all others that this program has started."""
-        self.end()
-        self._engine.shutdown()
+        try:
+            self.end()
+        finally:
+            self._engine.shutdown()
 
     def _check_idle(self) -> None:
         self._run(self._settled())
@@ -81,7 +83,6 @@ class SglangEngine(ServedEngine):
 
         params = proposal_params(proposal, ends=ends, entropy=self._entropy)
         request = GenerateReqInput(input_ids=prompt, sampling_params=params, rid=name, stream=pieces)
-        self._received[name] = 0
         task = self._engine.loop.create_task(self._listen(name, request))
         task.add_done_callback(lambda _: self._listeners.pop(name))
         self._listeners[name] = task
@@ -91,9 +92,9 @@ class SglangEngine(ServedEngine):
             state = self._manager.rid_to_state.get(name)
             if state is not None and state.dispatched:
                 self._manager.abort_request(name)
-            elif name in self._listeners:
+            elif name in self._listeners and (state is not None or name not in self._received):
                 self._listeners[name].cancel()  # SGLang has not been asked yet, and is not any more
-            # else it has ended, and its last reply may still lie in the inbox
+            # else it has ended, and its last reply is on its way
 
     def _replies(self) -> Iterable[tuple[str, Reply]]:
         if not self._inbox:
@@ -134,6 +135,7 @@ class SglangEngine(ServedEngine):
 
     async def _listen(self, name: str, request) -> None:
         """Send a request and put what comes of it into the inbox."""
+        self._received[name] = 0
         try:
             async for out in self._manager.generate_request(request):
                 self._inbox.append((name, out))

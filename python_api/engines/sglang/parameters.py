@@ -52,6 +52,12 @@ _WHY = {
     "stop_regex_strs": "SGLang would cut the text and leave the law as it was",
     "ignore_eos": "SGLang then looks at no stop token, and a rejected proposal would not end",
 }
+# Of the request itself: what SGLang's own sampler would do, which power-sampled rows do not pass through.
+_NOT_DONE = {
+    "custom_logit_processor": "it would not be called, and p would not be the model it makes",
+    "return_logprob": f"the draws have their own log-probabilities, in meta_info[{DRAWS!r}]",
+    "return_sampling_mask": "nothing is masked",
+}
 _SHOWN = {"stop_strs": "stop", "stop_regex_strs": "stop_regex"}  # as a caller wrote it
 
 
@@ -68,7 +74,21 @@ def check_exact(params) -> None:
         )
 
 
-def check_request(params) -> None:
+def check_asked(request) -> None:
+    """Refuse what would be left undone for a proposal. request: SGLang's `GenerateReqInput`, one or many at once, that
+    it has brought into its usual form. Raises ArgumentError."""
+    many = isinstance(request.sampling_params, list)
+    for i, params in enumerate(request.sampling_params if many else [request.sampling_params]):
+        if KEY not in (params.get("custom_params") or ()):
+            continue
+        for name, why in _NOT_DONE.items():
+            value = getattr(request, name)
+            value = value[i] if many and isinstance(value, list) else value
+            if value:
+                raise ArgumentError(f"{name} is {value!r} in a power request; it must be off: {why}")
+
+
+def check_params(params) -> None:
     """`check_exact`, and what the proposal says, of a request that carries one; others pass. Raises ArgumentError or
     ArgumentTypeError."""
     arguments = params.custom_params

@@ -1,8 +1,9 @@
 """Puts our sampler before SGLang's, in every process that SGLang starts (entry point `sglang.srt.plugins`).
 
-Four hooks of SGLang's own registry, in the order in which a request meets them:
+Five hooks of SGLang's own registry, in the order in which a request meets them:
 
-    SamplingParams.verify                  refuses what could not be exact, where requests are taken in
+    GenerateReqInput.normalize_batch_and_arguments, and
+    SamplingParams.verify                  refuse what could not be exact, where requests are taken in
     SamplingBatchInfo.from_schedule_batch  tells our table which slot a request has got (`PowerWorker.admit`)
     create_sampler                         puts `PowerSampler` before the sampler that SGLang has chosen
     ModelRunner.sample                     shows it the batch, and sends its results along with the tokens
@@ -28,6 +29,9 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     sampling = "sglang.srt.sampling"
+    HookRegistry.register(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments", _asked, HookType.AFTER
+    )
     HookRegistry.register(f"{sampling}.sampling_params.SamplingParams.verify", _verified, HookType.AFTER)
     HookRegistry.register(
         f"{sampling}.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _scheduled, HookType.AFTER
@@ -36,10 +40,16 @@ def register() -> None:
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.sample", _sample, HookType.AROUND)
 
 
-def _verified(_, params, vocab_size) -> None:
-    from power_kernels.api.engines.sglang.parameters import check_request
+def _asked(_, request) -> None:
+    from power_kernels.api.engines.sglang.parameters import check_asked
 
-    check_request(params)
+    check_asked(request)
+
+
+def _verified(_, params, vocab_size) -> None:
+    from power_kernels.api.engines.sglang.parameters import check_params
+
+    check_params(params)
 
 
 def _scheduled(info, cls, batch, vocab_size) -> None:

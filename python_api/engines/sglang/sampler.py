@@ -50,6 +50,8 @@ class PowerWorker:
             if self.rows.add(slot, arguments, resumed=bool(request.output_ids)):
                 self._slot[request.rid] = slot
                 self._name[slot] = request.rid
+            else:  # a client may give an ordinary request the name of one of ours that has ended
+                self._slot.pop(request.rid, None)
 
     def slots(self, names: list[str]) -> np.ndarray:
         """Of requests; -1 for those that are not ours."""

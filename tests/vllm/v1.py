@@ -218,6 +218,23 @@ def test_a_stream_that_is_closed_leaves_nothing_and_another_goes_on_from_it(engi
     chains.assert_same_chains(ours, theirs)
 
 
+def test_a_request_that_vllm_ends_by_itself_is_an_error_and_leaves_nothing(engine, monkeypatch):
+    step = engine._llm.step
+
+    def ended():
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                output.outputs[0].finish_reason = "abort"
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "step", ended)
+    with pytest.raises(RuntimeError, match="vLLM ended a request by itself: abort"):
+        chains.drawn(engine, CONFIG, prompts=3, seed=1)
+    monkeypatch.undo()
+    engines.assert_nothing_is_left(engine)
+
+
 def test_other_requests_of_the_engine_are_not_lost(engine):
     engine._llm.add_request("other", {"prompt_token_ids": [5, 6]}, mixed.plain(None))
     with pytest.raises(EngineBusyError, match="other requests"):

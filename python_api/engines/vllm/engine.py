@@ -60,7 +60,9 @@ class VllmEngine(ServedEngine):
         self._name_of[name] = self._llm.add_request(name, {"prompt_token_ids": prompt}, params)
 
     def _abort(self, names: list[str]) -> None:
-        self._llm.abort_request([self._name_of.pop(name) for name in names], internal=True)
+        # One that vLLM has ended bears no name any more: where a run fails, the driver may not have heard of it.
+        known = [self._name_of.pop(name) for name in names if name in self._name_of]
+        self._llm.abort_request(known, internal=True)
 
     def _replies(self) -> Iterable[tuple[str, Reply]]:
         outputs = self._llm.step()
@@ -83,7 +85,7 @@ class VllmEngine(ServedEngine):
         )  # fmt: skip
 
     def _progress(self, name: str) -> Progress | None:
-        state = self._llm.output_processor.request_states.get(self._name_of[name])
+        state = self._llm.output_processor.request_states.get(self._name_of.get(name))
         if state is None or state.is_prefilling:
             return None
         return Progress(state.prompt_len, state.num_cached_tokens, state.detokenizer.num_output_tokens())

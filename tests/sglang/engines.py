@@ -37,7 +37,7 @@ def assert_nothing_is_left(engine: SglangEngine) -> None:
     engine._run(engine._settled())
     assert not engine._listeners
     assert not engine._manager.rid_to_state
-    for _ in range(50):  # the step that aborts a request may still be on
+    for _ in range(600):  # the step that aborts a request may still be on
         if engine._engine.flush_cache().success:  # which SGLang does where nothing runs and nothing waits
             return
         time.sleep(0.1)

@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # torch is installed first, since the C++ extension is built against it without isolation.
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-vllm lint bench experiment doctor kernels-report ptx gpu-check clean
+.PHONY: demo test test-vllm test-sglang lint bench experiment doctor kernels-report ptx gpu-check clean
 
 demo: $(READY)  ## power-sample two questions with a real small model
 	$(PY) -m power_kernels.api.commands.demo
@@ -17,6 +17,9 @@ test: $(READY)  ## the whole test suite
 
 test-vllm:  ## the engine on a real vLLM on the CPU, in an environment of its own (3.5 GB; skipped without a network)
 	tests/vllm/run.sh $(PYTHON) .venv-vllm
+
+test-sglang:  ## the engine on a real SGLang on the CPU, in an environment of its own (3 GB; skipped without a network)
+	tests/sglang/run.sh $(PYTHON) .venv-sglang
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -66,4 +69,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm build power_kernels/_C*.so *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-sglang build power_kernels/_C*.so *.egg-info

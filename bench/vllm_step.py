@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="a file for the figures")
     arguments = parser.parse_args(argv)
-    from tests.vllm import engines, tiny
+    from tests.stacks import tiny
+    from tests.vllm import engines
 
     with tempfile.TemporaryDirectory() as folder:
         tiny.save(Path(folder), vocab=VOCAB)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
     from power_kernels.api.driver.sampler import GenerationError, GenerationInterrupted, PowerSampler
     from power_kernels.api.engines.huggingface import HuggingFaceEngine
     from power_kernels.api.engines.huggingface.custom_generate import power_sample
+    from power_kernels.api.engines.sglang import SglangEngine
     from power_kernels.api.engines.vllm import VllmEngine
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "RequestEngine",
     "RunReport",
     "Sampled",
+    "SglangEngine",
     "SharedEngine",
     "SizedEngine",
     "StepReport",
@@ -90,6 +92,7 @@ _HOMES = {
     "GenerationInterrupted": "power_kernels.api.driver.sampler",
     "PowerSampler": "power_kernels.api.driver.sampler",
     "HuggingFaceEngine": "power_kernels.api.engines.huggingface",
+    "SglangEngine": "power_kernels.api.engines.sglang",
     "VllmEngine": "power_kernels.api.engines.vllm",
     "power_sample": "power_kernels.api.engines.huggingface.custom_generate",
 }

@@ -12,8 +12,9 @@ import torch
 
 torch.set_num_threads(1)
 
-# Its conftest.py sets up the processes of a real vLLM, where nothing is compiled (make test-vllm).
-collect_ignore = ["vllm"]
+# Their conftest.py set up the processes of a real vLLM, where nothing is compiled, and of a real SGLang, on a processor
+# (make test-vllm, make test-sglang).
+collect_ignore = ["vllm", "sglang"]
 
 # Files of which nothing runs on a device, and what `pytest --device cuda` therefore leaves to the CPU run.
 HOST_FILES = {

@@ -52,6 +52,11 @@ VLLM_COMMAND = (
     '--prompt "The capital of France is"'
 )
 
+SGLANG_COMMAND = (
+    "power-kernels generate --engine sglang --model Qwen/Qwen3-0.6B --engine-arg context_length=4096 "
+    '--prompt "The capital of France is"'
+)
+
 SERVE_COMMAND = "power-kernels serve Qwen/Qwen3-0.6B --max-model-len 4096 --enable-prompt-tokens-details"
 CURL_COMMAND = next(command for command in COMMANDS if command.startswith("curl "))
 
@@ -67,6 +72,10 @@ TESTED = {
     "make test": ("make --dry-run test", ("-m pytest", " tests")),  # the command that is running now
     "make test-vllm": ("make --dry-run test-vllm", ("tests/vllm/run.sh",)),
     "pip install '.[vllm]'": ("pip install --dry-run --no-deps --no-build-isolation '.[vllm]'", ()),
+    "make test-sglang": ("make --dry-run test-sglang", ("tests/sglang/run.sh",)),
+    "pip install '.[sglang]'": ("pip install --dry-run --no-deps --no-build-isolation '.[sglang]'", ()),
+    # tests/sglang/commands.py runs it where there is an SGLang, and the snippet of its page.
+    SGLANG_COMMAND: ("power-kernels generate --help", ("--engine", "--engine-arg KEY=VALUE")),
     # tests/vllm/commands.py runs it where there is a vLLM, and the snippet of its page.
     VLLM_COMMAND: ("power-kernels generate --help", ("--engine", "--engine-arg KEY=VALUE")),
     # tests/vllm/server.py runs these two, and the snippet of their page.
@@ -193,7 +202,8 @@ def test_the_generate_blocks_run():
 def test_python_snippets_run_in_order():
     """Page by page, each page as one program: a later snippet uses what an earlier one made."""
     programs = {page: "\n".join(t for p, kind, t in BLOCKS if kind == "python" and p == page) for page in PAGES}
-    assert len(programs.pop("docs/vllm.md").splitlines()) <= 10  # tests/vllm/commands.py runs it
+    for page in ("docs/vllm.md", "docs/sglang.md"):  # tests/vllm/commands.py and tests/sglang/commands.py run them
+        assert sum(line != "" for line in programs.pop(page).splitlines()) <= 10
     del programs["docs/serve.md"]  # tests/vllm/server.py runs it
     programs = {page: text for page, text in programs.items() if text}
     assert {"README.md", "docs/python.md", "docs/engines.md"} <= set(programs)

@@ -15,7 +15,7 @@ from power_kernels.api.driver.config import PowerConfig
 from power_kernels.api.driver.planning import plan_run
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface.decode_attention import KERNELS
-from power_kernels.api.engines.vllm import versions
+from power_kernels.api.engines.serving.versions import SGLANG, VLLM
 from power_kernels.api.experiments.grading import sandbox
 from power_kernels.errors import BackendError
 from power_kernels.ops import dispatch
@@ -39,7 +39,9 @@ def report() -> dict:
             for name in dispatch.KERNELS
         },
         "sandbox": _sandbox(),
-        "vllm": {"version": (vllm := versions.installed()), "refused_because": versions.refusal(vllm)},
+        "stacks": {
+            stack.name: {"version": stack.installed(), "refused_because": stack.refusal()} for stack in (VLLM, SGLANG)
+        },
         "missing": _missing() + [f"{device}: a kernel does not run: {f}" for device, f in failures.items() if f],
     }
 
@@ -158,9 +160,13 @@ def text(data: dict) -> str:
     lines += ["", f"programs that a model wrote (eval --allow-code-execution): {held['isolation']}"]
     lines += [f"  {barrier:<13} {held[barrier]}" for barrier in ("network", "files", "processes") if barrier in held]
     lines += [f"  weaker, since {held['weaker_because']}"] if held["weaker_because"] else []
-    vllm = data["vllm"]
     served = ", ".join(f"{device} by {backend}" for device, backend in data["ops"]["sample_slots"].items())
-    lines += ["", f"vLLM (--engine vllm): {vllm['refused_because'] or vllm['version'] + ', sample_slots on ' + served}"]
+    lines += [""]
+    lines += [
+        f"{name} (--engine {name.lower()}): "
+        + (stack["refused_because"] or f"{stack['version']}, sample_slots on {served}")
+        for name, stack in data["stacks"].items()
+    ]
     lines += ["", "missing"] + [f"  {line}" for line in data["missing"] or ["nothing"]]
     if "decoding" in data:
         lines += _decoding_text(data["decoding"])

@@ -20,7 +20,7 @@ from power_kernels.api.driver.launcher import from_environment
 from power_kernels.errors import ArgumentError
 from power_kernels.law import CUTS
 
-ENGINES = ("huggingface", "vllm")
+ENGINES = ("huggingface", "vllm", "sglang")
 INCOMPLETE = 1
 INTERRUPTED = 130  # what a shell reports for SIGINT
 
@@ -38,32 +38,37 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """What runs the model."""
     parser.add_argument(
-        "--engine", choices=ENGINES, help="what runs the model (default: huggingface); vllm needs vLLM (docs/vllm.md)"
+        "--engine",
+        choices=ENGINES,
+        help="what runs the model (default: huggingface); vllm (docs/vllm.md) and sglang (docs/sglang.md) need those",
     )
     parser.add_argument(
         "--engine-arg",
         action="append",
         metavar="KEY=VALUE",
-        help="an argument of vllm.LLM, its value in JSON or else a text; may be repeated",
+        help="an argument of vllm.LLM or of sglang.Engine, its value in JSON or else a text; may be repeated",
     )
 
 
 def check_engine_arguments(arguments: argparse.Namespace) -> None:
     """What can be said of `add_engine_arguments` without the engine. Raises ArgumentError."""
-    if arguments.engine != "vllm":
+    if arguments.engine in (None, "huggingface"):
         if arguments.engine_arg:
-            raise ArgumentError(f"--engine-arg is {arguments.engine_arg[0]} and --engine is not vllm, which it is for")
+            raise ArgumentError(
+                f"--engine-arg is {arguments.engine_arg[0]} and --engine is neither vllm nor sglang, which it is for"
+            )
         return
     for option, value in (("--device", arguments.device), ("--threads", arguments.threads)):
         if value is not None:
             raise ArgumentError(
-                f"{option} is {value} with --engine vllm, which has its own ways: CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS"
+                f"{option} is {value} with --engine {arguments.engine}, which has its own ways: "
+                "CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, --engine-arg"
             )
     engine_arguments(arguments.engine_arg or ())
 
 
 def engine_arguments(texts: Iterable[str]) -> dict:
-    """The arguments of `vllm.LLM` that are given as KEY=VALUE. Raises ArgumentError."""
+    """The arguments of a serving stack that are given as KEY=VALUE. Raises ArgumentError."""
     given = {}
     for text in texts:
         key, is_one, value = text.partition("=")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -22,10 +23,16 @@ from power_kernels.api.driver.distributed import Ranks
 from power_kernels.api.driver.engine import UnsupportedModelError
 from power_kernels.api.driver.sampler import PowerSampler
 from power_kernels.api.engines.huggingface.inspection import configured_context
+from power_kernels.api.engines.serving.versions import UntestedVersionError
 from power_kernels.errors import ArgumentError
 
 # What a tokenizer may be kept in: one of these is there, whatever its kind.
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# By `--engine`: the engine's name in `power_kernels.api`, and the arguments that say how many GPUs it takes.
+_STACKS = {
+    "vllm": ("VllmEngine", ("tensor_parallel_size", "pipeline_parallel_size")),
+    "sglang": ("SglangEngine", ("tp_size", "dp_size")),
+}
 # `cached_file` returns None for what is not there.
 _IF_THERE = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 
@@ -96,8 +103,8 @@ def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, toke
     has them, and its tokenizer unless it is there. Raises ArgumentError."""
     if tokenizer is None:
         tokenizer, _ = load_tokenizer(arguments.model)
-    if vars(arguments).get("engine") == "vllm":
-        return PowerSampler(_vllm(arguments, ranks or Ranks()), tokenizer)
+    if vars(arguments).get("engine") in _STACKS:
+        return PowerSampler(_served(arguments, ranks or Ranks()), tokenizer)
     model = _load(arguments, _device(arguments.device, ranks or Ranks()))
     try:
         return PowerSampler(model, tokenizer)
@@ -105,25 +112,28 @@ def load_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None, toke
         raise ArgumentError(f"--model {arguments.model}: {error}") from error
 
 
-def _vllm(arguments: argparse.Namespace, ranks: Ranks):
-    from power_kernels.api.engines.vllm import UntestedVersionError, VllmEngine
+def _served(arguments: argparse.Namespace, ranks: Ranks):
+    """The engine over a serving stack."""
+    import power_kernels.api
 
+    name, parallel = _STACKS[arguments.engine]
     given = {"dtype": arguments.dtype} | engine_arguments(arguments.engine_arg or ())
     if ranks.world > 1:
-        _take_own_gpus(given, ranks)
+        _take_own_gpus(math.prod(given.get(size, 1) for size in parallel), ranks)
     try:
-        return VllmEngine(arguments.model, **given)
+        return getattr(power_kernels.api, name)(arguments.model, **given)
     except UntestedVersionError as error:
-        raise ArgumentError(f"--engine is vllm: {error}") from error
-    except Exception as error:  # vLLM refuses what it is given in as many ways as there are
-        raise ArgumentError(f"--model {arguments.model} cannot be loaded by vLLM: {error}") from error
+        raise ArgumentError(f"--engine is {arguments.engine}: {error}") from error
+    except Exception as error:  # a stack refuses what it is given in as many ways as there are
+        raise ArgumentError(
+            f"--model {arguments.model} cannot be loaded with --engine {arguments.engine}: {error}"
+        ) from error
 
 
-def _take_own_gpus(given: dict, ranks: Ranks) -> None:
-    """Each process has vLLM's processes of its own: of the GPUs that are visible it takes as many as they need."""
+def _take_own_gpus(wanted: int, ranks: Ranks) -> None:
+    """Each process has a stack's processes of its own: of the GPUs that are visible it takes as many as they need."""
     if not torch.cuda.device_count():
         return
-    wanted = given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1)
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     mine = names[ranks.local_rank * wanted : (ranks.local_rank + 1) * wanted]
     if len(mine) < wanted:

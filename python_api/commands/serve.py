@@ -29,8 +29,8 @@ def wanted(argv: list[str]) -> bool:
 
 
 def run(arguments: list[str]) -> int:
+    from power_kernels.api.engines.serving.versions import UntestedVersionError
     from power_kernels.api.engines.vllm.serve.server import serve
-    from power_kernels.api.engines.vllm.versions import UntestedVersionError
 
     try:
         serve(arguments)

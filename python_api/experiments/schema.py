@@ -367,7 +367,7 @@ class Experiment(_Strict):
     device: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     threads: Integer | None = Field(default=None, ge=1)
-    engine: Literal["huggingface", "vllm"] | None = None
+    engine: Literal["huggingface", "vllm", "sglang"] | None = None
     engine_arg: tuple[str, ...] | None = None
     max_chains: Integer | None = Field(default=None, ge=1)
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)

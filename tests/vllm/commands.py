@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm import tiny
+from tests.stacks import tiny
 
 GIVEN = dict(
     enforce_eager="true", block_size=tiny.BLOCK, kv_cache_memory_bytes=64 << 20, max_model_len=512,
@@ -103,7 +103,7 @@ def test_the_command_of_the_page_runs(folder):
     [
         (["--device", "cpu"], "--device is cpu with --engine vllm"),
         (["--engine-arg", "enforce_eager"], "--engine-arg is enforce_eager; it must be KEY=VALUE"),
-        (["--engine-arg", "no_such_thing=3"], "cannot be loaded by vLLM"),
+        (["--engine-arg", "no_such_thing=3"], "cannot be loaded with --engine vllm"),
     ],
 )
 def test_what_is_wrong_is_said(folder, arguments, message):
@@ -119,7 +119,7 @@ def test_doctor_says_which_vllm_is_there():
 
 def test_doctor_says_what_was_tested_where_vllm_is_another(monkeypatch):
     from power_kernels.api.commands import doctor
-    from power_kernels.api.engines.vllm import versions
+    from power_kernels.api.engines.serving.versions import Stack
 
-    monkeypatch.setattr(versions, "installed", lambda: "0.99.2")
+    monkeypatch.setattr(Stack, "installed", lambda stack: "0.99.2")
     assert "vLLM is 0.99.2; tested: 0.31, 0.32, 0.33." in doctor.text(doctor.report())

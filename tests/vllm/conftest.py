@@ -21,7 +21,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """The tiny model, as `from_pretrained` and vLLM take it."""
-    from tests.vllm import tiny
+    from tests.stacks import tiny
 
     path = tmp_path_factory.mktemp("tiny")
     tiny.save(path)

@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from power_kernels.api.driver.engine import Opened
 from power_kernels.api.engines.serving.proposal import proposal_of
 from power_kernels.api.engines.vllm.parameters import proposal_params
-from tests.vllm import seen, tiny
+from tests.stacks import seen, tiny
 
 
 def run(engine, requests: list[tuple[list[int], SamplingParams]]) -> list:

@@ -9,7 +9,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from power_kernels.api.engines.vllm.serve import admission
-from tests.vllm import engines, serving, tiny
+from tests.stacks import tiny
+from tests.vllm import engines, serving
 
 SMALL_POOL = 20  # blocks
 

@@ -11,7 +11,8 @@ from tests.vllm import interpreted  # noqa: F401, before vLLM
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
 
-from tests.vllm import serving, tiny
+from tests.stacks import tiny
+from tests.vllm import serving
 
 SMALL = dict(max_tokens=16, block_size=8, mcmc_steps=3)
 

@@ -23,7 +23,8 @@ import pytest
 
 from power_kernels.api.engines.vllm.serve import server
 from power_kernels.errors import ArgumentError
-from tests.vllm import serving, tiny
+from tests.stacks import tiny
+from tests.vllm import serving
 
 ASKED = serving.ASKED | dict(block_size=12, mcmc_steps=3)
 TOKENS = 24
@@ -36,7 +37,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def completion(self, prompt, *, xargs=ASKED, timeout=120, **more):
+    def completion(self, prompt, *, xargs=ASKED, timeout=600, **more):
         extra = {"vllm_xargs": xargs, "ignore_eos": True, "return_token_ids": True} | more.pop("extra_body", {})
         return self.client.completions.create(
             model="tiny", prompt=prompt, extra_body=extra, timeout=timeout, **(dict(max_tokens=TOKENS, seed=1) | more)
@@ -54,7 +55,7 @@ class Server:
             f"{self.url}/v1/power/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=600) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -76,7 +77,7 @@ class Server:
         return not any(now[name] for name in names)
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.idle():
             assert time.monotonic() < deadline, "requests or blocks are held"
             time.sleep(0.2)
@@ -105,7 +106,7 @@ def served(folder, tmp_path_factory):
         )  # fmt: skip
     made = Server(port)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while True:
             assert process.poll() is None, said.read_text()[-4000:]
             assert time.monotonic() < deadline, said.read_text()[-4000:]
@@ -118,7 +119,7 @@ def served(folder, tmp_path_factory):
         assert process.poll() is None, said.read_text()[-4000:]
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +145,10 @@ def test_the_commands_and_the_snippet_of_the_page_run(served):
     start, curl = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
     assert start.split()[:2] == ["power-kernels", "serve"]
     assert set(re.findall(r"--[a-z-]+", start)) <= set(arguments("", 0))
-    done = subprocess.run(["bash", "-ec", curl], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-ec", curl], capture_output=True, text=True, timeout=600)
     assert json.loads(done.stdout)["kv_transfer_params"]["power"]["steps"] == 10
     (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=600)
     assert re.search(r"completion_tokens=\d+, prompt_tokens=\d+, .*'steps': \d+", done.stdout), done.stderr
 
 

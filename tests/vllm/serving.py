@@ -11,7 +11,7 @@ from power_kernels.api import PowerConfig, PowerResult, PowerSampler
 from power_kernels.api.engines.vllm import plugin
 from power_kernels.api.engines.vllm.serve import admission
 from power_kernels.api.engines.vllm.serve.scheduler import STATISTICS
-from tests.vllm import tiny
+from tests.stacks import tiny
 
 SCHEDULER = "power_kernels.api.engines.vllm.serve.scheduler.PowerScheduler"
 ASKED = dict(alpha=2.0, temperature=1 / 1.5, block_size=16, mcmc_steps=5)  # as a client says it

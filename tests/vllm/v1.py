@@ -10,13 +10,15 @@ import pytest
 from vllm import SamplingParams
 
 from power_kernels.api import EngineBusyError, PowerConfig, PowerSampler
-from power_kernels.api.engines.vllm import UntestedVersionError, VllmEngine, versions
+from power_kernels.api.engines.serving.rows import PowerRows
+from power_kernels.api.engines.serving.versions import VLLM, Stack
+from power_kernels.api.engines.vllm import UntestedVersionError, VllmEngine
 from power_kernels.api.engines.vllm.parameters import check_exact
-from power_kernels.api.engines.vllm.rows import PowerRows
 from power_kernels.errors import ArgumentError, ArgumentTypeError
 from power_kernels.slots import SlotField, SlotFlag
 from power_kernels.state import Status
-from tests.vllm import engines, mixed, seen, tiny
+from tests.stacks import chains, seen, tiny
+from tests.vllm import engines, mixed
 
 CONFIG = PowerConfig(alpha=2.0, temperature=1 / 1.5, max_new_tokens=48, block_size=16, mcmc_steps=5, lanes=1)
 
@@ -29,7 +31,7 @@ def reference(huggingface):
     def drawn(config, **call):
         key = (config, tuple(sorted((name, str(value)) for name, value in call.items())))
         if key not in known:
-            known[key] = engines.drawn(huggingface, config, **call)
+            known[key] = chains.drawn(huggingface, config, **call)
         return known[key]
 
     return drawn
@@ -85,9 +87,9 @@ SETTINGS = {
 def test_chains_are_the_hugging_face_engine_s(engine, reference, name):
     config, call, accepted, ended = SETTINGS[name]
     with seen.seen() as rows:
-        ours = engines.drawn(engine, config, seed=2024, **call)
-    engines.assert_same_chains(ours, reference(replace(config, lanes=1), seed=2024, **call))
-    assert engines.accepted(ours) >= accepted
+        ours = chains.drawn(engine, config, seed=2024, **call)
+    chains.assert_same_chains(ours, reference(replace(config, lanes=1), seed=2024, **call))
+    assert chains.accepted(ours) >= accepted
     assert sum(bool(row.flags & SlotFlag.REJECTED) for row in rows) >= ended
     seen.check(rows)
     engines.assert_nothing_is_left(engine)
@@ -107,9 +109,9 @@ def small_pool(folder):
 
 
 def test_without_a_prefix_cache_the_chains_are_the_same(without_cache, reference):
-    ours = engines.drawn(without_cache, CONFIG, prompts=16, seed=2024)
-    engines.assert_same_chains(ours, reference(CONFIG, prompts=16, seed=2024))
-    assert engines.accepted(ours) >= 60
+    ours = chains.drawn(without_cache, CONFIG, prompts=16, seed=2024)
+    chains.assert_same_chains(ours, reference(CONFIG, prompts=16, seed=2024))
+    assert chains.accepted(ours) >= 60
     assert sum(result.cost.cached for result in ours) == 0
     engines.assert_nothing_is_left(without_cache)
 
@@ -117,9 +119,9 @@ def test_without_a_prefix_cache_the_chains_are_the_same(without_cache, reference
 @pytest.mark.parametrize(("lanes", "least"), [(1, 20), (2, 18)])
 def test_preemption_changes_no_chain(small_pool, reference, lanes, least):
     with engines.preemptions(small_pool) as preempted:
-        ours = engines.drawn(small_pool, replace(CONFIG, lanes=lanes), prompts=16, seed=2024)
+        ours = chains.drawn(small_pool, replace(CONFIG, lanes=lanes), prompts=16, seed=2024)
     assert len(preempted) >= least
-    engines.assert_same_chains(ours, reference(CONFIG, prompts=16, seed=2024))
+    chains.assert_same_chains(ours, reference(CONFIG, prompts=16, seed=2024))
     engines.assert_nothing_is_left(small_pool)
 
 
@@ -127,7 +129,7 @@ def test_a_proposal_recomputes_less_than_half_a_block_of_its_prompt(engine):
     """Of what it shares with its chain: on average, the tail of a block. The token that gives the first draw is one
     more."""
     with opened_requests(engine) as opened:
-        results = engines.drawn(engine, CONFIG, prompts=16, seed=1)
+        results = chains.drawn(engine, CONFIG, prompts=16, seed=1)
     recomputed = sum(result.cost.recomputed for result in results)
     later = len(opened) - len(results)
     assert later >= 200
@@ -140,7 +142,7 @@ def test_a_proposal_recomputes_less_than_half_a_block_of_its_prompt(engine):
 def test_the_account_adds_up(engine):
     """Every token that went through the model is in one place: what the driver says is what the scheduler did."""
     with scheduled_tokens(engine) as scheduled:
-        results = engines.drawn(engine, replace(CONFIG, lanes=3), prompts=6, seed=9, eos_token_id=tiny.EOS)
+        results = chains.drawn(engine, replace(CONFIG, lanes=3), prompts=6, seed=9, eos_token_id=tiny.EOS)
     forwarded = sum(result.cost.forwarded for result in results)
     # What was on its way when a request was aborted has gone through the model and is told to nobody.
     assert 0 <= sum(scheduled) - forwarded <= 0.02 * forwarded
@@ -194,10 +196,10 @@ def test_a_chain_whose_logits_go_bad_stops_and_the_others_go_on(engine, referenc
 
     monkeypatch.setattr(PowerRows, "draw", poisoned)
     call = dict(prompts=4, seed=2024, eos_token_id=tiny.EOS[:2])
-    ours = engines.drawn(engine, CONFIG, **call)
+    ours = chains.drawn(engine, CONFIG, **call)
     theirs = reference(CONFIG, **call)
     assert (ours[2].finish, ours[2].status, ours[2].steps) == ("fault", Status.NAN, 2)
-    engines.assert_same_chains(ours[:2] + ours[3:], theirs[:2] + theirs[3:])
+    chains.assert_same_chains(ours[:2] + ours[3:], theirs[:2] + theirs[3:])
     engines.assert_nothing_is_left(engine)
 
 
@@ -213,13 +215,30 @@ def test_a_stream_that_is_closed_leaves_nothing_and_another_goes_on_from_it(engi
     done = {(result.prompt_id, result.chain_id) for result in first}
     rest = list(sampler.stream(tiny.prompts(6), CONFIG, seed=3, skip=done))
     ours = sorted([*first, *rest], key=lambda result: result.prompt_id)
-    engines.assert_same_chains(ours, theirs)
+    chains.assert_same_chains(ours, theirs)
+
+
+def test_a_request_that_vllm_ends_by_itself_is_an_error_and_leaves_nothing(engine, monkeypatch):
+    step = engine._llm.step
+
+    def ended():
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                output.outputs[0].finish_reason = "abort"
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "step", ended)
+    with pytest.raises(RuntimeError, match="vLLM ended a request by itself: abort"):
+        chains.drawn(engine, CONFIG, prompts=3, seed=1)
+    monkeypatch.undo()
+    engines.assert_nothing_is_left(engine)
 
 
 def test_other_requests_of_the_engine_are_not_lost(engine):
     engine._llm.add_request("other", {"prompt_token_ids": [5, 6]}, mixed.plain(None))
     with pytest.raises(EngineBusyError, match="other requests"):
-        engines.drawn(engine, CONFIG, prompts=1)
+        chains.drawn(engine, CONFIG, prompts=1)
     outputs = []
     while engine._llm.has_unfinished_requests():
         outputs += engine._llm.step()
@@ -281,8 +300,8 @@ def test_workers_without_our_sampler_are_found_out(engine, monkeypatch):
 
 
 def test_another_version_is_refused_by_name(engine, monkeypatch):
-    monkeypatch.setattr(versions, "installed", lambda: "0.47.1")
+    monkeypatch.setattr(Stack, "installed", lambda stack: "0.47.1")
     with pytest.raises(UntestedVersionError, match=r"vLLM is 0\.47\.1; tested: .*POWER_KERNELS_UNTESTED_VLLM=1"):
         VllmEngine(engine._llm)
-    monkeypatch.setenv(versions.ALLOW, "1")
+    monkeypatch.setenv(VLLM.allow, "1")
     VllmEngine(engine._llm)

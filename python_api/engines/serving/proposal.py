@@ -18,6 +18,8 @@ from power_kernels.law import check_integer, check_length_bonus
 from power_kernels.rng import MAX_PROMPT_ID
 
 KEY = "power_proposal"  # under which the dict travels among a request's extra arguments
+ENTROPY = "power_entropy"  # beside it: whether entropies are wanted
+COLUMNS = 3  # of a reply: logq, weight, entropy
 
 _MOST = 2**31 - 1
 _INTEGERS = {  # least and most

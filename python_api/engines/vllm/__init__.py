@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from power_kernels.lazy import on_demand
 
 if TYPE_CHECKING:
+    from power_kernels.api.engines.serving.versions import UntestedVersionError
     from power_kernels.api.engines.vllm.engine import VllmEngine
-    from power_kernels.api.engines.vllm.versions import UntestedVersionError
 
 __all__ = ["UntestedVersionError", "VllmEngine"]
 
 _HOMES = {  # on demand: vLLM's processes import this package for its plugin
     "VllmEngine": "power_kernels.api.engines.vllm.engine",
-    "UntestedVersionError": "power_kernels.api.engines.vllm.versions",
+    "UntestedVersionError": "power_kernels.api.engines.serving.versions",
 }
 __getattr__, __dir__ = on_demand(globals(), _HOMES)

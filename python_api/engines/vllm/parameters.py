@@ -8,11 +8,8 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from power_kernels.api.engines.serving.proposal import KEY, Proposal
+from power_kernels.api.engines.serving.proposal import COLUMNS, ENTROPY, KEY, Proposal
 from power_kernels.errors import ArgumentError
-
-ENTROPY = "power_entropy"  # beside the proposal in `SamplingParams.extra_args`: whether entropies are wanted
-COLUMNS = 3  # of a reply: logq, weight, entropy
 
 # Settings of vLLM under which draws could not be exact, or were not tested.
 UNSUITABLE = {

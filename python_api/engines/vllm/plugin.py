@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from power_kernels.api.engines.vllm import versions
+from power_kernels.api.engines.serving.versions import VLLM
 
 log = logging.getLogger(__name__)
 _DONE = "_power_kernels"  # marks what was assigned: a process may load plugins twice
@@ -18,7 +18,7 @@ _DONE = "_power_kernels"  # marks what was assigned: a process may load plugins 
 
 def register() -> None:
     """Never raises for a version that was not tested: vLLM must go on for those who do not use us."""
-    reason = versions.refusal(versions.installed())
+    reason = VLLM.refusal()
     if reason is not None:
         log.info("power_kernels draws nothing here: %s", reason)
         return

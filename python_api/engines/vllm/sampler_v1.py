@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-from power_kernels.api.engines.vllm.parameters import COLUMNS
-from power_kernels.api.engines.vllm.rows import PowerRows
+from power_kernels.api.engines.serving.proposal import COLUMNS
+from power_kernels.api.engines.serving.rows import PowerRows
 
 
 class PowerSamplerV1:
@@ -54,7 +54,7 @@ class PowerSamplerV1:
             if name not in self._slot:
                 slot = self._slot[name] = self._free.pop()
                 request = self.runner.requests[name]
-                self.rows.add(slot, request.sampling_params, resumed=bool(request.output_token_ids))
+                self.rows.add(slot, request.sampling_params.extra_args, resumed=bool(request.output_token_ids))
                 self._next[slot] = -1
         return np.array([self._slot[name] for name in names])
 
@@ -65,7 +65,7 @@ class PowerSamplerV1:
         at, wanted = position.numpy(), self._next[slots]
         for row in np.flatnonzero(ours & live & (wanted >= 0) & (at != wanted)):
             # It was preempted with a draw on its way, which is made again: its running sum has it twice.
-            self.rows.add(int(slots[row]), runner.requests[names[row]].sampling_params, resumed=True)
+            self.rows.add(int(slots[row]), runner.requests[names[row]].sampling_params.extra_args, resumed=True)
         self._next[slots[live]] = at[live] + 1
         self.rows.flush()
         token = torch.zeros(rows, dtype=torch.int64)

@@ -17,8 +17,8 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from power_kernels.api.engines.vllm.parameters import COLUMNS
-from power_kernels.api.engines.vllm.rows import PowerRows
+from power_kernels.api.engines.serving.proposal import COLUMNS
+from power_kernels.api.engines.serving.rows import PowerRows
 
 
 class PowerSamplerV2:
@@ -36,7 +36,7 @@ class PowerSamplerV2:
         state = self.base.req_states
         # A request that was preempted comes again with what it had drawn, whose weights nobody has any more.
         resumed = bool(state.prefill_len.np[slot] > state.prompt_len.np[slot])
-        ours = self.rows.add(slot, params, resumed=resumed)
+        ours = self.rows.add(slot, params.extra_args, resumed=resumed)
         # vLLM must rank no token and alter no logit for a row that is ours.
         self.base.add_request(slot, *before, SamplingParams() if ours else params)
 

@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from power_kernels.api.driver.text import conversation_tokens, text_tokens
-from power_kernels.api.engines.vllm import versions
+from power_kernels.api.engines.serving.versions import VLLM
 from power_kernels.api.engines.vllm.serve import admission, parameters, selftest
 from power_kernels.api.engines.vllm.serve.parameters import PowerParameters
 from power_kernels.errors import ArgumentError
@@ -62,7 +62,7 @@ class PowerEndpoint:
         if args.worker_extension_cls == selftest.WORKER:
             await selftest.check_workers(engine_client)
         await selftest.check_server(engine_client)
-        print(f"power-kernels: the self-test on vLLM {versions.installed()} has passed", file=sys.stderr, flush=True)
+        print(f"power-kernels: the self-test on vLLM {VLLM.installed()} has passed", file=sys.stderr, flush=True)
 
 
 async def power_completions(request: Request) -> Response:

@@ -5,7 +5,7 @@ of the same client, priority, salt and adapter, which nobody outside sees and wh
 like any other: `schedule()` is vLLM's. What these requests draw is taken out of the step's outputs and handed to the
 chain, which asks for the next ones; when it is done, the parent has one output with the whole answer.
 
-vLLM does not promise this class to its users: `versions.py` says which versions it was tested with.
+vLLM does not promise this class to its users: `serving/versions.py` says which versions it was tested with.
 """
 
 from __future__ import annotations

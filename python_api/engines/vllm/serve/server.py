@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib.metadata import entry_points
 
-from power_kernels.api.engines.vllm import versions
+from power_kernels.api.engines.serving.versions import VLLM
 from power_kernels.errors import ArgumentError
 
 PLUGIN = "power_kernels"
@@ -29,9 +29,9 @@ def serve(arguments: list[str]) -> None:
 
     Raises UntestedVersionError, or ArgumentError for what cannot be served with chains.
     """
-    versions.check()
-    version = versions.installed()
-    print(f"power-kernels: vLLM {version}; tested: {', '.join(versions.TESTED)}", file=sys.stderr)
+    VLLM.check()
+    version = VLLM.installed()
+    print(f"power-kernels: vLLM {version}; tested: {', '.join(VLLM.tested)}", file=sys.stderr)
     os.environ["VLLM_PLUGINS"] = ",".join(plugins(os.environ.get("VLLM_PLUGINS")))
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ArgumentError("VLLM_USE_RUST_FRONTEND is set; it must not be, since that front end loads no plugins")

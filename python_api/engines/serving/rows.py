@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
-from power_kernels.api.engines.serving.proposal import KEY, Proposal
+from power_kernels.api.engines.serving.proposal import ENTROPY, KEY, Proposal
 from power_kernels.api.engines.serving.slots import SlotRows
-from power_kernels.api.engines.vllm.parameters import ENTROPY
 
 
 class PowerRows(SlotRows):
-    """Of a worker of vLLM. slots: of its table, and rows of its largest batch. vocab: width of the logits."""
+    """Of a stack's worker. slots: of its table, and rows of its largest batch. vocab: width of the logits."""
 
     def __init__(self, slots: int, device: torch.device, vocab: int):
         super().__init__(slots, device, rows=slots, vocab=vocab)
         self._wants_entropy = np.zeros(slots, bool)
 
-    def add(self, slot: int, params, *, resumed: bool) -> bool:
+    def add(self, slot: int, arguments: Mapping | None, *, resumed: bool) -> bool:
         """A request has come into a slot. Returns whether it is ours.
 
-        params: its sampling parameters. resumed: it has drawn before and its weights are lost, so that it cannot tell
-        any more when it is rejected: its chain will.
+        arguments: the extra ones that it carries. resumed: it has drawn before and its weights are lost, so that it
+        cannot tell any more when it is rejected: its chain will.
         """
-        arguments = params.extra_args or {}
-        if KEY not in arguments:
+        if not arguments or KEY not in arguments:
             self.drop(slot)
             return False
         proposal = Proposal.from_dict(arguments[KEY])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from power_kernels import rng
-from power_kernels.api.engines.vllm.rows import PowerRows
+from power_kernels.api.engines.serving.rows import PowerRows
 from power_kernels.reference import rows as reference
 from power_kernels.slots import SlotBound, SlotField, SlotFlag
 from power_kernels.state import Status

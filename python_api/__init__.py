@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         Engine,
         EngineBusyError,
         Opened,
+        ParticleEngine,
         QueueingEngine,
         ReportingEngine,
         RequestEngine,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; the table below says t
         WideningEngine,
     )
     from power_kernels.api.driver.horizons import ContextWarning
-    from power_kernels.api.driver.results import PowerResult, TokenAccount
+    from power_kernels.api.driver.results import PowerResult, SweepResult, TokenAccount
     from power_kernels.api.driver.run import RunReport
     from power_kernels.api.driver.sampler import GenerationError, GenerationInterrupted, PowerSampler
     from power_kernels.api.engines.huggingface import HuggingFaceEngine
@@ -45,6 +46,7 @@ __all__ = [
     "GenerationInterrupted",
     "HuggingFaceEngine",
     "Opened",
+    "ParticleEngine",
     "PowerConfig",
     "PowerResult",
     "PowerSampler",
@@ -58,6 +60,7 @@ __all__ = [
     "SharedEngine",
     "SizedEngine",
     "StepReport",
+    "SweepResult",
     "TokenAccount",
     "UnsupportedModelError",
     "VllmEngine",
@@ -75,6 +78,7 @@ _HOMES = {
     "Engine": "power_kernels.api.driver.engine",
     "EngineBusyError": "power_kernels.api.driver.engine",
     "Opened": "power_kernels.api.driver.engine",
+    "ParticleEngine": "power_kernels.api.driver.engine",
     "QueueingEngine": "power_kernels.api.driver.engine",
     "ReportingEngine": "power_kernels.api.driver.engine",
     "RequestEngine": "power_kernels.api.driver.engine",
@@ -86,6 +90,7 @@ _HOMES = {
     "WideningEngine": "power_kernels.api.driver.engine",
     "ContextWarning": "power_kernels.api.driver.horizons",
     "PowerResult": "power_kernels.api.driver.results",
+    "SweepResult": "power_kernels.api.driver.results",
     "TokenAccount": "power_kernels.api.driver.results",
     "RunReport": "power_kernels.api.driver.run",
     "GenerationError": "power_kernels.api.driver.sampler",

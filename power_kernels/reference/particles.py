@@ -133,7 +133,8 @@ def _survivors(
     log_floor = -math.inf
     if rho > 0:
         log_floor = math.log(rho / particles) + log_add(log_mass, top + math.log(mass.sum()))
-    heavy, log_threshold = _threshold(mass, top, log_floor)
+    heavy, log_threshold = _threshold(mass[order], top, log_floor)
+    heavy = [(order[place], token) for place, token in heavy]
     survivors = [(row, token, float(weight[row, token])) for row, token in heavy]
     light = mass.copy()
     for child in heavy:
@@ -150,8 +151,9 @@ def _survivors(
 def _threshold(mass: np.ndarray, top: float, log_floor: float) -> tuple[list[tuple[int, int]], float]:
     """The heavy children, the heaviest first, and log kappa: sum over open children of min(1, omega/kappa) = N.
 
-    mass [R, V], relative to e^top. The mass below the threshold is summed without the heavy children: a difference of
-    large sums may come out as 0, and all children as heavy.
+    mass [R, V], relative to e^top, in the order of the particles, by which equally heavy children are taken. What is
+    below the threshold is summed without the heavy children: a difference of large sums may come out as 0, and all
+    children as heavy.
     """
     particles = mass.shape[0] - 1
     rest = mass.copy()

@@ -1,0 +1,488 @@
+"""One prompt, one answer: how likely its answers are, for how many forward passes one after the other.
+
+    python bench/end_to_end.py quality --json quality.json         alpha 4, T = 64, 16 answers to each of three prompts
+    python bench/end_to_end.py quality --json quality.json --tokens 64,128,192 --alpha 2,4 --eos off,on
+    python bench/end_to_end.py quality --json quality.json --only mh-8x10,particles-32+0 --tokens 128
+    python bench/end_to_end.py quality --clock --json quality.json         the wall clock of two of them, T = 128
+
+A cell is one answer. Each is kept in the file as soon as it is there: after an interruption the same command goes on,
+and other options add to the cells of the same file. The table shows all cells of the file.
+
+--only takes methods, separated by commas:
+
+plain            from the model, temperature 1
+cold             from p^alpha normalised token by token, which is temperature 1/alpha
+mh-BxS           Metropolis-Hastings, B blocks of S steps, one proposal at a time; mh-BxS-P in P lanes, which draw the
+                 same answers in fewer steps, mh-BxS-default in as many as the driver chooses
+particles-N+K    N particles and K sweeps; rows of the table are the start and each sweep of the same chains
+smc-N            plain sequential Monte Carlo, N particles that need not be distinct (smc.py)
+
+The columns:
+
+forwards/T       forward passes one after the other, over T: decode steps in which a row went through the model. What is
+                 answered from memory is none
+rows/T           rows that went through the model, over T, without the prompt's
+log p            of the answers under the model, nats: the mean over prompts of the mean over answers, and its standard
+                 error
+given candidates the same, of particles and SMC: not of the one answer that the last sweep selects, but the mean over
+                 this selection, given all its candidates. The same on average, with less noise; verdicts use it
+tokens           of an answer, T where nothing ends one
+each prompt      the better of the two columns of log p, for each prompt
+
+Answers are independent, one random stream each. Methods of one lane, whose forward passes are its rows, may draw several
+answers of a prompt side by side (--together), which changes no figure here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import common
+import selection
+import smc
+import torch
+import transformers
+from common import Progress, Timed, spread, target, timed
+from shapes import ENTROPY, MODELS, SMOLLM2, Subject, device_of, subject
+
+SHORT_QUESTIONS = [
+    "Which planet is closest to the sun, and is it the hottest one as well? Answer in one or two sentences.",
+    "Name three birds that cannot fly and say in a few words how each escapes its enemies.",
+    "Why does ice float on water? Answer in one sentence.",
+]
+METHODS = "plain,cold,mh-8x10,mh-8x10-4,mh-4x5,particles-4+2,particles-8+2,particles-16+2,particles-32+1,smc-16,smc-32"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The target: p^alpha e^(length_bonus n) over answers of at most `tokens` tokens. eos: whether a token ends one."""
+
+    tokens: int
+    alpha: float
+    eos: bool
+    length_bonus: float
+
+    def __str__(self) -> str:
+        ends = "EOS" if self.eos else "no EOS"
+        bonus = f", lambda {self.length_bonus:g}" if self.length_bonus else ""
+        return f"T = {self.tokens}, alpha {self.alpha:g}, {ends}{bonus}"
+
+
+class Method:
+    """One of --only. Raises ValueError for a name that is none."""
+
+    FORM = re.compile(r"(plain|cold)|mh-(\d+)x(\d+)(?:-(\d+|default))?|particles-(\d+)\+(\d+)|smc-(\d+)")
+
+    def __init__(self, name: str):
+        found = self.FORM.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} is no method; the forms are plain, cold, mh-8x10, particles-16+1 and smc-16")
+        self.name = name
+        self.pass_, self.blocks, self.steps, self.lanes, self.particles, self.sweeps, self.smc = found.groups()
+
+    @property
+    def watched(self) -> bool:
+        return bool(self.particles or self.smc)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one answer is drawn at a time: with one lane each forward pass of an answer is one row."""
+        return self.watched or self.lanes is not None
+
+    def config(self, setting: Setting):
+        from power_kernels.api import PowerConfig
+
+        target = {"alpha": setting.alpha, "max_new_tokens": setting.tokens, "length_bonus": setting.length_bonus}
+        if self.watched:
+            n, sweeps = int(self.particles or self.smc), int(self.sweeps or 0)
+            return PowerConfig(kernel="particles", particles=n, sweeps=sweeps, **target)
+        if self.pass_:
+            target["alpha"] = 1.0 if self.pass_ == "plain" else setting.alpha
+            return PowerConfig(block_size=None, mcmc_steps=0, lanes=1, **target)
+        lanes = None if self.lanes == "default" else int(self.lanes or 1)
+        block = -(-setting.tokens // int(self.blocks))
+        return PowerConfig(block_size=block, mcmc_steps=int(self.steps), lanes=lanes, **target)
+
+    def label(self, sweeps: int | None) -> str:
+        if self.pass_:
+            return "plain" if self.pass_ == "plain" else "low temperature"
+        if self.smc:
+            return f"SMC, N = {self.smc}"
+        if self.particles:
+            after = f"{sweeps} sweep{'s' if sweeps > 1 else ''}" if sweeps else "start"
+            return f"particles, N = {self.particles}, {after}"
+        lanes = "" if self.lanes is None else f", {self.lanes} lanes"
+        return f"MH {self.blocks} x {self.steps}{lanes}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An answer at some cost. sweeps: of particles, those that were made; None for others. mean_logp, mean_length:
+    over the selection among the candidates."""
+
+    sweeps: int | None
+    sequential: int
+    rows: int
+    length: int
+    logp: float
+    mean_logp: float
+    mean_length: float
+
+
+# ----------------------------------------------------------------------------------------------------
+# Cells
+
+
+class Bench:
+    def __init__(self, one: Subject):
+        self.sampler, self.prompts = one.sampler, one.prompts
+
+    def answers(self, method: Method, setting: Setting, prompt: int, wanted: list[int]) -> Iterator[tuple[int, list]]:
+        """(which, its points) of each wanted answer, as soon as it is there."""
+        if not method.watched:
+            for result in self._results(method, setting, prompt, wanted):
+                rows = result.cost.forwarded - result.cost.prefill
+                sequential = rows if not method.alone else self.sampler.last_run.sequential
+                length, logp = len(result.tokens), result.logp
+                yield result.chain_id, [Point(None, sequential, rows, length, logp, logp, length)]
+            return
+        for answer in wanted:
+            with selection.watched(smc.smc if method.smc else selection.particles) as sweeps:
+                (result,) = self._results(method, setting, prompt, [answer])
+            points = _points(result, sweeps)
+            if points[-1].sequential != self.sampler.last_run.sequential:
+                raise AssertionError(f"{points[-1].sequential} forward passes were seen, {self.sampler.last_run}")
+            if method.smc:
+                points = [Point(**asdict(points[0]) | {"sweeps": None})]
+            yield answer, points
+
+    def _results(self, method: Method, setting: Setting, prompt: int, wanted: list[int]):
+        others = {(prompt, chain) for chain in range(max(wanted) + 1) if chain not in wanted}
+        stream = self.sampler.stream(
+            [self.prompts[prompt]], method.config(setting), num_chains=max(wanted) + 1, skip=others, seed=SEED,
+            eos_token_id=None if setting.eos else [], prompt_ids=[prompt], max_chains=len(wanted),
+        )  # fmt: skip
+        for result in stream:
+            if result.finish == "fault":
+                raise AssertionError(f"{method.name} met bad logits: {result.status}")
+            yield result
+        report = self.sampler.last_run
+        if report.restarts or (not method.alone and report.lanes > 1) or report.widened:
+            raise AssertionError(f"{method.name} did not run as it was asked to: {report}")
+
+
+def _points(result, sweeps: list[selection.Sweep]) -> list[Point]:
+    points, sequential, rows = [], 0, 0
+    for i, (own, seen) in enumerate(zip(result.sweeps, sweeps, strict=True)):
+        sequential, rows = sequential + seen.sequential, rows + own.rows
+        points.append(Point(i, sequential, rows, own.n, own.logp, *seen.candidates.mean()))
+    return points
+
+
+def key(cell: dict) -> tuple:
+    return tuple(cell[name] for name in ("method", "prompt", "answer", "tokens", "alpha", "eos", "length_bonus"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over prompts of means over answers. error: its standard error, None where a prompt has one answer."""
+
+    value: float
+    error: float | None
+    prompts: dict[int, float]
+
+    @staticmethod
+    def of(values: dict[int, list[float]]) -> Mean:
+        means = {prompt: statistics.fmean(own) for prompt, own in sorted(values.items())}
+        error = None
+        if all(len(own) > 1 for own in values.values()):
+            error = math.sqrt(sum(statistics.variance(own) / len(own) for own in values.values())) / len(values)
+        return Mean(statistics.fmean(means.values()), error, means)
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+
+
+def rows_of(cells: list[dict]) -> list[dict]:
+    """A row a setting, method and number of sweeps, in the order in which they came."""
+    groups: dict[tuple, list[tuple[int, dict]]] = {}
+    for cell in cells:
+        setting = Setting(cell["tokens"], cell["alpha"], cell["eos"], cell["length_bonus"])
+        for point in cell["points"]:
+            groups.setdefault((setting, cell["method"], point["sweeps"]), []).append((cell["prompt"], point))
+    order = {setting: i for i, setting in enumerate(dict.fromkeys(setting for setting, *_ in groups))}
+    rows = []
+    for (setting, method, sweeps), points in sorted(groups.items(), key=lambda item: order[item[0][0]]):
+        found = {}
+        for name in ("sequential", "rows", "logp", "mean_logp", "length"):
+            values: dict[int, list[float]] = {}
+            for prompt, point in points:
+                values.setdefault(prompt, []).append(point[name])
+            found[name] = asdict(Mean.of(values))
+        of = {"method": method, "sweeps": sweeps, "label": Method(method).label(sweeps), "answers": len(points)}
+        rows.append({"setting": asdict(setting)} | of | found)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    form = "{:>32} | {:>7} | {:>10} {:>8} | {:>15} {:>16} | {:>7} | {}"
+    columns = ("", "answers", "forwards/T", "rows/T", "log p", "given candidates", "tokens", "each prompt")
+    lines, before = [], None
+    for row in rows:
+        setting = Setting(**row["setting"])
+        if setting != before:
+            lines += ["", str(setting), form.format(*columns)]
+            before = setting
+        t, method = setting.tokens, Method(row["method"])
+        lines.append(
+            form.format(
+                row["label"],
+                row["answers"],
+                f"{row['sequential']['value'] / t:.2f}",
+                f"{row['rows']['value'] / t:.2f}",
+                str(Mean(**row["logp"])),
+                str(Mean(**row["mean_logp"])) if method.watched else "",
+                f"{row['length']['value']:.1f}",
+                "  ".join(f"{value:.1f}" for value in row["mean_logp"]["prompts"].values()),
+            )
+        )
+    return "\n".join(lines[1:])
+
+
+def verdicts(rows: list[dict], cells: list[dict]) -> list[dict]:
+    """What must hold at alpha 4, without EOS, where it was measured; and of the wall clock."""
+
+    def row(method: str, sweeps: int | None, tokens: int) -> dict | None:
+        """Of particles any run with as many sweeps or more."""
+        setting = asdict(Setting(tokens, 4.0, False, 0.0))
+        own = [r for r in rows if r["setting"] == setting and r["sweeps"] == sweeps]
+        own = [r for r in own if r["method"].split("+")[0] == method]
+        return max(own, key=lambda r: r["answers"], default=None)
+
+    def above(one: dict | None, tokens: int) -> tuple[float | None, str, list[float]]:
+        """Nats above Metropolis-Hastings: on average, its standard error for the name, on each prompt of both."""
+        other = row("mh-8x10", None, tokens)
+        if one is None or other is None:
+            return None, "", []
+        own, theirs = Mean(**one["mean_logp"]), Mean(**other["mean_logp"])
+        both = [own.prompts[p] - theirs.prompts[p] for p in own.prompts if p in theirs.prompts]
+        errors = (own.error, theirs.error)
+        known = "" if None in errors else f" (standard error {math.hypot(*errors):.2f})"
+        return statistics.fmean(both) if both else None, known, both
+
+    def over(one: dict | None, what: str, tokens: int) -> float | None:
+        return one and one[what]["value"] / tokens
+
+    one, start, longer = row("particles-16", 1, 64), row("particles-32", 0, 64), row("particles-32", 0, 128)
+    found = []
+    for of, name, forwards, nats in ((one, "N = 16, one sweep", 2.05, 2.0), (start, "N = 32, start", 1.02, 2.5)):
+        found.append(target(f"T = 64, {name}: forward passes one after the other, over T", over(of, "sequential", 64), forwards))
+        if of is one:
+            found.append(target(f"T = 64, {name}: rows, over T", over(of, "rows", 64), 31))
+        value, error, _ = above(of, 64)
+        found.append(target(f"T = 64, {name}: nats above MH 8 x 10{error}", value, nats, at_most=False))
+    *_, each = above(longer, 128)
+    value = sum(nats >= 10 for nats in each) if each else None
+    found.append(target("T = 128, N = 32, start: prompts at least 10 nats above MH 8 x 10", value, 2, at_most=False))
+    ratio = clock_ratio(cells)
+    found.append(target("T = 128, N = 16, one sweep: wall time over MH 8 x 10, default lanes", ratio, 0.5))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# The wall clock
+
+CLOCKED = {"mh-8x10-default": "MH 8 x 10, default lanes", "particles-16+1": "particles, N = 16, one sweep"}
+
+
+def clock_cell(bench: Bench, setting: Setting, pair: int, say) -> dict:
+    """Both once on the first prompt, the other one first in every other pair."""
+    runs: dict[str, Timed] = {}
+    for name in list(CLOCKED)[:: 1 if pair % 2 == 0 else -1]:
+        say(f"clock, pair {pair}: {CLOCKED[name]}")
+        config = Method(name).config(setting)
+        runs[name] = timed(
+            lambda config=config: bench.sampler.generate(
+                bench.prompts[:1], config, seed=pair, eos_token_id=[], max_chains=1
+            ),
+            bench.sampler,
+            bench.sampler.engine.device,
+        )
+        say(f"    {runs[name].wall:.1f} s, {runs[name].report['lanes']} lanes")
+    return {"pair": pair, "tokens": setting.tokens, "runs": {name: vars(run) for name, run in runs.items()}}
+
+
+def clock_ratio(cells: list[dict]) -> float | None:
+    """Median wall time of particles over that of Metropolis-Hastings."""
+    if not cells:
+        return None
+    mh, particles = ([cell["runs"][name]["wall"] for cell in cells] for name in CLOCKED)
+    return statistics.median(particles) / statistics.median(mh)
+
+
+def clock_table(cells: list[dict]) -> str:
+    lines = [f"wall clock, one prompt, T = {cells[0]['tokens']}, {len(cells)} pairs: median [extremes]"]
+    for name, label in CLOCKED.items():
+        wall = spread(cell["runs"][name]["wall"] for cell in cells)
+        cpu = spread(cell["runs"][name]["cpu"] for cell in cells)
+        lines.append(f"{label:>28}: {common.shown(wall)} s, processor {common.shown(cpu)} s")
+    return "\n".join([*lines, f"ratio of medians: {clock_ratio(cells):.2f}"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+
+
+def read(path: str | None, one: Subject) -> dict | None:
+    """What the file has, None where there is none. Raises ValueError for a file of something else."""
+    if path is None or not Path(path).exists():
+        return None
+    found = json.loads(Path(path).read_text())
+    if found.get("suite") != "quality" or found["prompts"] != one.prompts or found["name"] != one.name:
+        raise ValueError(f"{path} is not a result of this suite with this model and these prompts")
+    return found
+
+
+def document(arguments, one: Subject, cells: list[dict], clock: list[dict], info: dict) -> dict:
+    rows = rows_of(cells)
+    return {
+        "suite": "quality",
+        "setting": {name: value for name, value in vars(arguments).items() if name != "json"},
+        "name": one.name,
+        "model": one.about,
+        "prompts": one.prompts,
+        "machine": info,
+        "table": rows,
+        "targets": verdicts(rows, clock),
+        "clock": clock,
+        "cells": cells,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SMOLLM2, choices=MODELS, help="smollm2, or a shape with random weights")
+    parser.add_argument("--device", help="cpu or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--only", default=METHODS, help=f"methods ({METHODS})")
+    parser.add_argument("--tokens", default="64", help="lengths T (64)")
+    parser.add_argument("--alpha", default="4", help="powers (4)")
+    parser.add_argument("--eos", default="off", help="off, on or both: whether the model's end token ends answers (off)")
+    parser.add_argument("--length-bonus", default="0", help="values of lambda, nats a token (0)")
+    parser.add_argument("--answers", type=int, default=16, help="to each prompt (16)")
+    parser.add_argument("--prompts", type=int, default=len(SHORT_QUESTIONS), help=f"at most ({len(SHORT_QUESTIONS)})")
+    parser.add_argument("--together", type=int, default=16, help="answers side by side, of methods of one lane (16)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no cell is begun later (no limit)")
+    parser.add_argument("--clock", action="store_true", help="the wall clock instead, at T = 128")
+    parser.add_argument("--pairs", type=int, default=5, help="of the wall clock (5)")
+    parser.add_argument("--entropy", type=float, default=ENTROPY, help=f"nats, of random weights ({ENTROPY})")
+    parser.add_argument("--quick", action="store_true", help="T = 8, two prompts and answers: no figure to quote")
+    parser.add_argument("--json", metavar="OUT", help="keep every answer and the table in this file, and go on from it")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a measured target is missed")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.tokens, arguments.answers, arguments.prompts = "8", 2, min(arguments.prompts, 2)
+        arguments.pairs = 1
+    try:
+        methods = [Method(name) for name in arguments.only.split(",")]
+        settings = [
+            Setting(int(tokens), float(alpha), {"off": False, "on": True}[eos], float(bonus))
+            for tokens, alpha, eos, bonus in itertools.product(
+                *(getattr(arguments, name).split(",") for name in ("tokens", "alpha", "eos", "length_bonus"))
+            )
+        ]
+        for method, setting in itertools.product(methods, settings):
+            method.config(setting)
+    except (KeyError, ValueError) as error:
+        parser.error(str(error))
+    for name in ("answers", "prompts", "together", "pairs"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    try:
+        device = device_of(arguments.device)
+    except RuntimeError as error:
+        print(f"quality: {common.NOT_MEASURED}: {error}")
+        return 2
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+    one = subject(arguments.model, device, arguments.prompts, SHORT_QUESTIONS, entropy=arguments.entropy)
+    if any(setting.eos for setting in settings) and not one.sampler.engine.eos_token_ids:
+        parser.error("--eos has on; this model has no end token")
+    try:
+        before = read(arguments.json, one) or {"cells": [], "clock": []}
+    except ValueError as error:
+        parser.error(str(error))
+    bench, info, say = Bench(one), common.machine(device), Progress()
+    cells, clock = before["cells"], before["clock"]
+    print(f"{one.about}; {len(one.prompts)} prompts\n{common.machine_text(info)}\n", flush=True)
+
+    def keep() -> None:
+        common.write(arguments.json, document(arguments, one, cells, clock, info))
+
+    if arguments.clock:
+        setting = Setting(8 if arguments.quick else 128, 4.0, False, 0.0)
+        _clock(bench, setting, arguments, clock, say, keep)
+    else:
+        _cells(bench, settings, methods, arguments, cells, say, keep)
+    result = document(arguments, one, cells, clock, info)
+    if cells:
+        print(table(result["table"]))
+    if clock:
+        print("\n" + clock_table(clock))
+    print("\n" + common.targets_text(result["targets"]))
+    if arguments.json:
+        print(f"written to {arguments.json}")
+    return 1 if arguments.check and common.missed(result["targets"]) else 0
+
+
+def _cells(bench: Bench, settings, methods, arguments, cells: list[dict], say, keep) -> None:
+    """Every setting after the other; in it an answer of every method to every prompt, then the next one."""
+    done = {key(cell) for cell in cells}
+    for setting, first in itertools.product(settings, range(arguments.answers)):
+        for prompt, method in itertools.product(range(len(bench.prompts)), methods):
+            count = 1 if method.alone else arguments.together
+            if first % count:
+                continue
+            of = {"method": method.name, "prompt": prompt, **asdict(setting)}
+            asked = range(first, min(first + count, arguments.answers))
+            wanted = [answer for answer in asked if key(of | {"answer": answer}) not in done]
+            if not wanted:
+                continue
+            if say.elapsed > arguments.seconds:
+                return
+            say(f"{setting}: {method.name}, prompt {prompt}, answer{'s' if len(wanted) > 1 else ''} {wanted[0]}")
+            for answer, points in bench.answers(method, setting, prompt, wanted):
+                cells.append(of | {"answer": answer, "points": [asdict(point) for point in points]})
+                keep()
+
+
+def _clock(bench: Bench, setting: Setting, arguments, clock: list[dict], say, keep) -> None:
+    """One short pair first, which no figure counts: the driver measures steps before it chooses the lanes."""
+    done = {cell["pair"] for cell in clock}
+    if done >= set(range(arguments.pairs)):
+        return
+    clock_cell(bench, Setting(8, 4.0, False, 0.0), 0, lambda text: None)
+    for pair in range(arguments.pairs):
+        if pair in done:
+            continue
+        if say.elapsed > arguments.seconds:
+            return
+        clock.append(clock_cell(bench, setting, pair, say))
+        keep()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

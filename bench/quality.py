@@ -6,7 +6,8 @@
     python bench/end_to_end.py quality --clock --json quality.json         the wall clock of two of them, T = 128
 
 A cell is one answer. Each is kept in the file as soon as it is there: after an interruption the same command goes on,
-and other options add to the cells of the same file. The table shows all cells of the file.
+and other options add to the cells of the same file, also while another command writes to it. The table shows all cells
+of the file.
 
 --only takes methods, separated by commas:
 
@@ -29,16 +30,18 @@ given candidates the same, of particles and SMC: not of the one answer that the 
 tokens           of an answer, T where nothing ends one
 each prompt      the better of the two columns of log p, for each prompt
 
-Answers are independent, one random stream each. Methods of one lane, whose forward passes are its rows, may draw several
-answers of a prompt side by side (--together), which changes no figure here.
+Answers are independent, one random stream each. Methods of one lane, whose forward passes are its rows, may draw
+several answers of a prompt side by side (--together), which changes no figure here.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Iterator
@@ -87,7 +90,7 @@ class Method:
         if found is None:
             raise ValueError(f"{name!r} is no method; the forms are plain, cold, mh-8x10, particles-16+1 and smc-16")
         self.name = name
-        self.pass_, self.blocks, self.steps, self.lanes, self.particles, self.sweeps, self.smc = found.groups()
+        self.one_pass, self.blocks, self.steps, self.lanes, self.particles, self.sweeps, self.smc = found.groups()
 
     @property
     def watched(self) -> bool:
@@ -105,16 +108,16 @@ class Method:
         if self.watched:
             n, sweeps = int(self.particles or self.smc), int(self.sweeps or 0)
             return PowerConfig(kernel="particles", particles=n, sweeps=sweeps, **target)
-        if self.pass_:
-            target["alpha"] = 1.0 if self.pass_ == "plain" else setting.alpha
+        if self.one_pass:
+            target["alpha"] = 1.0 if self.one_pass == "plain" else setting.alpha
             return PowerConfig(block_size=None, mcmc_steps=0, lanes=1, **target)
         lanes = None if self.lanes == "default" else int(self.lanes or 1)
         block = -(-setting.tokens // int(self.blocks))
         return PowerConfig(block_size=block, mcmc_steps=int(self.steps), lanes=lanes, **target)
 
     def label(self, sweeps: int | None) -> str:
-        if self.pass_:
-            return "plain" if self.pass_ == "plain" else "low temperature"
+        if self.one_pass:
+            return "plain" if self.one_pass == "plain" else "low temperature"
         if self.smc:
             return f"SMC, N = {self.smc}"
         if self.particles:
@@ -262,7 +265,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines[1:])
 
 
-def verdicts(rows: list[dict], cells: list[dict]) -> list[dict]:
+def verdicts(rows: list[dict], clock: list[dict]) -> list[dict]:
     """What must hold at alpha 4, without EOS, where it was measured; and of the wall clock."""
 
     def row(method: str, sweeps: int | None, tokens: int) -> dict | None:
@@ -283,28 +286,32 @@ def verdicts(rows: list[dict], cells: list[dict]) -> list[dict]:
         known = "" if None in errors else f" (standard error {math.hypot(*errors):.2f})"
         return statistics.fmean(both) if both else None, known, both
 
-    def over(one: dict | None, what: str, tokens: int) -> float | None:
-        return one and one[what]["value"] / tokens
+    def over(one: dict | None, what: str) -> float | None:
+        return one and one[what]["value"] / one["setting"]["tokens"]
 
     one, start, longer = row("particles-16", 1, 64), row("particles-32", 0, 64), row("particles-32", 0, 128)
     found = []
     for of, name, forwards, nats in ((one, "N = 16, one sweep", 2.05, 2.0), (start, "N = 32, start", 1.02, 2.5)):
-        found.append(target(f"T = 64, {name}: forward passes one after the other, over T", over(of, "sequential", 64), forwards))
-        if of is one:
-            found.append(target(f"T = 64, {name}: rows, over T", over(of, "rows", 64), 31))
         value, error, _ = above(of, 64)
-        found.append(target(f"T = 64, {name}: nats above MH 8 x 10{error}", value, nats, at_most=False))
+        found += [
+            target(f"T = 64, {name}: forward passes one after the other, over T", over(of, "sequential"), forwards),
+            target(f"T = 64, {name}: nats above MH 8 x 10{error}", value, nats, at_most=False),
+        ]
     *_, each = above(longer, 128)
-    value = sum(nats >= 10 for nats in each) if each else None
-    found.append(target("T = 128, N = 32, start: prompts at least 10 nats above MH 8 x 10", value, 2, at_most=False))
-    ratio = clock_ratio(cells)
-    found.append(target("T = 128, N = 16, one sweep: wall time over MH 8 x 10, default lanes", ratio, 0.5))
-    return found
+    prompts = sum(nats >= 10 for nats in each) if each else None
+    name = f"T = {CLOCK_TOKENS}, N = 16, one sweep: wall time over MH 8 x 10, default lanes"
+    return [
+        target("T = 64, N = 16, one sweep: rows, over T", over(one, "rows"), 31),
+        *found,
+        target("T = 128, N = 32, start: prompts at least 10 nats above MH 8 x 10", prompts, 2, at_most=False),
+        target(name, clock_ratio([cell for cell in clock if cell["tokens"] == CLOCK_TOKENS]), 0.5),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------
 # The wall clock
 
+CLOCK_TOKENS = 128
 CLOCKED = {"mh-8x10-default": "MH 8 x 10, default lanes", "particles-16+1": "particles, N = 16, one sweep"}
 
 
@@ -333,43 +340,75 @@ def clock_ratio(cells: list[dict]) -> float | None:
     return statistics.median(particles) / statistics.median(mh)
 
 
-def clock_table(cells: list[dict]) -> str:
-    lines = [f"wall clock, one prompt, T = {cells[0]['tokens']}, {len(cells)} pairs: median [extremes]"]
-    for name, label in CLOCKED.items():
-        wall = spread(cell["runs"][name]["wall"] for cell in cells)
-        cpu = spread(cell["runs"][name]["cpu"] for cell in cells)
-        lines.append(f"{label:>28}: {common.shown(wall)} s, processor {common.shown(cpu)} s")
-    return "\n".join([*lines, f"ratio of medians: {clock_ratio(cells):.2f}"])
+def clock_tables(clock: list[dict]) -> list[str]:
+    lines = []
+    for tokens in sorted({cell["tokens"] for cell in clock}):
+        cells = [cell for cell in clock if cell["tokens"] == tokens]
+        lines.append(f"wall clock, one prompt, T = {tokens}, {len(cells)} pairs: median [extremes]")
+        for name, label in CLOCKED.items():
+            wall, cpu = (common.shown(spread(cell["runs"][name][of] for cell in cells)) for of in ("wall", "cpu"))
+            lines.append(f"{label:>28}: {wall} s, processor {cpu} s")
+        lines.append(f"{'ratio of medians':>28}: {clock_ratio(cells):.2f}")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------
 # The command
 
 
-def read(path: str | None, one: Subject) -> dict | None:
-    """What the file has, None where there is none. Raises ValueError for a file of something else."""
-    if path is None or not Path(path).exists():
-        return None
-    found = json.loads(Path(path).read_text())
-    if found.get("suite") != "quality" or found["prompts"] != one.prompts or found["name"] != one.name:
-        raise ValueError(f"{path} is not a result of this suite with this model and these prompts")
-    return found
+class Kept:
+    """Everything that was measured: cells and pairs of the wall clock, in the file at `path` where one is given."""
 
+    def __init__(self, path: str | None, one: Subject):
+        """Raises ValueError for a file of something else."""
+        self.path, self.one = path, one
+        self.cells: dict[tuple, dict] = {}
+        self.clock: dict[tuple[int, int], dict] = {}
+        self.merge()
 
-def document(arguments, one: Subject, cells: list[dict], clock: list[dict], info: dict) -> dict:
-    rows = rows_of(cells)
-    return {
-        "suite": "quality",
-        "setting": {name: value for name, value in vars(arguments).items() if name != "json"},
-        "name": one.name,
-        "model": one.about,
-        "prompts": one.prompts,
-        "machine": info,
-        "table": rows,
-        "targets": verdicts(rows, clock),
-        "clock": clock,
-        "cells": cells,
-    }
+    def merge(self) -> None:
+        """Take over what the file has, also from a command that runs at the same time."""
+        if self.path is None or not Path(self.path).exists():
+            return
+        found = json.loads(Path(self.path).read_text())
+        if found.get("suite") != "quality" or (found["name"], found["prompts"]) != (self.one.name, self.one.prompts):
+            raise ValueError(f"{self.path} is not a result of this suite with this model and these prompts")
+        for cell in found["cells"]:
+            self.cells.setdefault(key(cell), cell)
+        for cell in found["clock"]:
+            self.clock.setdefault((cell["tokens"], cell["pair"]), cell)
+
+    def write(self, arguments, info: dict) -> dict:
+        """Merge and write. Returns the document. One command at a time does so."""
+        if self.path is None:
+            return self.document(arguments, info)
+        folder = Path(self.path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.merge()
+            document = self.document(arguments, info)
+            common.write(self.path, document)
+        finally:
+            os.close(lock)
+        return document
+
+    def document(self, arguments, info: dict) -> dict:
+        cells, clock = list(self.cells.values()), list(self.clock.values())
+        rows = rows_of(cells)
+        return {
+            "suite": "quality",
+            "setting": {name: value for name, value in vars(arguments).items() if name != "json"},
+            "name": self.one.name,
+            "model": self.one.about,
+            "prompts": self.one.prompts,
+            "machine": info,
+            "table": rows,
+            "targets": verdicts(rows, clock),
+            "clock": clock,
+            "cells": cells,
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -379,12 +418,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=METHODS, help=f"methods ({METHODS})")
     parser.add_argument("--tokens", default="64", help="lengths T (64)")
     parser.add_argument("--alpha", default="4", help="powers (4)")
-    parser.add_argument("--eos", default="off", help="off, on or both: whether the model's end token ends answers (off)")
+    parser.add_argument("--eos", default="off", help="whether the end token ends answers: off, on (off)")
     parser.add_argument("--length-bonus", default="0", help="values of lambda, nats a token (0)")
     parser.add_argument("--answers", type=int, default=16, help="to each prompt (16)")
     parser.add_argument("--prompts", type=int, default=len(SHORT_QUESTIONS), help=f"at most ({len(SHORT_QUESTIONS)})")
     parser.add_argument("--together", type=int, default=16, help="answers side by side, of methods of one lane (16)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no cell is begun later (no limit)")
+    parser.add_argument("--seconds", type=float, help="no cell is begun later (no limit)")
     parser.add_argument("--clock", action="store_true", help="the wall clock instead, at T = 128")
     parser.add_argument("--pairs", type=int, default=5, help="of the wall clock (5)")
     parser.add_argument("--entropy", type=float, default=ENTROPY, help=f"nats, of random weights ({ENTROPY})")
@@ -407,9 +446,10 @@ def main(argv: list[str] | None = None) -> int:
             method.config(setting)
     except (KeyError, ValueError) as error:
         parser.error(str(error))
-    for name in ("answers", "prompts", "together", "pairs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name, most in (("answers", None), ("prompts", len(SHORT_QUESTIONS)), ("together", None), ("pairs", None)):
+        value = getattr(arguments, name)
+        if value < 1 or (most is not None and value > most):
+            parser.error(f"--{name} must be at least 1" + (f" and at most {most}" if most else ""))
     try:
         device = device_of(arguments.device)
     except RuntimeError as error:
@@ -418,69 +458,68 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
-    one = subject(arguments.model, device, arguments.prompts, SHORT_QUESTIONS, entropy=arguments.entropy)
+    one = subject(arguments.model, device, len(SHORT_QUESTIONS), SHORT_QUESTIONS, entropy=arguments.entropy)
     if any(setting.eos for setting in settings) and not one.sampler.engine.eos_token_ids:
         parser.error("--eos has on; this model has no end token")
     try:
-        before = read(arguments.json, one) or {"cells": [], "clock": []}
+        kept = Kept(arguments.json, one)
     except ValueError as error:
         parser.error(str(error))
     bench, info, say = Bench(one), common.machine(device), Progress()
-    cells, clock = before["cells"], before["clock"]
-    print(f"{one.about}; {len(one.prompts)} prompts\n{common.machine_text(info)}\n", flush=True)
+    print(f"{one.about}; {arguments.prompts} prompts\n{common.machine_text(info)}\n", flush=True)
 
     def keep() -> None:
-        common.write(arguments.json, document(arguments, one, cells, clock, info))
+        kept.write(arguments, info)
 
     if arguments.clock:
-        setting = Setting(8 if arguments.quick else 128, 4.0, False, 0.0)
-        _clock(bench, setting, arguments, clock, say, keep)
+        setting = Setting(8 if arguments.quick else CLOCK_TOKENS, 4.0, False, 0.0)
+        _clock(bench, setting, arguments, kept.clock, say, keep)
     else:
-        _cells(bench, settings, methods, arguments, cells, say, keep)
-    result = document(arguments, one, cells, clock, info)
-    if cells:
+        _cells(bench, settings, methods, arguments, kept.cells, say, keep)
+    result = kept.write(arguments, info)
+    if result["cells"]:
         print(table(result["table"]))
-    if clock:
-        print("\n" + clock_table(clock))
+    if result["clock"]:
+        print("\n" + "\n".join(clock_tables(result["clock"])))
     print("\n" + common.targets_text(result["targets"]))
     if arguments.json:
         print(f"written to {arguments.json}")
     return 1 if arguments.check and common.missed(result["targets"]) else 0
 
 
-def _cells(bench: Bench, settings, methods, arguments, cells: list[dict], say, keep) -> None:
+def _cells(bench: Bench, settings, methods, arguments, cells: dict[tuple, dict], say, keep) -> None:
     """Every setting after the other; in it an answer of every method to every prompt, then the next one."""
-    done = {key(cell) for cell in cells}
     for setting, first in itertools.product(settings, range(arguments.answers)):
-        for prompt, method in itertools.product(range(len(bench.prompts)), methods):
+        for prompt, method in itertools.product(range(arguments.prompts), methods):
             count = 1 if method.alone else arguments.together
             if first % count:
                 continue
-            of = {"method": method.name, "prompt": prompt, **asdict(setting)}
             asked = range(first, min(first + count, arguments.answers))
-            wanted = [answer for answer in asked if key(of | {"answer": answer}) not in done]
+            fresh = {
+                answer: {"method": method.name, "prompt": prompt, "answer": answer} | asdict(setting)
+                for answer in asked
+            }
+            wanted = [answer for answer, cell in fresh.items() if key(cell) not in cells]
             if not wanted:
                 continue
-            if say.elapsed > arguments.seconds:
+            if arguments.seconds is not None and say.elapsed > arguments.seconds:
                 return
-            say(f"{setting}: {method.name}, prompt {prompt}, answer{'s' if len(wanted) > 1 else ''} {wanted[0]}")
+            say(f"{setting}: {method.name}, prompt {prompt}, answers {', '.join(map(str, wanted))}")
             for answer, points in bench.answers(method, setting, prompt, wanted):
-                cells.append(of | {"answer": answer, "points": [asdict(point) for point in points]})
+                cell = fresh[answer] | {"points": [asdict(point) for point in points]}
+                cells[key(cell)] = cell
                 keep()
 
 
-def _clock(bench: Bench, setting: Setting, arguments, clock: list[dict], say, keep) -> None:
+def _clock(bench: Bench, setting: Setting, arguments, clock: dict[tuple[int, int], dict], say, keep) -> None:
     """One short pair first, which no figure counts: the driver measures steps before it chooses the lanes."""
-    done = {cell["pair"] for cell in clock}
-    if done >= set(range(arguments.pairs)):
-        return
-    clock_cell(bench, Setting(8, 4.0, False, 0.0), 0, lambda text: None)
-    for pair in range(arguments.pairs):
-        if pair in done:
-            continue
-        if say.elapsed > arguments.seconds:
+    wanted = [pair for pair in range(arguments.pairs) if (setting.tokens, pair) not in clock]
+    if wanted:
+        clock_cell(bench, Setting(8, 4.0, False, 0.0), 0, lambda text: None)
+    for pair in wanted:
+        if arguments.seconds is not None and say.elapsed > arguments.seconds:
             return
-        clock.append(clock_cell(bench, setting, pair, say))
+        clock[setting.tokens, pair] = clock_cell(bench, setting, pair, say)
         keep()
 
 

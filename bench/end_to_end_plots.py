@@ -323,7 +323,7 @@ def _series(row: dict) -> tuple[str, str]:
     """(line, point) that a row of the quality suite belongs to: sweeps of N particles, schedules of as many lanes."""
     method, _, rest = row["method"].partition("-")
     if method == "particles":
-        return f"particles, N = {rest.split('+')[0]}: start, then sweeps", "start" if row["sweeps"] == 0 else ""
+        return f"particles, N = {rest.split('+')[0]}: start, then sweeps", ""
     if method == "smc":
         return "SMC", f"N = {rest}"
     if method == "mh":
@@ -354,43 +354,64 @@ def quality(measured: Measured, folder: Path) -> Path | None:
         panel.setdefault(_series(row)[0], []).append(row)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.9 * columns + 3.4, 4.3 * lines + 0.7), squeeze=False,
+    fig, axes = plt.subplots(lines, columns, figsize=(5.4 * columns + 3.4, 4.6 * lines + 0.9), squeeze=False,
                              layout="constrained")  # fmt: skip
     answers = sorted({row["answers"] // len(row["logp"]["prompts"]) for row in measured.data["table"]})
     each = f"{answers[0]} to {answers[-1]}" if len(answers) > 1 else f"{answers[0]}"
     prompts = max(len(row["logp"]["prompts"]) for row in measured.data["table"])
-    caption(fig, f"{measured.machine}; {prompts} prompts, {each} answers to each, bars: one standard error",
-            "More likely answers for fewer forward passes: up and to the left is better")  # fmt: skip
+    where = f"{prompts} prompts, {each} answers to each; bars: one standard error\n{measured.machine}"
+    caption(fig, where, "More likely answers for fewer forward passes: up and to the left is better")
     names = sorted({name for panel in panels.values() for name in panel}, key=_order)
     alike = ([n for n in names if n.startswith(kind)] for kind in ("particles", "Metropolis"))
     ranks = {name: {n: i for i, n in enumerate(group)} for group in alike for name in group}
     handles = {}
     for ax, (setting, series) in zip(axes.flat, panels.items(), strict=False):
-        tokens, alpha, eos, bonus = setting
         for name in (name for name in names if name in series):
-            rows = [row for row in series[name] if row["sequential"]["value"] is not None]
-            rows = sorted(rows, key=lambda row: (row["sequential"]["value"], row["mean_logp"]["value"]))
-            x = [row["sequential"]["value"] / tokens for row in rows]
-            y = [row["mean_logp"]["value"] for row in rows]
-            error = [row["mean_logp"]["error"] or 0.0 for row in rows]
-            handles[name] = ax.errorbar(x, y, yerr=error, capsize=3, elinewidth=1.2, linewidth=1.4, markersize=7,
-                                        label=name, **_style(name, ranks.get(name, {})))  # fmt: skip
-            for row, at, height in zip(rows, x, y, strict=True):
-                if name.startswith(("SMC", "Metropolis")):
-                    ax.annotate(_series(row)[1], (at, height), (6, -11), textcoords="offset points", fontsize=8)
+            handles[name] = _quality_line(ax, name, series[name], _style(name, ranks.get(name, {})))
+        tokens, alpha, eos, bonus = setting
         ends = "EOS ends an answer" if eos else "no EOS"
         more = f", lambda {bonus:g}" if bonus else ""
         ax.set_title(f"T = {tokens}, alpha {alpha:g}, {ends}{more}", fontsize=11, loc="left")
         ax.set_xscale("log", base=2)
         low, high = ax.get_xlim()
-        ax.set_xlim(min(low, 0.8), max(high, 2.5) * 1.15)
+        ax.set_xlim(min(low, 0.85), max(high, 2.5) * 1.2)
         ticks_at(ax, [k for k in (1, 2, 3, 4, 5, 8, 16, 32) if k <= ax.get_xlim()[1]])
         ax.set(xlabel="forward passes one after the other, over T", ylabel="mean log p of an answer, nats")
         plain(ax)
+        _leave_out_far_below(ax, series.get("plain", []), [row for n in series if n != "plain" for row in series[n]])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     fig.legend([handles[name] for name in names], names, frameon=False, fontsize=9, loc="outside right center")
     return save(fig, folder, "quality.png")
+
+
+def _quality_line(ax, name: str, rows: list[dict], style: dict):
+    """Rows in which no forward passes were counted have no place. Schedules and SMC's N are written at their points."""
+    rows = [row for row in rows if row["sequential"]["value"] is not None]
+    rows = sorted(rows, key=lambda row: (row["sequential"]["value"], row["mean_logp"]["value"]))
+    x = [row["sequential"]["value"] / row["setting"]["tokens"] for row in rows]
+    y = [row["mean_logp"]["value"] for row in rows]
+    error = [row["mean_logp"]["error"] or 0.0 for row in rows]
+    line = ax.errorbar(x, y, yerr=error, capsize=3, elinewidth=1.2, linewidth=1.4, markersize=7, label=name, **style)
+    where = {"xytext": (-7, 5), "ha": "right"} if name.endswith("lanes") else {"xytext": (7, -12)}
+    for row, at, height in zip(rows, x, y, strict=True):
+        text = _series(row)[1]
+        ax.annotate(text, (at, height), textcoords="offset points", fontsize=8, color=style["color"], **where)
+    return line
+
+
+def _leave_out_far_below(ax, far: list[dict], others: list[dict]) -> None:
+    """Plain answers are so unlikely that with them nothing else could be told apart: where they lie is written."""
+    if not far or not others:
+        return
+    values = [row["mean_logp"]["value"] for row in others]
+    low, high = min(values), max(values)
+    value = far[0]["mean_logp"]["value"]
+    if value < low - (high - low):
+        ax.set_ylim(low - 0.25 * (high - low), high + 0.12 * (high - low))
+        text = f"plain: {value:.0f}, far below"
+        ax.annotate(text, (1, 0), (1, 26), ha="left", fontsize=9, color="0.35", textcoords="offset points",
+                    xycoords=ax.get_xaxis_transform(), arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
 
 
 def _order(name: str) -> tuple:

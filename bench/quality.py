@@ -45,6 +45,7 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -513,10 +514,12 @@ def _cells(bench: Bench, settings, methods, arguments, cells: dict[tuple, dict],
             if arguments.seconds is not None and say.elapsed > arguments.seconds:
                 return
             say(f"{setting}: {method.name}, prompt {prompt}, answers {', '.join(map(str, wanted))}")
+            begin = time.process_time()
             for answer, points in bench.answers(method, setting, prompt, wanted):
                 cell = fresh[answer] | {"points": [asdict(point) for point in points]}
                 cells[key(cell)] = cell
                 keep()
+            say(f"    log p {points[-1].mean_logp:.1f}, {time.process_time() - begin:.1f} s of processor")
 
 
 def _clock(bench: Bench, setting: Setting, arguments, clock: dict[tuple[int, int], dict], say, keep) -> None:

@@ -159,10 +159,9 @@ def test_plain_answers_far_below_the_others_do_not_squeeze_them(tmp_path, monkey
         row["mean_logp"]["value"] = nats
     kept = []
     monkeypatch.setattr(plots, "save", lambda fig, folder, name: kept.append(fig))
-    found = measured(tmp_path, "quality", {}, table=rows)
-    plots.quality(found, tmp_path)
+    plots.quality(measured(tmp_path, "quality", {}, table=rows), tmp_path)
     rows[0]["mean_logp"]["value"] = -44.0
-    plots.quality(found, tmp_path)
+    plots.quality(measured(tmp_path, "quality", {}, table=rows), tmp_path)
     far, near = (fig.axes[0] for fig in kept)
     assert far.get_ylim()[0] > -50
     assert "plain: -200, far below" in [text.get_text() for text in far.texts]

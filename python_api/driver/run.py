@@ -63,10 +63,10 @@ class RunReport:
     times lanes, summed over them. lane_steps: rows that went through the model in them. A step that brought runs of
     draws counts in both as what it brought. sequential: decode steps in which a row went through the model, without
     those that were answered from memory: so many forward passes came one after the other. useful_lane_steps: rows that
-    brought an extension or a proposal on, counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: decode steps that
-    were replayed. restarts: how often the run began anew in less memory. seconds: wall-clock seconds of the host by
-    phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch it; where the head and the draw are
-    one operator, "forward" includes both.
+    brought an extension or a proposal on, counted when their answer is finished; drawn: the tokens of these, recalled
+    ones too. replays: decode steps that were replayed. restarts: how often the run began anew in less memory. seconds:
+    wall-clock seconds of the host by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch
+    it; where the head and the draw are one operator, "forward" includes both.
     """
 
     slots: int

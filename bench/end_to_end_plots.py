@@ -12,6 +12,7 @@ decode.png       time of a decode step by lanes and the memory's bound, its shar
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,7 +324,9 @@ def _series(row: dict) -> tuple[str, str]:
     """(line, point) that a row of the quality suite belongs to: sweeps of N particles, schedules of as many lanes."""
     method, _, rest = row["method"].partition("-")
     if method == "particles":
-        return f"particles, N = {rest.split('+')[0]}: start, then sweeps", ""
+        n, _, rho = rest.replace("+", "-").partition("-")
+        rho = rho.partition("-rho")[2]
+        return f"particles, N = {n}{rho and f', rho {rho}'}: start, then sweeps", ""
     if method == "smc":
         return "SMC", f"N = {rest}"
     if method == "mh":
@@ -418,7 +421,7 @@ def _order(name: str) -> tuple:
     """Lines of the legend: by kind, particles by N."""
     kinds = ("particles", "SMC", "Metropolis", "low", "plain")
     kind = next(i for i, kind in enumerate(kinds) if name.startswith(kind))
-    return kind, int(name.split("N = ")[1].split(":")[0]) if kind == 0 else 0, name
+    return kind, int(re.search(r"N = (\d+)", name)[1]) if kind == 0 else 0, name
 
 
 def throughput(measured: Measured, folder: Path) -> Path | None:

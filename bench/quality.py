@@ -15,7 +15,9 @@ plain            from the model, temperature 1
 cold             from p^alpha normalised token by token, which is temperature 1/alpha
 mh-BxS           Metropolis-Hastings, B blocks of S steps, one proposal at a time; mh-BxS-P in P lanes, which draw the
                  same answers in fewer steps, mh-BxS-default in as many as the driver chooses
-particles-N+K    N particles and K sweeps; rows of the table are the start and each sweep of the same chains
+particles-N+K    N particles and K sweeps; rows of the table are the start and each sweep of the same chains.
+                 particles-N+K-rhoR: open answers that weigh little beside R/N of everything die out, which ends a chain
+                 before T where its answers have
 smc-N            plain sequential Monte Carlo, N particles that need not be distinct (smc.py)
 
 The columns:
@@ -28,7 +30,7 @@ log p            of the answers under the model, nats: the mean over prompts of 
 given candidates the same, of particles and SMC: not of the one answer that the last sweep selects, but the mean over
                  this selection, given all its candidates. The same on average, with less noise; verdicts use it
 tokens           of an answer, T where nothing ends one
-each prompt      the better of the two columns of log p, for each prompt
+each prompt      the mean for each prompt: given candidates, where there are such, or log p
 
 Answers are independent, one random stream each, and drawn one at a time. With --alone K only the first K to each prompt
 are; the others of plain, cold and Metropolis-Hastings run side by side, which takes less time and changes no law. Their
@@ -85,14 +87,18 @@ class Setting:
 class Method:
     """One of --only. Raises ValueError for a name that is none."""
 
-    FORM = re.compile(r"(plain|cold)|mh-(\d+)x(\d+)(?:-(\d+|default))?|particles-(\d+)\+(\d+)|smc-(\d+)")
+    FORM = re.compile(
+        r"(plain|cold)|mh-(\d+)x(\d+)(?:-(\d+|default))?|particles-(\d+)\+(\d+)(?:-rho([\d.]+))?|smc-(\d+)"
+    )
 
     def __init__(self, name: str):
         found = self.FORM.fullmatch(name)
         if found is None:
             raise ValueError(f"{name!r} is no method; the forms are plain, cold, mh-8x10, particles-16+1 and smc-16")
         self.name = name
-        self.one_pass, self.blocks, self.steps, self.lanes, self.particles, self.sweeps, self.smc = found.groups()
+        self.one_pass, self.blocks, self.steps, self.lanes, self.particles, self.sweeps, self.rho, self.smc = (
+            found.groups()
+        )
 
     @property
     def watched(self) -> bool:
@@ -104,7 +110,7 @@ class Method:
         target = {"alpha": setting.alpha, "max_new_tokens": setting.tokens, "length_bonus": setting.length_bonus}
         if self.watched:
             n, sweeps = int(self.particles or self.smc), int(self.sweeps or 0)
-            return PowerConfig(kernel="particles", particles=n, sweeps=sweeps, **target)
+            return PowerConfig(kernel="particles", particles=n, sweeps=sweeps, rho=float(self.rho or 0), **target)
         if self.one_pass:
             target["alpha"] = 1.0 if self.one_pass == "plain" else setting.alpha
             return PowerConfig(block_size=None, mcmc_steps=0, lanes=1, **target)
@@ -119,7 +125,7 @@ class Method:
             return f"SMC, N = {self.smc}"
         if self.particles:
             after = f"{sweeps} sweep{'s' if sweeps > 1 else ''}" if sweeps else "start"
-            return f"particles, N = {self.particles}, {after}"
+            return f"particles, N = {self.particles}, {'' if self.rho is None else f'rho {self.rho}, '}{after}"
         lanes = "" if self.lanes is None else f", {self.lanes} lanes"
         return f"MH {self.blocks} x {self.steps}{lanes}"
 
@@ -272,7 +278,7 @@ def verdicts(rows: list[dict], clock: list[dict]) -> list[dict]:
     def row(method: str, sweeps: int | None, tokens: int) -> dict | None:
         """Of particles any run with as many sweeps or more."""
         setting = asdict(Setting(tokens, 4.0, False, 0.0))
-        own = [r for r in rows if r["setting"] == setting and r["sweeps"] == sweeps]
+        own = [r for r in rows if r["setting"] == setting and r["sweeps"] == sweeps and "rho" not in r["method"]]
         own = [r for r in own if r["method"].split("+")[0] == method]
         return max(own, key=lambda r: r["answers"], default=None)
 

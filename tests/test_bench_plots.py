@@ -128,7 +128,8 @@ def test_every_setting_of_the_quality_suite_has_a_panel_and_every_method_a_line(
         for tokens, eos in ((64, False), (128, False), (64, True), (128, True))
         for method, sweeps, forwards in (
             ("plain", None, 64), ("mh-8x10", None, 700), ("mh-8x10-4", None, 400), ("particles-16+1", 0, 64),
-            ("particles-16+1", 1, 127), ("particles-4+0", 0, 64), ("smc-16", None, 64), ("mh-4x5", None, None),
+            ("particles-16+1", 1, 127), ("particles-4+0", 0, 64),
+            ("particles-16+0-rho0.1", 0, 40), ("smc-16", None, 64), ("mh-4x5", None, None),
         )
     ]  # fmt: skip
     found = measured(tmp_path, "quality", {}, table=rows)
@@ -144,7 +145,8 @@ def test_every_setting_of_the_quality_suite_has_a_panel_and_every_method_a_line(
     ]  # fmt: skip
     lines = {line.get_label(): line.lines[0].get_xdata() for line in shown[0].containers}
     assert list(lines) == [
-        "particles, N = 4: start, then sweeps", "particles, N = 16: start, then sweeps", "SMC",
+        "particles, N = 4: start, then sweeps", "particles, N = 16, rho 0.1: start, then sweeps",
+        "particles, N = 16: start, then sweeps", "SMC",
         "Metropolis-Hastings, 4 lanes", "Metropolis-Hastings, one proposal at a time", "plain",
     ]  # fmt: skip
     assert list(lines["particles, N = 16: start, then sweeps"]) == [1, 127 / 64]

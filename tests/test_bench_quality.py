@@ -347,13 +347,20 @@ def test_methods_are_what_their_names_say():
     assert quality.Method("mh-3x5-default").config(setting).lanes is None
     config = quality.Method("particles-8+3").config(setting)
     assert (config.kernel, config.particles, config.sweeps, config.alpha) == ("particles", 8, 3, 4.0)
+    assert (config.rho, quality.Method("particles-8+3-rho0.1").config(setting).rho) == (0.0, 0.1)
+    assert quality.Method("particles-8+1-rho0.1").label(1) == "particles, N = 8, rho 0.1, 1 sweep"
     assert (quality.Method("smc-8").config(setting).sweeps, quality.Method("plain").config(setting).alpha) == (0, 1.0)
     assert quality.Method("cold").config(setting).beta == 4.0
     assert all(quality.Method(name).config(setting) for name in quality.METHODS.split(","))
 
 
-@pytest.mark.parametrize("options", [["--only", "mh-8"], ["--eos", "maybe"], ["--eos", "on"], ["--tokens", "0"],
-                                     ["--only", "particles-1+0"], ["--prompts", "4"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--only", "mh-8"], ["--only", "particles-1+0"], ["--only", "particles-8+0-rho2"], ["--eos", "maybe"],
+        ["--eos", "on"], ["--tokens", "0"], ["--prompts", "4"], ["--alone", "-1"],
+    ],
+)  # fmt: skip
 def test_what_cannot_run_is_refused(options, tiny, monkeypatch, capsys):
     monkeypatch.setattr(quality, "subject", lambda *a, **k: tiny)
     with pytest.raises(SystemExit, match="2"):

@@ -249,7 +249,7 @@ def rows_of(cells: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    form = "{:>32} | {:>7} | {:>10} {:>8} | {:>15} {:>16} | {:>7} | {}"
+    form = "{:>36} | {:>7} | {:>10} {:>8} | {:>15} {:>16} | {:>7} | {}"
     columns = ("", "answers", "forwards/T", "rows/T", "log p", "given candidates", "tokens", "each prompt")
     lines, before = [], None
     for row in rows:

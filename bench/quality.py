@@ -49,7 +49,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import common
@@ -474,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
 
     one = subject(arguments.model, device, len(SHORT_QUESTIONS), SHORT_QUESTIONS, entropy=arguments.entropy)
+    one = replace(one, plain=None)  # a copy of the model for opponents that are none of these
     if any(setting.eos for setting in settings) and not one.sampler.engine.eos_token_ids:
         parser.error("--eos has on; this model has no end token")
     try:

@@ -2,6 +2,7 @@
 
     cost         (default) what an answer costs: plain generation, the published algorithm, a KV-keeping loop, ours
     latency      one prompt: how much sooner the answer is there with 1, 2, 4, 8 prefetch lanes and with the default
+    quality      one prompt: how likely answers are, for how many forward passes one after the other, by method
     throughput   many prompts through a fixed number of slots: answers per second, and what the lanes do meanwhile
     decode       on a GPU: one decode step against the memory's bandwidth, its parts, and whether it ever waits
 
@@ -20,7 +21,7 @@ if __name__ == "__main__":
     # Before torch is imported: its thread pool is sized then.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SUITES = ("cost", "latency", "throughput", "decode")
+SUITES = ("cost", "latency", "quality", "throughput", "decode")
 
 
 def main(argv: list[str] | None = None) -> int:

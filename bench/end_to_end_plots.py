@@ -4,6 +4,7 @@
 *_cuts.png       share of proposals accepted, by the position where they leave the answer and by the tokens they rewrite
 *_phases.png     where a decode step's time goes, by the driver's clock; a bar a method
 latency.png      time of one answer over that with one lane and over plain generation, by number of lanes
+quality.png      log p of answers over the forward passes one after the other, a line a method, a panel a setting
 throughput.png   answers per second by method
 decode.png       time of a decode step by lanes and the memory's bound, its share of the bound
 """
@@ -11,6 +12,7 @@ decode.png       time of a decode step by lanes and the memory's bound, its shar
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,7 @@ class Measured:
         self.suite, self.setting = self.data["suite"], self.data["setting"]
         self.runs: dict[str, list[dict]] = {}
         for cell in self.data.get("cells", ()):
-            for method, run in cell["runs"].items():
+            for method, run in cell.get("runs", {}).items():
                 self.runs.setdefault(method, []).append(run)
 
     @property
@@ -274,7 +276,7 @@ def phases(measured: Measured, folder: Path) -> Path | None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Latency, throughput, decode
+# Latency, quality, throughput, decode
 
 
 def latency(measured: Measured, folder: Path) -> Path | None:
@@ -318,6 +320,110 @@ def latency(measured: Measured, folder: Path) -> Path | None:
     return save(fig, folder, "latency.png")
 
 
+def _series(row: dict) -> tuple[str, str]:
+    """(line, point) that a row of the quality suite belongs to: sweeps of N particles, schedules of as many lanes."""
+    method, _, rest = row["method"].partition("-")
+    if method == "particles":
+        n, _, rho = rest.replace("+", "-").partition("-")
+        rho = rho.partition("-rho")[2]
+        return f"particles, N = {n}{rho and f', rho {rho}'}: start, then sweeps", ""
+    if method == "smc":
+        return "SMC", f"N = {rest}"
+    if method == "mh":
+        schedule, _, lanes = rest.partition("-")
+        words = {"": "one proposal at a time", "default": "default lanes"}.get(lanes, f"{lanes} lanes")
+        return f"Metropolis-Hastings, {words}", schedule.replace("x", " x ")
+    return row["label"], ""
+
+
+def _style(name: str, rank: dict[str, int]) -> dict:
+    """Particles from light to dark blue with N; rank: of each line among those of its method."""
+    if name.startswith("particles"):
+        place = rank[name] / max(1, len(rank) - 1)
+        return {"color": plt.get_cmap("Blues")(0.4 + 0.6 * place), "marker": "o"}
+    if name.startswith("Metropolis"):
+        return {"color": (ORANGE, RED, PINK)[rank[name] % 3], "marker": "s"}
+    return {"SMC": {"color": GREEN, "marker": "^"}, "plain": {"color": GREY, "marker": "X"}}.get(
+        name, {"color": BLACK, "marker": "P"}
+    )
+
+
+def quality(measured: Measured, folder: Path) -> Path | None:
+    if measured.suite != "quality" or not measured.data["table"]:
+        return None
+    panels: dict[tuple, dict[str, list[dict]]] = {}
+    for row in measured.data["table"]:
+        panel = panels.setdefault(tuple(row["setting"].values()), {})
+        panel.setdefault(_series(row)[0], []).append(row)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(5.4 * columns + 3.4, 4.6 * lines + 0.9), squeeze=False,
+                             layout="constrained")  # fmt: skip
+    answers = sorted({row["answers"] // len(row["logp"]["prompts"]) for row in measured.data["table"]})
+    each = f"{answers[0]} to {answers[-1]}" if len(answers) > 1 else f"{answers[0]}"
+    prompts = max(len(row["logp"]["prompts"]) for row in measured.data["table"])
+    where = f"{prompts} prompts, {each} answers to each; bars: one standard error\n{measured.machine}"
+    caption(fig, where, "More likely answers for fewer forward passes: up and to the left is better")
+    names = sorted({name for panel in panels.values() for name in panel}, key=_order)
+    alike = ([n for n in names if n.startswith(kind)] for kind in ("particles", "Metropolis"))
+    ranks = {name: {n: i for i, n in enumerate(group)} for group in alike for name in group}
+    handles = {}
+    for ax, (setting, series) in zip(axes.flat, panels.items(), strict=False):
+        for name in (name for name in names if name in series):
+            handles[name] = _quality_line(ax, name, series[name], _style(name, ranks.get(name, {})))
+        tokens, alpha, eos, bonus = setting
+        ends = "EOS ends an answer" if eos else "no EOS"
+        more = f", lambda {bonus:g}" if bonus else ""
+        ax.set_title(f"T = {tokens}, alpha {alpha:g}, {ends}{more}", fontsize=11, loc="left")
+        ax.set_xscale("log", base=2)
+        low, high = ax.get_xlim()
+        ax.set_xlim(min(low, 0.85), max(high, 2.5) * 1.2)
+        ticks_at(ax, [k for k in (1, 2, 3, 4, 5, 8, 16, 32) if k <= ax.get_xlim()[1]])
+        ax.set(xlabel="forward passes one after the other, over T", ylabel="mean log p of an answer, nats")
+        plain(ax)
+        _leave_out_far_below(ax, series.get("plain", []), [row for n in series if n != "plain" for row in series[n]])
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    fig.legend([handles[name] for name in names], names, frameon=False, fontsize=9, loc="outside right center")
+    return save(fig, folder, "quality.png")
+
+
+def _quality_line(ax, name: str, rows: list[dict], style: dict):
+    """Rows in which no forward passes were counted have no place. Schedules and SMC's N are written at their points."""
+    rows = [row for row in rows if row["sequential"]["value"] is not None]
+    rows = sorted(rows, key=lambda row: (row["sequential"]["value"], row["mean_logp"]["value"]))
+    x = [row["sequential"]["value"] / row["setting"]["tokens"] for row in rows]
+    y = [row["mean_logp"]["value"] for row in rows]
+    error = [row["mean_logp"]["error"] or 0.0 for row in rows]
+    line = ax.errorbar(x, y, yerr=error, capsize=3, elinewidth=1.2, linewidth=1.4, markersize=7, label=name, **style)
+    where = {"xytext": (-7, 5), "ha": "right"} if name.endswith("lanes") else {"xytext": (7, -12)}
+    for row, at, height in zip(rows, x, y, strict=True):
+        text = _series(row)[1]
+        ax.annotate(text, (at, height), textcoords="offset points", fontsize=8, color=style["color"], **where)
+    return line
+
+
+def _leave_out_far_below(ax, far: list[dict], others: list[dict]) -> None:
+    """Plain answers are so unlikely that with them nothing else could be told apart: where they lie is written."""
+    if not far or not others:
+        return
+    values = [row["mean_logp"]["value"] for row in others]
+    low, high = min(values), max(values)
+    value = far[0]["mean_logp"]["value"]
+    if value < low - (high - low):
+        ax.set_ylim(low - 0.25 * (high - low), high + 0.12 * (high - low))
+        text = f"plain: {value:.0f}, far below"
+        ax.annotate(text, (1, 0), (1, 26), ha="left", fontsize=9, color="0.35", textcoords="offset points",
+                    xycoords=ax.get_xaxis_transform(), arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
+
+
+def _order(name: str) -> tuple:
+    """Lines of the legend: by kind, particles by N."""
+    kinds = ("particles", "SMC", "Metropolis", "low", "plain")
+    kind = next(i for i, kind in enumerate(kinds) if name.startswith(kind))
+    return kind, int(re.search(r"N = (\d+)", name)[1]) if kind == 0 else 0, name
+
+
 def throughput(measured: Measured, folder: Path) -> Path | None:
     if measured.suite != "throughput":
         return None
@@ -357,7 +463,7 @@ def decode(measured: Measured, folder: Path) -> Path | None:
     return save(fig, folder, f"decode_{measured.data['shape']}.png")
 
 
-PLOTS = (account, cuts, phases, latency, throughput, decode)
+PLOTS = (account, cuts, phases, latency, quality, throughput, decode)
 
 
 def draw(source: Path, folder: Path) -> list[Path]:

@@ -75,7 +75,7 @@ def test_an_unknown_suite_is_named_and_none_is_the_costs(monkeypatch, capsys):
     assert asked == [["--quick", "--only", "ours-1"], []]
 
 
-@pytest.mark.parametrize("suite", ["latency", "throughput", "decode"])
+@pytest.mark.parametrize("suite", ["latency", "quality", "throughput", "decode"])
 def test_without_a_gpu_nothing_is_measured_and_it_is_said(suite, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "out.json"

@@ -113,6 +113,64 @@ def test_what_was_not_measured_is_not_drawn(tmp_path):
     assert plots.latency(found, tmp_path).exists()
 
 
+def quality_row(method: str, sweeps: int | None, forwards: float | None, tokens: int = 64, **changes) -> dict:
+    def mean(value):
+        return {"value": value, "error": value and 0.5, "prompts": {"0": value} if value else {}}
+
+    setting = {"tokens": tokens, "alpha": 4.0, "eos": False, "length_bonus": 0.0} | changes
+    of = {"setting": setting, "method": method, "sweeps": sweeps, "label": method, "answers": 2}
+    return of | {"sequential": mean(forwards), "logp": mean(-30.0), "mean_logp": mean(-31.0)}
+
+
+def test_every_setting_of_the_quality_suite_has_a_panel_and_every_method_a_line(tmp_path, monkeypatch):
+    rows = [
+        quality_row(method, sweeps, forwards, tokens, eos=eos)
+        for tokens, eos in ((64, False), (128, False), (64, True), (128, True))
+        for method, sweeps, forwards in (
+            ("plain", None, 64), ("mh-8x10", None, 700), ("mh-8x10-4", None, 400), ("particles-16+1", 0, 64),
+            ("particles-16+1", 1, 127), ("particles-4+0", 0, 64),
+            ("particles-16+0-rho0.1", 0, 40), ("smc-16", None, 64), ("mh-4x5", None, None),
+        )
+    ]  # fmt: skip
+    found = measured(tmp_path, "quality", {}, table=rows)
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda fig, folder, name: kept.append((fig, name)))
+    plots.quality(found, tmp_path)
+    ((fig, name),) = kept
+    assert name == "quality.png"
+    shown = [ax for ax in fig.axes if ax.get_visible()]
+    assert [ax.get_title(loc="left") for ax in shown] == [
+        "T = 64, alpha 4, no EOS", "T = 128, alpha 4, no EOS", "T = 64, alpha 4, EOS ends an answer",
+        "T = 128, alpha 4, EOS ends an answer",
+    ]  # fmt: skip
+    lines = {line.get_label(): line.lines[0].get_xdata() for line in shown[0].containers}
+    assert list(lines) == [
+        "particles, N = 4: start, then sweeps", "particles, N = 16, rho 0.1: start, then sweeps",
+        "particles, N = 16: start, then sweeps", "SMC",
+        "Metropolis-Hastings, 4 lanes", "Metropolis-Hastings, one proposal at a time", "plain",
+    ]  # fmt: skip
+    assert list(lines["particles, N = 16: start, then sweeps"]) == [1, 127 / 64]
+    assert list(lines["Metropolis-Hastings, one proposal at a time"]) == [700 / 64]  # without what was not counted
+    found.data["table"] = []
+    assert plots.quality(found, tmp_path) is None
+
+
+def test_plain_answers_far_below_the_others_do_not_squeeze_them(tmp_path, monkeypatch):
+    rows = [quality_row("plain", None, 64), quality_row("mh-8x10", None, 700), quality_row("smc-16", None, 64)]
+    for row, nats in zip(rows, (-200.0, -40.0, -35.0), strict=True):
+        row["mean_logp"]["value"] = nats
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda fig, folder, name: kept.append(fig))
+    plots.quality(measured(tmp_path, "quality", {}, table=rows), tmp_path)
+    rows[0]["mean_logp"]["value"] = -44.0
+    plots.quality(measured(tmp_path, "quality", {}, table=rows), tmp_path)
+    far, near = (fig.axes[0] for fig in kept)
+    assert far.get_ylim()[0] > -50
+    assert "plain: -200, far below" in [text.get_text() for text in far.texts]
+    assert near.get_ylim()[0] < -44
+    assert not any("far below" in text.get_text() for text in near.texts)
+
+
 def test_everything_that_was_measured_is_drawn(tmp_path):
     rows = [
         {"method": "plain", "answers_per_s": 2.0},
@@ -124,6 +182,7 @@ def test_everything_that_was_measured_is_drawn(tmp_path):
     ]
     expected = {
         "latency": ["latency_account.png", "latency_cuts.png", "latency_phases.png", "latency.png"],
+        "quality": ["quality.png"],
         "throughput": ["throughput_account.png", "throughput_cuts.png", "throughput_phases.png", "throughput.png"],
         "cost": ["cost_account.png", "cost_cuts.png", "cost_phases.png"],
         "decode": ["decode_tiny.png"],
@@ -132,9 +191,15 @@ def test_everything_that_was_measured_is_drawn(tmp_path):
         "latency": {"plain": run(), "1": run(), "2": run(), "default": run()},
         "throughput": {"plain": run(account={}, report={}, outcomes=[], left=[]), "ours": run()},
         "cost": {"plain-1": run(account={}, report={}, outcomes=[], left=[]), "ours-1": run()},
+        "quality": {},
         "decode": {},
     }
-    more = {"throughput": {"table": rows}, "decode": {"table": steps, "shape": "tiny", "cells": []}}
+    quality = [quality_row("plain", None, 64), quality_row("mh-8x10", None, 700)]
+    more = {
+        "throughput": {"table": rows},
+        "quality": {"table": quality, "cells": []},
+        "decode": {"table": steps, "shape": "tiny", "cells": []},
+    }
     for suite, names in expected.items():
         measured(tmp_path, suite, one[suite], **more.get(suite, {}))
         drawn = command.draw(tmp_path / f"{suite}.json", tmp_path / "out")

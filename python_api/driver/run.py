@@ -61,12 +61,12 @@ class RunReport:
     slots: chains at once. lanes: of each, as the run was planned; widened: how often its last chains got more lanes.
     captured: whether decode steps are replayed from recordings. decode_steps: how many there were. row_steps: slots
     times lanes, summed over them. lane_steps: rows that went through the model in them. A step that brought runs of
-    draws counts in both as what it brought. useful_lane_steps: those that brought an extension or a proposal on,
-    counted when their answer is finished; drawn: the tokens of these, recalled ones too. replays: decode steps that
-    were replayed. sequential: those of particles that fed a row, which the first of a sweep does not. restarts: how
-    often the run began anew in less memory. seconds: wall-clock seconds of the host by phase, one of `PHASES`. Where a
-    step is replayed, "replay" is the time to launch it; where the head and the draw are one operator, "forward"
-    includes both.
+    draws counts in both as what it brought. sequential: decode steps in which a row went through the model, without
+    those that were answered from memory: so many forward passes came one after the other. useful_lane_steps: rows that
+    brought an extension or a proposal on, counted when their answer is finished; drawn: the tokens of these, recalled
+    ones too. replays: decode steps that were replayed. restarts: how often the run began anew in less memory. seconds:
+    wall-clock seconds of the host by phase, one of `PHASES`. Where a step is replayed, "replay" is the time to launch
+    it; where the head and the draw are one operator, "forward" includes both.
     """
 
     slots: int
@@ -75,11 +75,11 @@ class RunReport:
     decode_steps: int = 0
     row_steps: int = 0
     lane_steps: int = 0
+    sequential: int = 0
     useful_lane_steps: int = 0
     drawn: int = 0
     widened: int = 0
     replays: int = 0
-    sequential: int = 0
     restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
@@ -232,11 +232,13 @@ class Run:
             self.seconds["forward"] += forward
             self.seconds["sample"] += seconds - forward
             report.lane_steps += fed
+            report.sequential += fed > 0
             self.advance(state, sampled)
         else:
             # Slots behind the active ones may be fed: their lanes are idle. So few numbers of rows are recorded.
             state = self.view(_rounded(len(self.active), self.state.chains))
             report.lane_steps += state.chains * state.lanes
+            report.sequential += 1
             self.tell(state)
             start = clock()
             key = self.engine.prepare(state)

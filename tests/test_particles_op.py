@@ -162,14 +162,18 @@ def reference_of(case: Position, **changes) -> pk.BranchOutput:
 
 def near_a_boundary(case: Position, truth: pk.BranchOutput) -> list[bool]:
     """Of each group, whether other children would have come of a uniform that is a little larger or smaller, or of tile
-    masses that are a little off: these move the point at which a light reference is found, and with it all others."""
+    masses that are a little off. A light reference's uniform only says where in its part of the line its point lies;
+    all other points follow that one, and so it is moved by as much as moves them by the margin."""
     random = torch.Generator().manual_seed(0)
     rows, vocab = case.logits.shape
     differs = torch.zeros(case.groups, dtype=torch.bool)
     noise = torch.randn(rows, -(-vocab // 256), dtype=torch.float64, generator=random)
     noise = noise.repeat_interleave(256, 1)[:, :vocab]
+    share = case.log_weight[:, -1] + case.length_bonus + case.alpha * truth.logp[:, -1] - truth.log_threshold
+    scale = torch.ones_like(case.uniform)
+    scale[:, 0] = share.exp().nan_to_num(1.0).clamp(MARGIN, 1.0)
     for step in (-MARGIN, MARGIN):
-        uniform = (case.uniform + step).clamp(0.0, BELOW_ONE)
+        uniform = (case.uniform + step / scale).clamp(0.0, BELOW_ONE)
         for changes in ({"uniform": uniform}, {"logits": case.logits.double() + step * noise}):
             moved = reference_of(case, **changes)
             for name in ("parent", "token", "candidate"):

@@ -329,7 +329,7 @@ GROUPS: dict[str, Callable[[str], list[Item]]] = {
     "device": device_items,
     **{
         f"{family} kernels": functools.partial(operator_items, family)
-        for family in ("sampling", "scoring", "slots", "lm_head", "chain", "kv_cache", "paged_kv")
+        for family in ("sampling", "scoring", "slots", "particles", "lm_head", "chain", "kv_cache", "paged_kv")
     },
     "real sizes": size_items,
     "long answers": chain_items,

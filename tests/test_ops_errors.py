@@ -482,7 +482,7 @@ def test_a_length_bonus_outside_its_range_is_refused(value, error):
 @pytest.mark.parametrize(
     ("argument", "value", "fragments"),
     [
-        ("order", torch.tensor([[0, 1, 2], [0, 1, 1]], dtype=INT), ("each of its 3 rows once",)),
+        ("order", torch.tensor([[0, 1, 2], [0, 1, 1]], dtype=INT), ("each of 3 rows once",)),
         ("uniform", torch.tensor([[0.1, 1.0], [0.1, 0.2]], dtype=DOUBLE), (r"entry 1\.0", r"\[0, 1\)")),
         ("uniform", torch.tensor([[0.1, NAN], [0.1, 0.2]], dtype=DOUBLE), ("entry nan", r"\[0, 1\)")),
         ("stop_state", torch.tensor([[0, 1, 2], [0, 5, 1]], dtype=torch.int16), ("entry 5", r"\[0, 5\)")),

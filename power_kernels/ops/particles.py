@@ -205,8 +205,9 @@ def _check(
     check_rho("rho", rho)
     check_exponents(alpha=alpha)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        if groups and not bool((order.sort(1).values == torch.arange(rows, dtype=torch.int32)).all()):
-            raise ArgumentError(f"order has a group that does not name each of its {rows} rows once")
+        for group, named in enumerate(order.tolist()):
+            if sorted(named) != list(range(rows)):
+                raise ArgumentError(f"order[{group}] is {named}; it must name each of {rows} rows once")
         outside = [u for u in uniform.flatten().tolist() if not 0.0 <= u < 1.0]
         if outside:
             raise ArgumentError(f"uniform has the entry {outside[0]}; all must lie in [0, 1)")

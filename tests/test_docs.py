@@ -119,6 +119,10 @@ TESTED = {
         "python -m power_kernels.api.commands.paged_demo --tiny",
         ("shared", "copied"),
     ),
+    "python -m power_kernels.api.commands.paged_demo --particles 32 --max-new-tokens 48 --kv-block 4": (
+        "python -m power_kernels.api.commands.paged_demo --tiny --particles 4 --max-new-tokens 8 --kv-block 4",
+        ("blocks of 4 positions", "shared", "copied"),
+    ),
     "python -m power_kernels.api.commands.hub build/hub": (
         "rm -rf build/tests-hub; python -m power_kernels.api.commands.hub build/tests-hub",  # it overwrites nothing
         ("build/torch-cpu", "build/torch-cuda", "build/torch-rocm"),

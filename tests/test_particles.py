@@ -14,13 +14,13 @@ from power_kernels.api import HuggingFaceEngine, PowerConfig, PowerSampler
 from power_kernels.api.driver.particles.run import ParticleRun
 from power_kernels.api.driver.particles.state import GroupField
 from power_kernels.api.driver.stop import StopStrings
-from power_kernels.api.engines.huggingface.paged import PagedEngine
 from power_kernels.errors import ArgumentError
 from power_kernels.reference.particle_chain import ReferenceParticles
 from power_kernels.state import Mode, Outcome, Status
 from tests import tiny_models
 from tests.devices import DEVICE
 from tests.test_stop_strings import letters_tokenizer
+from tests.toys import ToyEngine, power_toy
 
 PROMPTS = [[2, 1, 1, 2, 0, 1], [5, 4], [1], [3, 3, 2]]
 SEED = 7
@@ -223,8 +223,8 @@ def test_what_is_wrong_is_said_when_the_configuration_is_made(changes, message):
 
 
 def test_an_engine_that_cannot_is_refused_before_work():
-    engine = PagedEngine(model())
-    with pytest.raises(ArgumentError, match="kernel is 'particles'; PagedEngine runs 'mh' only"):
+    engine = ToyEngine(power_toy())
+    with pytest.raises(ArgumentError, match="kernel is 'particles'; ToyEngine runs 'mh' only"):
         PowerSampler(engine).generate(PROMPTS, config())
 
 

@@ -1,10 +1,12 @@
 """Power sampling of a small real model on a paged KV cache, and what sharing blocks saves.
 
     python -m power_kernels.api.commands.paged_demo [--tiny] [--check] [--lanes 2] [--kv-block 16] [--seed 0]
+    python -m power_kernels.api.commands.paged_demo --particles 16
 
 A chain's lanes share the blocks of its past; a proposal copies at most the beginning of one block where a cache of one
-row a lane copies suffixes (`engines/huggingface/paged.py`). --check draws the same chains from the engine with
-rows of their own too. --tiny takes a random model of two layers, which needs no download.
+row a lane copies suffixes (`engines/huggingface/paged.py`). Particles share, too, as they fork from each other. --check
+draws the same chains from the engine with rows of their own too. --tiny takes a random model of two
+layers, which needs no download.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def tiny_model():
 
 
 def report(counts) -> list[str]:
-    """What the run moved and held, in lines. counts: `engines.paged.PagedCounts`."""
+    """What the run moved and held, in lines. counts: `paged_rows.PagedCounts`."""
 
     def amount(tokens: int) -> str:
         return f"{tokens:,} tokens ({tokens * counts.token_bytes / 1e6:,.1f} MB)"
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=72, help="longest answer (72)")
     parser.add_argument("--block-size", type=int, default=24, help="tokens of a stage (24)")
     parser.add_argument("--steps", type=int, default=5, help="steps after each stage (5)")
+    parser.add_argument("--particles", type=int, help="particles in the place of proposals, so many of them")
     parser.add_argument("--chains", type=int, default=2, help="answers to each question (2)")
     parser.add_argument("--lanes", type=int, default=2, help="proposals that a chain runs at once (2)")
     parser.add_argument("--kv-block", type=int, default=16, help="positions of a block of the cache (16)")
@@ -95,18 +98,17 @@ def main(argv: list[str] | None = None) -> int:
 
     from power_kernels.api import PowerConfig, PowerSampler
     from power_kernels.api.commands import packaged_model
-    from power_kernels.api.engines.huggingface.paged import OutOfBlocksError, PagedEngine
+    from power_kernels.api.engines.huggingface.paged import PagedEngine
+    from power_kernels.api.engines.huggingface.paged_rows import OutOfBlocksError
     from power_kernels.errors import ArgumentError
 
     torch.set_num_threads(arguments.threads)
     try:
-        config = PowerConfig(
-            alpha=arguments.alpha,
-            max_new_tokens=arguments.max_new_tokens,
-            block_size=arguments.block_size,
-            mcmc_steps=arguments.steps,
-            lanes=arguments.lanes,
-        )
+        if arguments.particles is None:
+            kernel = dict(block_size=arguments.block_size, mcmc_steps=arguments.steps, lanes=arguments.lanes)
+        else:
+            kernel = dict(kernel="particles", particles=arguments.particles)
+        config = PowerConfig(alpha=arguments.alpha, max_new_tokens=arguments.max_new_tokens, **kernel)
         if arguments.tiny:
             model, tokenizer = tiny_model(), None
             prompts = [list(range(3, 30)), [5, 7, 11]]
